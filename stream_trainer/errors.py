@@ -1,0 +1,51 @@
+"""The exception tree. Every message is one line that names the setting or object, its value and the remedy.
+
+StreamTrainerError            exit code 1
+├── SettingsError             exit code 2   a setting is wrong, or names something that is not there
+├── SourceError               exit code 3   the stream cannot be read
+│   └── DataLossError         exit code 4   records that were never decided are gone from the stream
+├── CheckpointError           exit code 5   a checkpoint cannot be written, or none can be trusted
+└── SampleError               (never fatal) one record cannot become a sample: it is dead-lettered
+"""
+
+
+class StreamTrainerError(Exception):
+    """Base of every error that is reported in one line instead of a traceback."""
+
+    exit_code = 1
+
+
+class SettingsError(StreamTrainerError):
+    """A setting is wrong, or names a file, model or topic that is not there. The user can mend it."""
+
+    exit_code = 2
+
+
+class SourceError(StreamTrainerError):
+    """The stream cannot be read or written."""
+
+    exit_code = 3
+
+
+class DataLossError(SourceError):
+    """Records between the cursor and the start of the log are gone, or the log ends before the cursor."""
+
+    exit_code = 4
+
+
+class CheckpointError(StreamTrainerError):
+    """A checkpoint cannot be written, or none that exists can be trusted."""
+
+    exit_code = 5
+
+
+class SampleError(StreamTrainerError):
+    """One record cannot become a sample.
+
+    Attributes:
+        reason: one of `samples.REASONS`, a closed set fit for a metric label.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason

@@ -1,0 +1,82 @@
+"""The nouns that travel through the service, from the bytes of the stream to what was decided about them.
+
+`Record` (bytes and position) -> `Sample` (token ids, labels, origin) -> a pool of them -> the `Outcome` of every record.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Partition(NamedTuple):
+    """One ordered log: a partition of a Kafka topic, or a file (number 0)."""
+
+    topic: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}:{self.number}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Partition":
+        """Inverse of `str()`; a topic or a file name may itself contain colons."""
+        topic, _, number = text.rpartition(":")
+        return cls(topic, int(number))
+
+
+class Outcome(StrEnum):
+    """What became of a record. Every record that is fetched ends as exactly one of these."""
+
+    TRAINED = "trained"  # it entered an update with a coefficient above zero
+    NOT_SELECTED = "not_selected"  # it was scored, and others were better, or it pointed away from the target
+    FILTERED = "filtered"  # it was legal but carries nothing to train on (a tombstone)
+    DEAD_LETTERED = "dead_lettered"  # it could not be used; its bytes are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record as it was read: bytes, untouched.
+
+    Attributes:
+        offset: Kafka offset; for a file the byte at which the line starts.
+        next_offset: where reading goes on after this record: `offset + 1`, or the byte after the newline.
+        timestamp: seconds since the epoch, or None where the stream carries none.
+    """
+
+    partition: Partition
+    offset: int
+    next_offset: int
+    value: bytes | None
+    key: bytes | None = None
+    headers: tuple[tuple[str, bytes | None], ...] = ()
+    timestamp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training sample.
+
+    Attributes:
+        input_ids: T token ids.
+        labels: T token ids, `-100` where the token carries no loss (prompt). Not shifted.
+        partition, offset: the record it came from.
+        size: bytes of the record's value, for backpressure.
+        weight: how much the producer says it counts; 1 unless stated.
+        timestamp: event time in seconds since the epoch, or None.
+        id: the producer's name for it, or None.
+        domain: the producer's label for where it comes from, or None. Reported, never used to select.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    partition: Partition
+    offset: int
+    size: int
+    weight: float = 1.0
+    timestamp: float | None = None
+    id: str | None = None
+    domain: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
