@@ -1,0 +1,166 @@
+"""Every metric of the service, named and explained in one place, on a registry of its own.
+
+Names follow Prometheus' conventions (`promtool check metrics` passes): base units, `_total` on counters, labels from
+closed sets only. Children of labelled metrics are created at the start, for an alert on an absent series never fires.
+"""
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Enum,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from stream_trainer.records import Outcome
+
+PREFIX = "stream_trainer"
+
+STEP_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+AGE_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
+SOLVE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+
+PHASES = ("wait", "target", "score", "weigh", "update", "evaluate", "checkpoint")
+STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps")
+SOLVER_STATUSES = ("optimal", "fallback_failed", "fallback_timeout")
+EVALUATION_SETS = ("target", "retention")
+
+
+class State(StrEnum):
+    """What the service is doing."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    CATCHING_UP = "catching_up"
+    TRAINING = "training"
+    IDLE = "idle"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Metrics:
+    """All metrics of one service, on one registry.
+
+    Attributes are prometheus_client objects; whoever observes something calls them directly.
+    """
+
+    def __init__(self, reasons: Iterable[str] = ()) -> None:
+        """`reasons`: the closed set of dead-letter reasons."""
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._stream()
+        self._steps()
+        self._selection()
+        self._durability()
+        for reason in reasons:
+            self.dead_letters.labels(reason)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()
+    ) -> Histogram:
+        return Histogram(f"{PREFIX}_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def _stream(self) -> None:
+        self.records_read = self._counter("records_read_total", "Records read from the stream.")
+        self.bytes_read = self._counter("read_bytes_total", "Bytes of record values read from the stream.")
+        self.records = self._counter(
+            "records_total", "Records decided, by what became of them.", ("outcome",)
+        )
+        for outcome in Outcome:
+            self.records.labels(outcome.value)
+        self.dead_letters = self._counter(
+            "dead_letters_total", "Records that could not be used, by reason.", ("reason",)
+        )
+        self.records_lost = self._counter(
+            "records_lost_total", "Undecided records that were gone from the log and skipped."
+        )
+        self.source_errors = self._counter("source_errors_total", "Reads that failed and were tried again.")
+        self.lag = self._gauge(
+            "lag_records", "Records in the log behind the last decided one.", ("topic", "partition")
+        )
+        self.paused = self._gauge("reading_paused", "1 while reading is paused because the buffer is full.")
+        self.buffer_records = self._gauge("buffer_records", "Samples waiting to be trained on.")
+        self.buffer_bytes = self._gauge("buffer_bytes", "Bytes of record values waiting.")
+        self.buffer_tokens = self._gauge("buffer_tokens", "Tokens waiting.")
+        self.sample_age = self._histogram(
+            "sample_age_seconds", "Time from a record's timestamp to the step that decided it.", AGE_SECONDS
+        )
+
+    def _steps(self) -> None:
+        self.steps = self._counter("steps_total", "Steps, by result.", ("result",))
+        for result in STEP_RESULTS:
+            self.steps.labels(result)
+        self.step_seconds = self._histogram("step_seconds", "Time of one whole step.", STEP_SECONDS)
+        self.phase_seconds = self._counter("phase_seconds_total", "Time spent, by phase.", ("phase",))
+        for phase in PHASES:
+            self.phase_seconds.labels(phase)
+        self.last_step = self._gauge("last_step_timestamp_seconds", "When the last step ended.")
+        self.tokens_scored = self._counter("tokens_scored_total", "Tokens of scored candidates.")
+        self.tokens_trained = self._counter(
+            "tokens_trained_total", "Tokens of samples that entered an update."
+        )
+        self.loss = self._gauge(
+            "progressive_loss", "Mean loss of the last pool before training on any of it (nats per token)."
+        )
+        self.trained_loss = self._gauge("trained_loss", "Mean loss of the samples chosen at the last step.")
+        self.gradient_norm = self._gauge("gradient_norm", "Length of the last gradient before clipping.")
+        self.learning_rate = self._gauge("learning_rate", "Learning rate of the last step.")
+        self.evaluation_loss = self._gauge("evaluation_loss", "Mean loss on a fixed set (nats).", ("set",))
+        self.evaluation_time = self._gauge(
+            "evaluation_timestamp_seconds", "When a fixed set was last evaluated.", ("set",)
+        )
+        self.state = Enum(
+            f"{PREFIX}_state",
+            "What the service is doing.",
+            states=[state.value for state in State],
+            registry=self.registry,
+        )
+        self.build = Info(f"{PREFIX}_build", "Versions of what is running.", registry=self.registry)
+
+    def _selection(self) -> None:
+        self.selected_ratio = self._gauge("selected_ratio", "Share of the last pool that entered the update.")
+        self.effective_samples = self._gauge(
+            "effective_samples", "Effective sample size of the last coefficients, (sum w)^2 / sum w^2."
+        )
+        self.redundancy_ratio = self._gauge(
+            "redundancy_ratio", "Share of the quadratic (redundancy) term in the last objective."
+        )
+        self.positive_ratio = self._gauge(
+            "positive_ratio", "Share of the last pool whose update points towards the target."
+        )
+        self.solver_seconds = self._histogram(
+            "solver_seconds", "Time of one solve of the quadratic program.", SOLVE_SECONDS
+        )
+        self.solver_runs = self._counter("solver_runs_total", "Solves, by how they ended.", ("status",))
+        for status in SOLVER_STATUSES:
+            self.solver_runs.labels(status)
+        self.target_refreshes = self._counter("target_refreshes_total", "Refreshes of the target gradient.")
+
+    def _durability(self) -> None:
+        self.checkpoint_seconds = self._histogram(
+            "checkpoint_seconds", "Time to write one checkpoint.", STEP_SECONDS
+        )
+        self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Size of the last checkpoint.")
+        self.checkpoint_step = self._gauge("checkpoint_step", "Step of the last checkpoint.")
+        self.checkpoint_time = self._gauge(
+            "checkpoint_timestamp_seconds", "When the last checkpoint became durable."
+        )
+        self.checkpoint_failures = self._counter("checkpoint_failures_total", "Checkpoints that failed.")
+        self.commit_failures = self._counter(
+            "commit_failures_total", "Advisory offset commits that failed; nothing is lost by one."
+        )

@@ -1,0 +1,52 @@
+"""The protocol of a source. One thread owns a source and is the only one to call it."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from stream_trainer.records import Partition, Record
+
+
+class Source(Protocol):
+    """A set of ordered logs that can be read from a stored position.
+
+    `start` is called once, then `poll` until `exhausted` or `close`. Positions are Kafka offsets or byte offsets.
+    """
+
+    def start(self, cursor: Mapping[Partition, int], identity: Mapping[str, str]) -> None:
+        """Begin at `cursor`; partitions it does not name begin where the settings say.
+
+        `identity` is what `identity()` returned when the cursor was stored, empty on a first start.
+        Raises SourceError if the stream cannot be reached, DataLossError if the cursor cannot be honoured.
+        """
+
+    def poll(self, timeout_s: float) -> list[Record]:
+        """Records in order within each partition; empty after `timeout_s` seconds without any, or while paused."""
+
+    def pause(self) -> None:
+        """Stop returning records. Idempotent."""
+
+    def resume(self) -> None:
+        """Return records again. Idempotent."""
+
+    def commit(self, positions: Mapping[Partition, int], step: int) -> None:
+        """Tell the stream how far we are, for lag tools only: the truth is in the checkpoint."""
+
+    def positions(self) -> Mapping[Partition, int]:
+        """The next position to be read, for each partition that is being read."""
+
+    def end_positions(self) -> Mapping[Partition, int]:
+        """The position after the last record of each partition."""
+
+    def identity(self) -> Mapping[str, str]:
+        """What tells this stream from another of the same name (topic id); stored beside the cursor."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the run's last record has been returned. Always False for an endless stream."""
+
+    @property
+    def records_lost(self) -> int:
+        """Undecided records found missing from the log and skipped since `start` (setting `on_data_loss: skip`)."""
+
+    def close(self) -> None:
+        """Release connections and files. Idempotent."""
