@@ -70,17 +70,13 @@ class Metrics:
     def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
         return Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry)
 
-    def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()
-    ) -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
         return Histogram(f"{PREFIX}_{name}", text, labels, buckets=buckets, registry=self.registry)
 
     def _stream(self) -> None:
         self.records_read = self._counter("records_read_total", "Records read from the stream.")
         self.bytes_read = self._counter("read_bytes_total", "Bytes of record values read from the stream.")
-        self.records = self._counter(
-            "records_total", "Records decided, by what became of them.", ("outcome",)
-        )
+        self.records = self._counter("records_total", "Records decided, by what became of them.", ("outcome",))
         for outcome in Outcome:
             self.records.labels(outcome.value)
         self.dead_letters = self._counter(
@@ -90,9 +86,7 @@ class Metrics:
             "records_lost_total", "Undecided records that were gone from the log and skipped."
         )
         self.source_errors = self._counter("source_errors_total", "Reads that failed and were tried again.")
-        self.lag = self._gauge(
-            "lag_records", "Records in the log behind the last decided one.", ("topic", "partition")
-        )
+        self.lag = self._gauge("lag_records", "Records in the log behind the last decided one.", ("topic", "partition"))
         self.paused = self._gauge("reading_paused", "1 while reading is paused because the buffer is full.")
         self.buffer_records = self._gauge("buffer_records", "Samples waiting to be trained on.")
         self.buffer_bytes = self._gauge("buffer_bytes", "Bytes of record values waiting.")
@@ -111,9 +105,7 @@ class Metrics:
             self.phase_seconds.labels(phase)
         self.last_step = self._gauge("last_step_timestamp_seconds", "When the last step ended.")
         self.tokens_scored = self._counter("tokens_scored_total", "Tokens of scored candidates.")
-        self.tokens_trained = self._counter(
-            "tokens_trained_total", "Tokens of samples that entered an update."
-        )
+        self.tokens_trained = self._counter("tokens_trained_total", "Tokens of samples that entered an update.")
         self.loss = self._gauge(
             "progressive_loss", "Mean loss of the last pool before training on any of it (nats per token)."
         )
@@ -152,14 +144,10 @@ class Metrics:
         self.target_refreshes = self._counter("target_refreshes_total", "Refreshes of the target gradient.")
 
     def _durability(self) -> None:
-        self.checkpoint_seconds = self._histogram(
-            "checkpoint_seconds", "Time to write one checkpoint.", STEP_SECONDS
-        )
+        self.checkpoint_seconds = self._histogram("checkpoint_seconds", "Time to write one checkpoint.", STEP_SECONDS)
         self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Size of the last checkpoint.")
         self.checkpoint_step = self._gauge("checkpoint_step", "Step of the last checkpoint.")
-        self.checkpoint_time = self._gauge(
-            "checkpoint_timestamp_seconds", "When the last checkpoint became durable."
-        )
+        self.checkpoint_time = self._gauge("checkpoint_timestamp_seconds", "When the last checkpoint became durable.")
         self.checkpoint_failures = self._counter("checkpoint_failures_total", "Checkpoints that failed.")
         self.commit_failures = self._counter(
             "commit_failures_total", "Advisory offset commits that failed; nothing is lost by one."

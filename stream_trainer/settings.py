@@ -21,9 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A group of settings. Unknown names are errors; values never change after loading."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class KafkaSettings(Section):
@@ -177,9 +175,7 @@ class ModelSettings(Section):
     def _one_origin(self) -> Self:
         if (self.name is None) == (self.config is None):
             given = "neither is" if self.name is None else "both are"
-            raise ValueError(
-                f"exactly one of name and config must be set, {given}; set name to a model directory"
-            )
+            raise ValueError(f"exactly one of name and config must be set, {given}; set name to a model directory")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("config needs model_type, for example llama; add it")
         if self.config is not None and self.tokenizer is None:
@@ -351,9 +347,7 @@ class Settings(BaseSettings):
                 f"dead_letters.kind=topic needs source.kind=kafka, not {self.source.kind}; use dead_letters.kind=file"
             )
         if self.dead_letters.kind == "topic" and self.dead_letters.topic == self.source.kafka.topic:
-            raise ValueError(
-                f"dead_letters.topic={self.dead_letters.topic} is the source's topic; name another one"
-            )
+            raise ValueError(f"dead_letters.topic={self.dead_letters.topic} is the source's topic; name another one")
         if self.selection.pool_size > self.buffer.max_records:
             raise ValueError(
                 f"selection.pool_size={self.selection.pool_size} does not fit buffer.max_records="
