@@ -1,0 +1,30 @@
+"""Baselines, without which nothing can be shown to help: top-k by first-order utility, and everything at once.
+
+The uniform baseline needs no gradients to decide: it draws before the pass (`draw_uniform`) and trains on what it drew.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from gradient_selectors.filter_then_weight import usable_rows
+from gradient_selectors.interaction import Decision, Interaction, equal_weights
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k candidates with the largest positive `c_i`, with equal weights: first order, no redundancy."""
+
+    chosen: int
+
+    def decide(self, interaction: Interaction) -> Decision:
+        rows_N = usable_rows(interaction)
+        order = torch.argsort(rows_N, descending=True, stable=True).tolist()
+        positive = [i for i in order if rows_N[i] > 0]
+        return Decision(equal_weights(len(rows_N), positive[: self.chosen]), num_positive=len(positive))
+
+
+def draw_uniform(num_candidates: int, num_drawn: int, generator: torch.Generator) -> list[int]:
+    """Indices drawn without replacement, in ascending order."""
+    drawn = torch.randperm(num_candidates, generator=generator)[:num_drawn]
+    return sorted(drawn.tolist())

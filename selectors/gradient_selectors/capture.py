@@ -1,0 +1,296 @@
+"""One forward and one backward pass over a pool, from which per-sample gradients of every parameter follow as factors.
+
+During the pass no weight requires a gradient, so no weight gradient is computed; a tap on each module's output keeps
+the module's input and the output's gradient. The update is book-keeping afterwards (`PoolGradients.weighted_gradient`),
+which is exact because backpropagation is linear in its seed (Bu et al., arXiv 2210.00038). A step over N candidates
+therefore costs less than plain training on the same N.
+
+Backward runs on the *sum* of the samples' losses, each the mean over its own labels, so rows are not divided by N.
+Samples must not interact in the forward pass (no packing, no batch norm) and must be padded on the right.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from gradient_selectors.factors import Factor, Segments
+from gradient_selectors.gradients import PoolGradients
+from gradient_selectors.head import Head, HeadBias, HeadWeight, head_forward_backward, loss_rows
+from gradient_selectors.kinds import TOLERANCE, MakeFactors, Rows, recognise
+
+HEAD_PROBE_SCALE = 100.0
+
+
+class UnsupportedParameterError(ValueError):
+    """A trainable parameter whose per-sample gradients cannot be had exactly. Freeze it, or adapt it with LoRA."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N samples padded on the right to T tokens.
+
+    Attributes:
+        input_ids_NT: token ids, int64.
+        labels_NT: the same with -100 where a token carries no loss (prompt, padding). Not shifted.
+        lengths: tokens of each sample without padding.
+    """
+
+    input_ids_NT: Tensor
+    labels_NT: Tensor
+    lengths: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.input_ids_NT.to(device), self.labels_NT.to(device), self.lengths)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a module's output; its backward hands (input, output gradient) to the capture.
+
+    The input is a saved tensor of the graph, so gradient checkpointing drops and recomputes it like any other, and
+    pairs each input with the right gradient however often a module is called.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, _anchor: Tensor, capture: "GradientCapture", name: str
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.capture, ctx.name = capture, name
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        (inputs,) = ctx.saved_tensors
+        ctx.capture._collect(ctx.name, inputs, grad)
+        return (grad if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+class GradientCapture:
+    """Hooks on a causal language model; `run` turns a batch into its `PoolGradients`.
+
+    Hooks are registered once and do nothing outside `run`. The parameters covered are those that require a gradient
+    when the capture is made; they are named as `model.named_parameters()` names them.
+    """
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        """Attach to `model`, a transformers causal LM or a PEFT model around one.
+
+        `autocast`: dtype of the passes (bfloat16), or None for the model's own.
+        Raises UnsupportedParameterError naming the first trainable parameter that is not covered exactly: every kind
+        is checked against autograd on a small batch, so a wrong factor cannot go unnoticed.
+        """
+        # Duck-typed: nn.Module does not know the methods that transformers and PEFT add.
+        self._model: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+        self._autocast = autocast
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter")
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._sites: dict[str, tuple[nn.Module, MakeFactors]] = {}
+        self._rows: Rows | None = None
+        self._factors: dict[str, list[Factor]] = defaultdict(list)
+        self._device = next(iter(self.parameters.values())).device
+        self._anchor = torch.zeros((), requires_grad=True, device=self._device)
+        output = self._model.get_output_embeddings()
+        self._head_module = output if self._head_is_plain(output) else None
+        self._handles = [self._attach(name, module) for name, module in self._owners()]
+        self._verify()
+
+    def close(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def run(self, batch: Batch) -> PoolGradients:
+        """One forward and one backward pass. Weights and their `.grad` are left as they are.
+
+        Raises ValueError if a sample has no label after its first token.
+        """
+        batch = batch.to(self._device)
+        if not bool((batch.labels_NT[:, 1:] != -100).any(dim=1).all()):
+            raise ValueError("every sample needs at least one label after its first token")
+        self._factors = defaultdict(list)
+        self._rows = _rows_of(batch)
+        try:
+            with self._frozen(), torch.enable_grad():
+                losses_N = self._through_chunked_head(batch) if self._head_module else self._through_logits(batch)
+            return PoolGradients(losses_N, dict(self._factors), {n: p.shape for n, p in self.parameters.items()})
+        finally:
+            self._rows = None
+            self._factors = defaultdict(list)
+
+    def _through_chunked_head(self, batch: Batch) -> Tensor:
+        module = self._head_module
+        assert module is not None
+        with self._autocasting():
+            hidden_NTd = self._hidden(batch)
+            head = Head(module.weight, module.bias)
+            with torch.no_grad():
+                losses_N, grad_NTd, rows = head_forward_backward(head, hidden_NTd.detach(), batch.labels_NT)
+        if hidden_NTd.requires_grad:
+            torch.autograd.backward([hidden_NTd], [grad_NTd])
+        weight = HeadWeight(head, rows, self._autocast)
+        for parameter, factor in ((module.weight, weight), (module.bias, HeadBias(weight))):
+            if id(parameter) in self._names:
+                self._factors[self._names[id(parameter)]].append(factor)
+        return losses_N
+
+    def _through_logits(self, batch: Batch) -> Tensor:
+        """For heads that are more than a linear map (logit scaling, soft capping): all logits at once."""
+        with self._autocasting():
+            logits_NTV = self._model(**self._inputs(batch)).logits.float()
+        losses_N = mean_losses(logits_NTV, batch.labels_NT)
+        torch.autograd.backward([losses_N.sum()])
+        return losses_N.detach()
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """No attention mask: padding is on the right, where a causal model never looks back from.
+
+        Positions are given for every sample, else a learned position embedding would be called once for all of them
+        and its gradient summed over the pool (the failure of opacus on GPT-2).
+        """
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids_NT, "use_cache": False}
+        if "position_ids" in inspect.signature(self._model.forward).parameters:
+            num_samples, num_tokens = batch.input_ids_NT.shape
+            positions_T = torch.arange(num_tokens, device=self._device)
+            inputs["position_ids"] = positions_T.expand(num_samples, num_tokens)
+        return inputs
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        hidden: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
+        return hidden
+
+    def _owners(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules that own a trainable parameter, by name; the plain head is captured on its own path."""
+        for name, module in self._model.named_modules():
+            if module is self._head_module:
+                continue
+            if any(id(p) in self._names for p in module.parameters(recurse=False)):
+                yield name, module
+
+    def _attach(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        make_factors = recognise(module)
+        if make_factors is None:
+            parameter = next(p for p in module.parameters(recurse=False) if id(p) in self._names)
+            raise self._unsupported(self._names[id(parameter)], f"a {type(module).__name__} of no known kind owns it")
+        self._sites[name] = (module, make_factors)
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            if self._rows is None:
+                return None
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            tapped: Tensor = _Tap.apply(output, inputs.detach(), self._anchor, self, name)  # type: ignore[no-untyped-call]
+            return tapped
+
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+    def _collect(self, name: str, inputs: Tensor, grad: Tensor) -> None:
+        module, make_factors = self._sites[name]
+        assert self._rows is not None
+        if grad.shape[0] != self._rows.num_samples:
+            raise UnsupportedParameterError(
+                f"module {name} was called with {grad.shape[0]} rows for {self._rows.num_samples} samples: "
+                "its samples cannot be told apart; freeze its parameters"
+            )
+        for local_name, factor in make_factors(inputs, grad, self._rows).items():
+            full_name = self._names.get(id(module.get_parameter(local_name)))
+            if full_name is not None:
+                self._factors[full_name].append(factor)
+
+    def _autocasting(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No trainable weight requires a gradient: autograd then skips every weight-gradient matmul."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(True)
+
+    def _head_is_plain(self, module: nn.Module | None) -> bool:
+        """Whether the logits are just `hidden W^T + b`, found out by comparing the two.
+
+        The head's weight is scaled up for the probe: soft capping is invisible on the small logits of a fresh model.
+        """
+        if type(module) is not nn.Linear:
+            return False
+        batch, scaled = self._probe(), module.weight.detach() * HEAD_PROBE_SCALE
+        name = next(name for name, other in self._model.named_modules() if other is module)
+        with torch.no_grad():
+            output = functional_call(
+                self._model, {f"{name}.weight": scaled}, kwargs=self._inputs(batch), tie_weights=False
+            )
+            expected = F.linear(self._hidden(batch), scaled, module.bias)
+        return bool((output.logits - expected).norm() <= TOLERANCE * expected.norm())
+
+    def _probe(self) -> Batch:
+        """Two short samples of different length, the first half of each without loss."""
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(vocabulary, (2, 6), generator=torch.Generator().manual_seed(0))
+        labels = ids.clone()
+        labels[:, :2] = -100
+        labels[1, 4:] = -100
+        return Batch(ids, labels, (6, 4)).to(self._device)
+
+    def _verify(self) -> None:
+        """Compare every parameter's weighted gradient with autograd's; unequal weights tell samples apart."""
+        batch, weights_N = self._probe(), torch.tensor([0.3, 1.7])
+        autocast, self._autocast = self._autocast, None  # the formulas are checked in the weights' own precision
+        try:
+            gradients = self.run(batch)
+            expected = self._autograd(batch, weights_N)
+            for name in self.parameters:
+                want = expected[name]
+                if name not in gradients.factors:
+                    if want is not None and want.any():
+                        raise self._unsupported(name, "it is used outside the modules that were recognised")
+                    continue
+                got = gradients.weighted_gradient_of(name, weights_N)
+                if want is None or bool((got - want).norm() > TOLERANCE * want.norm() + 1e-7):
+                    raise self._unsupported(name, "its captured gradient differs from autograd's")
+        finally:
+            self._autocast = autocast
+
+    def _autograd(self, batch: Batch, weights_N: Tensor) -> Mapping[str, Tensor | None]:
+        with torch.enable_grad():
+            logits_NTV = self._model(**self._inputs(batch)).logits.float()
+            loss = (mean_losses(logits_NTV, batch.labels_NT) * weights_N.to(self._device)).sum()
+            grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        return dict(zip(self.parameters, grads, strict=True))
+
+    def _unsupported(self, name: str, reason: str) -> UnsupportedParameterError:
+        return UnsupportedParameterError(
+            f"no exact per-sample gradient for trainable parameter {name}: {reason}; freeze it or use LoRA"
+        )
+
+
+def mean_losses(logits_NTV: Tensor, labels_NT: Tensor) -> Tensor:
+    """Mean cross-entropy of each sample over the positions that carry loss (nats per token), (N,)."""
+    predicts_NT, labels_R, segments = loss_rows(labels_NT)
+    token_losses_R = F.cross_entropy(logits_NTV[predicts_NT].float(), labels_R, reduction="none")
+    counts_N = torch.tensor(segments.offsets).diff().to(token_losses_R)
+    return segments.sum(token_losses_R) / counts_N
+
+
+def _rows_of(batch: Batch) -> Rows:
+    num_samples, num_tokens = batch.input_ids_NT.shape
+    offsets = (0, *torch.tensor(batch.lengths).cumsum(0).tolist())
+    keep_R = None
+    if offsets[-1] < num_samples * num_tokens:
+        lengths_N = torch.tensor(batch.lengths, device=batch.input_ids_NT.device)
+        inside_NT = torch.arange(num_tokens, device=lengths_N.device) < lengths_N[:, None]
+        keep_R = inside_NT.flatten().nonzero().squeeze(1)
+    return Rows(num_samples, num_tokens, keep_R, Segments(offsets))

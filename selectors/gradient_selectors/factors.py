@@ -1,0 +1,164 @@
+"""Per-sample gradients as factors: what they can answer without ever being written out in full.
+
+A factor is one contribution to one parameter's gradient: a module that is used twice, or a head tied to an embedding,
+contributes several factors to the same parameter. All have the same three operations, for N samples and a parameter of
+shape (p, ...):
+
+- `dot(u)`: `<u, g_i>` for every sample (code of the "fixed direction" identity `sum_t b_t^T U a_t`);
+- `add_weighted(w, out)`: `out += sum_i w_i g_i`, touching only samples whose weight is not zero;
+- `per_sample(samples, lo, hi)`: rows `lo:hi` of the gradients of some samples, written out.
+
+Shape suffixes: N samples, n chosen samples, R rows (tokens of all samples, one sample after the other), p and d the
+parameter's rows and columns. Sums are accumulated in float32 whatever the dtype of the factors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Factor(Protocol):
+    """One contribution to the per-sample gradients of one parameter."""
+
+    def dot(self, u: Tensor) -> Tensor:
+        """`<u, g_i>` for each sample, (N,) float32. `u` has the parameter's shape."""
+
+    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+        """Add `sum_i w_i g_i` to `out`, a float32 tensor of the parameter's shape."""
+
+    def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
+        """Rows `lo:hi` of the chosen samples' gradients, (n, hi - lo, ...) float32."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which rows of a flattened (R, ...) tensor belong to which sample: sample i owns `offsets[i]:offsets[i + 1]`."""
+
+    offsets: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def owners_R(self) -> Tensor:
+        """The sample of each row, (R,) int64 on the CPU."""
+        lengths = torch.tensor(self.offsets).diff()
+        return torch.repeat_interleave(torch.arange(self.num_samples), lengths)
+
+    def span(self, sample: int) -> slice:
+        return slice(self.offsets[sample], self.offsets[sample + 1])
+
+    def sum(self, values_R: Tensor) -> Tensor:
+        """Sum of a row quantity within each sample, (N,) float32."""
+        sums_N = torch.zeros(self.num_samples, dtype=torch.float32, device=values_R.device)
+        return sums_N.index_add_(0, self.owners_R.to(values_R.device), values_R.float())
+
+    def gather(self, values: Tensor, samples: Sequence[int]) -> Tensor:
+        """The rows of some samples, one sample after the other."""
+        if len(samples) == self.num_samples:
+            return values
+        return torch.cat([values[self.span(i)] for i in samples])
+
+    def weights(self, weights_N: Tensor, samples: Sequence[int], like: Tensor) -> Tensor:
+        """The weight of each gathered row, (R', 1) in the dtype and on the device of `like`."""
+        rows = [weights_N[i].expand(self.offsets[i + 1] - self.offsets[i]) for i in samples]
+        return torch.cat(rows).to(like).unsqueeze(1)
+
+
+def nonzero_samples(weights_N: Tensor) -> list[int]:
+    """Samples that an update must read. The others are not touched, so a NaN in one of them leaves no trace."""
+    return [i for i, weight in enumerate(weights_N.tolist()) if weight != 0.0]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A matrix whose per-sample gradient is `left_i^T right_i`.
+
+    For a Linear (weight d_out x d_in) left are the output gradients and right the inputs; for a weight stored the
+    other way round (transformers' Conv1D) they change places.
+    """
+
+    left_Rp: Tensor
+    right_Rd: Tensor
+    segments: Segments
+
+    def dot(self, u: Tensor) -> Tensor:
+        u = u.to(self.left_Rp.dtype)
+        # Same FLOPs either way; the narrower side makes the smaller intermediate.
+        if self.left_Rp.shape[1] <= self.right_Rd.shape[1]:
+            products_R = torch.linalg.vecdot((self.right_Rd @ u.T).float(), self.left_Rp.float())
+        else:
+            products_R = torch.linalg.vecdot((self.left_Rp @ u).float(), self.right_Rd.float())
+        return self.segments.sum(products_R)
+
+    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+        samples = nonzero_samples(weights_N)
+        left = self.segments.gather(self.left_Rp, samples)
+        left = left * self.segments.weights(weights_N, samples, left)
+        right = self.segments.gather(self.right_Rd, samples)
+        if left.dtype == torch.float32:
+            out.addmm_(left.T, right)
+        else:
+            out += left.T @ right
+
+    def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
+        out = torch.empty(
+            len(samples), hi - lo, self.right_Rd.shape[1], dtype=self.right_Rd.dtype, device=self.right_Rd.device
+        )
+        for row, i in enumerate(samples):
+            span = self.segments.span(i)
+            torch.mm(self.left_Rp[span, lo:hi].T, self.right_Rd[span], out=out[row])
+        return out.float()
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """An embedding table, by index: token t adds its gradient to row `ids[t]`. Never one-hot, never N x V x d."""
+
+    ids_R: Tensor
+    grads_Rd: Tensor
+    segments: Segments
+
+    def dot(self, u: Tensor) -> Tensor:
+        return self.segments.sum(torch.linalg.vecdot(u[self.ids_R].float(), self.grads_Rd.float()))
+
+    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+        samples = nonzero_samples(weights_N)
+        grads = self.segments.gather(self.grads_Rd, samples).float()
+        out.index_add_(
+            0, self.segments.gather(self.ids_R, samples), grads * self.segments.weights(weights_N, samples, grads)
+        )
+
+    def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
+        out = self.grads_Rd.new_zeros(len(samples), hi - lo, self.grads_Rd.shape[1], dtype=torch.float32)
+        for row, i in enumerate(samples):
+            ids, grads = self.ids_R[self.segments.span(i)], self.grads_Rd[self.segments.span(i)]
+            inside = (ids >= lo) & (ids < hi)
+            out[row].index_add_(0, ids[inside] - lo, grads[inside].float())
+        return out
+
+    def compact(self, rows: Tensor) -> "Lookup":
+        """The same factor for a table that holds only `rows` (sorted, and holding every id)."""
+        return Lookup(torch.searchsorted(rows, self.ids_R), self.grads_Rd, self.segments)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A vector (bias, norm): small enough that the per-sample gradients are simply written out."""
+
+    grads_Np: Tensor
+
+    def dot(self, u: Tensor) -> Tensor:
+        return self.grads_Np @ u.float()
+
+    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+        samples = nonzero_samples(weights_N)
+        out += weights_N[samples].to(self.grads_Np) @ self.grads_Np[samples]
+
+    def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
+        return self.grads_Np[list(samples), lo:hi]

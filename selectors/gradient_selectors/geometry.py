@@ -1,0 +1,58 @@
+"""The optimizer's geometry: how a change of the gradient becomes a change of the weights.
+
+With Adam's second moment frozen for one step, the update is affine in the gradient, `Delta(G) = P * G + Delta_0`, with
+
+    P = lr (1 - b1) / (1 - b1^t) / (sqrt(v / (1 - b2^(t-1))) + eps)        (element-wise, v from step t - 1)
+
+Momentum and weight decay are in Delta_0 and cancel from every comparison of two updates. The linearisation is off by
+9 % at step 10, 0.7 % at step 100 (simulated), and does not exist at step 1: until v has settled, use `plain`.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Geometry = Callable[[str], Tensor | None]
+"""The preconditioner P of a parameter by name, in the parameter's shape; None stands for P = 1."""
+
+
+def plain(name: str) -> None:
+    """P = 1: inner products of the raw gradients."""
+
+
+def adam_preconditioner(exp_avg_sq: Tensor, step: int, lr: float, betas: tuple[float, float], eps: float) -> Tensor:
+    """P of the formula above, float32.
+
+    `exp_avg_sq` and `step` are the optimizer's state *before* the update (so `step` is t - 1, at least 1).
+    """
+    beta1, beta2 = betas
+    scale = lr * (1 - beta1) / (1 - beta1 ** (step + 1))
+    denominator = exp_avg_sq.float().div(1 - beta2**step).sqrt_().add_(eps)
+    return denominator.reciprocal_().mul_(scale)
+
+
+def adam_geometry(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> Geometry:
+    """P from the state of a torch Adam or AdamW; parameters without state yet get the plain P = 1.
+
+    Learning rates count relative to the largest one, so a warm-up that starts at zero does not erase the geometry.
+    P is computed at each call: keeping it would cost as much memory as the weights.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    top_rate = max(group["lr"] for group in optimizer.param_groups) or 1.0
+
+    def preconditioner(name: str) -> Tensor | None:
+        parameter = parameters[name]
+        state = optimizer.state.get(parameter)
+        if not state:
+            return None
+        group = groups[id(parameter)]
+        lr = group["lr"] / top_rate if group["lr"] else 1.0
+        return adam_preconditioner(state["exp_avg_sq"], int(state["step"]), lr, group["betas"], group["eps"])
+
+    return preconditioner
+
+
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Updates the optimizer's moments have seen; 0 before the first."""
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)

@@ -1,0 +1,186 @@
+"""The language-model head in chunks: loss, gradient of the hidden states and per-sample weight gradients.
+
+The logits of a pool are N x T x V numbers, often more than all activations together. Only positions that carry loss are
+computed, some rows at a time, and the output gradients `softmax - onehot` are computed again when they are needed
+instead of being kept: that costs one more matmul for each use and holds R + chunk x V numbers instead of R x V.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradient_selectors.factors import Segments, nonzero_samples
+
+IGNORE = -100
+CHUNK_ELEMENTS = 8_000_000  # logits held at once: 32 MB in float32; larger chunks were not faster on two cores
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear map from hidden states to logits: `weight` (V x d), `bias` (V) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def logits(self, hidden_Rd: Tensor) -> Tensor:
+        """Logits in float32; the matmul runs in the autocast dtype if autocast is on."""
+        return F.linear(hidden_Rd, self.weight, self.bias).float()
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """The positions of a pool that carry loss, in the order of the samples.
+
+    Attributes:
+        hidden_Rd: their last hidden states.
+        labels_R: the token each of them predicts.
+        scale_R: one over the number of such positions in the sample: the loss of a sample is its mean.
+        normaliser_R: log of the sum of the exponentials of the logits.
+    """
+
+    hidden_Rd: Tensor
+    labels_R: Tensor
+    scale_R: Tensor
+    normaliser_R: Tensor
+    segments: Segments
+
+    def chunks(self, vocabulary: int) -> Iterator[slice]:
+        step = max(1, CHUNK_ELEMENTS // vocabulary)
+        for start in range(0, len(self.labels_R), step):
+            yield slice(start, start + step)
+
+
+def loss_rows(labels_NT: Tensor) -> tuple[Tensor, Tensor, Segments]:
+    """Which positions predict a label, (N, T) bool; the labels they predict; which sample owns them.
+
+    Position t predicts label t + 1; labels of -100 carry no loss.
+    """
+    predicts_NT = torch.zeros_like(labels_NT, dtype=torch.bool)
+    predicts_NT[:, :-1] = labels_NT[:, 1:] != IGNORE
+    counts = predicts_NT.sum(1)
+    offsets = (0, *counts.cumsum(0).tolist())
+    return predicts_NT, labels_NT[:, 1:][predicts_NT[:, :-1]], Segments(offsets)
+
+
+def head_forward_backward(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> tuple[Tensor, Tensor, HeadRows]:
+    """Losses, the gradient of their sum with respect to the hidden states, and what weight gradients need later.
+
+    Returns:
+        losses_N: mean loss of each sample (nats per token), float32; NaN for a sample without any label.
+        grad_NTd: gradient with respect to `hidden_NTd`, in its dtype; zero where a position carries no loss.
+        rows: the positions that carry loss.
+    """
+    predicts_NT, labels_R, segments = loss_rows(labels_NT)
+    hidden_Rd = hidden_NTd[predicts_NT]
+    counts_N = torch.tensor(segments.offsets, device=hidden_Rd.device).diff().float()
+    scale_R = (1.0 / counts_N)[segments.owners_R.to(hidden_Rd.device)]
+    rows = HeadRows(hidden_Rd, labels_R, scale_R, torch.empty_like(scale_R), segments)
+    token_loss_R = torch.empty_like(scale_R)
+    grad_Rd = torch.empty_like(hidden_Rd)
+    weight = head.weight
+    for chunk in rows.chunks(weight.shape[0]):
+        logits_RV = head.logits(hidden_Rd[chunk])
+        rows.normaliser_R[chunk] = torch.logsumexp(logits_RV, dim=1)
+        picked_R = logits_RV.gather(1, labels_R[chunk, None]).squeeze(1)
+        token_loss_R[chunk] = rows.normaliser_R[chunk] - picked_R
+        errors_RV = _errors(logits_RV, rows, chunk)
+        grad_Rd[chunk] = F.linear(errors_RV, weight.T).to(grad_Rd.dtype)
+    losses_N = segments.sum(token_loss_R * scale_R)
+    losses_N[counts_N == 0] = torch.nan
+    grad_NTd = torch.zeros_like(hidden_NTd)
+    grad_NTd[predicts_NT] = grad_Rd
+    return losses_N, grad_NTd, rows
+
+
+def _errors(logits_RV: Tensor, rows: HeadRows, chunk: slice) -> Tensor:
+    """Output gradients `(softmax - onehot) / tokens`, in place of the logits."""
+    errors_RV = logits_RV.sub_(rows.normaliser_R[chunk, None]).exp_()
+    errors_RV.scatter_add_(1, rows.labels_R[chunk, None], errors_RV.new_full((len(errors_RV), 1), -1.0))
+    return errors_RV.mul_(rows.scale_R[chunk, None])
+
+
+@dataclass(frozen=True)
+class HeadWeight:
+    """Factor of the head's weight: `errors_i^T hidden_i`, the errors computed again for each chunk of rows."""
+
+    head: Head
+    rows: HeadRows
+    autocast: torch.dtype | None
+
+    def _error_chunks(self, samples: Sequence[int]) -> Iterator[tuple[Tensor, slice, HeadRows]]:
+        rows = _gather(self.rows, samples)
+        for chunk in rows.chunks(self.head.weight.shape[0]):
+            with torch.autocast(rows.hidden_Rd.device.type, self.autocast, enabled=self.autocast is not None):
+                logits_RV = self.head.logits(rows.hidden_Rd[chunk])
+            errors_RV = _errors(logits_RV, rows, chunk)
+            yield errors_RV.to(self.autocast or errors_RV.dtype), chunk, rows
+
+    def dot(self, u: Tensor) -> Tensor:
+        products_R = torch.empty_like(self.rows.scale_R)
+        samples = range(self.rows.segments.num_samples)
+        for errors_RV, chunk, rows in self._error_chunks(samples):
+            projected_Rd = errors_RV @ u.to(errors_RV.dtype)
+            products_R[chunk] = torch.linalg.vecdot(projected_Rd.float(), rows.hidden_Rd[chunk].float())
+        return self.rows.segments.sum(products_R)
+
+    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+        samples = nonzero_samples(weights_N)
+        weights_R1 = self.rows.segments.weights(weights_N, samples, self.rows.scale_R)
+        for errors_RV, chunk, rows in self._error_chunks(samples):
+            weighted_Rd = (rows.hidden_Rd[chunk].float() * weights_R1[chunk]).to(errors_RV.dtype)
+            if errors_RV.dtype == torch.float32:
+                out.addmm_(errors_RV.T, weighted_Rd)
+            else:
+                out += errors_RV.T @ weighted_Rd
+
+    def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
+        return self._columns(samples, lo, hi, with_hidden=True)
+
+    def _columns(self, samples: Sequence[int], lo: int, hi: int, *, with_hidden: bool) -> Tensor:
+        """Vocabulary rows `lo:hi` only: the stored normaliser makes their softmax exact without the others."""
+        head = Head(self.head.weight[lo:hi], None if self.head.bias is None else self.head.bias[lo:hi])
+        out = []
+        for i in samples:
+            rows = _gather(self.rows, [i])
+            with torch.autocast(rows.hidden_Rd.device.type, self.autocast, enabled=self.autocast is not None):
+                errors_Rv = head.logits(rows.hidden_Rd).sub_(rows.normaliser_R[:, None]).exp_()
+            inside = (rows.labels_R >= lo) & (rows.labels_R < hi)
+            errors_Rv[inside.nonzero().squeeze(1), rows.labels_R[inside] - lo] -= 1.0
+            errors_Rv *= rows.scale_R[:, None]
+            out.append(errors_Rv.T @ rows.hidden_Rd.float() if with_hidden else errors_Rv.sum(0))
+        return torch.stack(out)
+
+
+def _gather(rows: HeadRows, samples: Sequence[int]) -> HeadRows:
+    """The rows of some samples as a pool of their own."""
+    if len(samples) == rows.segments.num_samples:
+        return rows
+    lengths = [rows.segments.offsets[i + 1] - rows.segments.offsets[i] for i in samples]
+    offsets = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    fields = (rows.hidden_Rd, rows.labels_R, rows.scale_R, rows.normaliser_R)
+    hidden_Rd, labels_R, scale_R, normaliser_R = (rows.segments.gather(field, samples) for field in fields)
+    return HeadRows(hidden_Rd, labels_R, scale_R, normaliser_R, Segments(offsets))
+
+
+@dataclass(frozen=True)
+class HeadBias:
+    """Factor of the head's bias: the errors summed over a sample's positions."""
+
+    weight: HeadWeight
+
+    def _all(self) -> Tensor:
+        samples = range(self.weight.rows.segments.num_samples)
+        return self.per_sample(samples, 0, self.weight.head.weight.shape[0])
+
+    def dot(self, u: Tensor) -> Tensor:
+        return self._all() @ u.float()
+
+    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+        samples = nonzero_samples(weights_N)
+        out += weights_N[samples].to(out) @ self.per_sample(samples, 0, len(out))
+
+    def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
+        return self.weight._columns(samples, lo, hi, with_hidden=False)

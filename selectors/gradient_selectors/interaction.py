@@ -1,0 +1,97 @@
+"""The gradient interaction matrix of a pool, as lazy views.
+
+`M[i, p] = u[p] g_i[p]` has a row for each sample and a column for each weight, where `u = P * G_target` is the
+preconditioned target gradient. It is never formed. Selectors read its views and return a `Decision`; none of them
+touches the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gradient_selectors.geometry import Geometry
+from gradient_selectors.gradients import Gradient, PoolGradients
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """A pool's gradients, seen from a target under an optimizer's geometry.
+
+    Attributes:
+        gradients: the pool's per-sample gradients.
+        target: mean gradient of the target samples, by parameter name.
+        geometry: the preconditioner P by parameter name.
+    """
+
+    gradients: PoolGradients
+    target: Gradient
+    geometry: Geometry
+
+    @property
+    def num_samples(self) -> int:
+        return self.gradients.num_samples
+
+    @cached_property
+    def rows_by_parameter(self) -> dict[str, Tensor]:
+        """Row sums of M within each parameter: `<u, g_i>`, (N,) float32 each."""
+        direction = {}
+        for name in self.gradients.factors:
+            preconditioner = self.geometry(name)
+            values = self.target[name]
+            direction[name] = values if preconditioner is None else preconditioner * values
+        return self.gradients.dots(direction)
+
+    @cached_property
+    def rows_N(self) -> Tensor:
+        """Row sums of M, `c_i = <g_i, P G_target>`: the first-order utility of each sample, (N,) float32."""
+        return torch.stack(list(self.rows_by_parameter.values())).sum(0)
+
+    def gram(self, samples: Sequence[int]) -> Tensor:
+        """`K_ij = <g_i, P g_j>` of the given samples, (n, n) float64: how much of their utility is the same."""
+        return self.gradients.gram(samples, self.geometry)
+
+
+@dataclass(frozen=True)
+class SolverReport:
+    """How a quadratic program was solved: `optimal`, `fallback_failed` or `fallback_timeout`, and in what time."""
+
+    status: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a selector decided about a pool.
+
+    Attributes:
+        weights_N: the update's gradient is `sum_i w_i g_i`. Not negative; the sum is 1, or 0 if nothing helps.
+        num_positive: candidates whose update points towards the target, if that was computed.
+        redundancy: share of the objective's linear term that the pairs of chosen samples take away again.
+        solver: how the coefficients were solved for, if they were.
+    """
+
+    weights_N: Tensor
+    num_positive: int | None = None
+    redundancy: float | None = None
+    solver: SolverReport | None = None
+
+    @property
+    def chosen(self) -> list[int]:
+        """Samples that enter the update."""
+        return [i for i, weight in enumerate(self.weights_N.tolist()) if weight > 0]
+
+    @property
+    def effective_samples(self) -> float:
+        """Effective sample size of the coefficients, (sum w)^2 / sum w^2; 0 without any."""
+        total = float(self.weights_N.sum())
+        return total**2 / float((self.weights_N**2).sum()) if total > 0 else 0.0
+
+
+def equal_weights(num_samples: int, chosen: Sequence[int]) -> Tensor:
+    """1 / k for the chosen samples, 0 for the others, (N,) float32."""
+    weights_N = torch.zeros(num_samples)
+    weights_N[list(chosen)] = 1.0 / max(1, len(chosen))
+    return weights_N

@@ -1,0 +1,163 @@
+"""How a module uses its parameters, recognised by what it computes and not by what it is called.
+
+Each kind turns the input and the output gradient of one call of a module into factors of its parameters' per-sample
+gradients. A module that fits no kind has no exact factors here, and its trainable parameters are refused by name.
+
+- matrix: `y = x W^T + b` (Linear) or `y = x W + b` (transformers' Conv1D);
+- lookup: `y = s W[ids]` (Embedding, also scaled as in Gemma, also with a padding index);
+- scale: `y = w * f(x) + b` with a vector w (LayerNorm, every RMSNorm, also `(1 + w) * f(x)`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gradient_selectors.factors import Factor, Lookup, Outer, Segments, Written
+
+TOLERANCE = 1e-4  # relative; a wrong formula is off by far more, a right one in float32 by far less
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a flattened (N * T, ...) tensor matter: padding has a zero gradient and is dropped.
+
+    Attributes:
+        keep_R: indices of the rows to keep, or None for all.
+        segments: the samples of the kept rows.
+    """
+
+    num_samples: int
+    num_tokens: int
+    keep_R: Tensor | None
+    segments: Segments
+
+    def flatten(self, values: Tensor, row_dims: int) -> tuple[Tensor, Segments]:
+        """(N, T, ..., *row) -> (R, *row) with the samples of the rows; `row_dims` trailing dimensions are kept."""
+        shape = values.shape
+        row = shape[len(shape) - row_dims :]
+        if shape[: len(shape) - row_dims] == (self.num_samples, self.num_tokens):
+            flat = values.reshape(self.num_samples * self.num_tokens, *row)
+            return (flat if self.keep_R is None else flat[self.keep_R]), self.segments
+        flat = values.reshape(-1, *row)
+        per_sample = flat.shape[0] // self.num_samples
+        return flat, Segments(tuple(range(0, flat.shape[0] + 1, per_sample)))
+
+
+Factors = Mapping[str, Factor]  # by the parameter's name within its module
+MakeFactors = Callable[[Tensor, Tensor, Rows], Factors]  # (input, output gradient, rows) of one call
+
+
+def recognise(module: nn.Module) -> MakeFactors | None:
+    """The kind of a module that owns parameters, or None if it fits none."""
+    parameters = dict(module.named_parameters(recurse=False))
+    weight = parameters.get("weight")
+    if weight is None or not set(parameters) <= {"weight", "bias"}:
+        return None
+    with torch.no_grad():
+        if weight.ndim == 1:
+            return partial(_scale_factors, module) if _is_scale(module, weight) else None
+        if weight.ndim != 2:
+            return None
+        if isinstance(module, nn.Embedding):
+            return _recognise_lookup(module)
+        return _recognise_matrix(module, weight)
+
+
+def _try_call(module: nn.Module, x: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor | None:
+    """The module's output, or None: probing a module of an unknown kind may raise anything."""
+    try:
+        output = functional_call(module, parameters or {}, (x,))
+    except Exception:
+        return None
+    return output if isinstance(output, Tensor) else None
+
+
+def _close(a: Tensor | None, b: Tensor) -> bool:
+    if a is None or a.shape != b.shape:
+        return False
+    return bool((a.float() - b.float()).norm() <= TOLERANCE * b.float().norm() + 1e-12)
+
+
+def _probe_input(*shape: int, like: Tensor) -> Tensor:
+    """Fixed numbers without structure that could make a wrong formula look right."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=generator).to(like)
+
+
+def _recognise_matrix(module: nn.Module, weight: Tensor) -> MakeFactors | None:
+    bias = getattr(module, "bias", None)
+    for transposed in (False, True):
+        x = _probe_input(2, 3, weight.shape[0 if transposed else 1], like=weight)
+        expected = x @ (weight if transposed else weight.T)
+        if bias is not None and bias.shape == expected.shape[-1:]:
+            expected = expected + bias
+        if _close(_try_call(module, x), expected):
+            return partial(_matrix_factors, bias is not None, transposed)
+    return None
+
+
+def _matrix_factors(has_bias: bool, transposed: bool, x: Tensor, grad: Tensor, rows: Rows) -> Factors:
+    inputs_Rd, segments = rows.flatten(x.to(grad.dtype), 1)
+    grads_Rp, _ = rows.flatten(grad, 1)
+    left, right = (inputs_Rd, grads_Rp) if transposed else (grads_Rp, inputs_Rd)
+    factors: dict[str, Factor] = {"weight": Outer(left, right, segments)}
+    if has_bias:
+        factors["bias"] = Written(grad.float().reshape(rows.num_samples, -1, grad.shape[-1]).sum(1))
+    return factors
+
+
+def _recognise_lookup(module: nn.Embedding) -> MakeFactors | None:
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return None
+    weight = module.weight
+    ids = torch.arange(min(4, weight.shape[0]), device=weight.device)[None]
+    rows = weight[ids].float()
+    output = _try_call(module, ids)
+    if output is None or output.shape != rows.shape:
+        return None
+    norm = (rows * rows).sum()
+    scale = float((output.float() * rows).sum() / norm) if norm > 0 else 1.0
+    return partial(_lookup_factors, module.padding_idx, scale) if _close(output, scale * rows) else None
+
+
+def _lookup_factors(padding_idx: int | None, scale: float, ids: Tensor, grad: Tensor, rows: Rows) -> Factors:
+    ids_R, _ = rows.flatten(ids, 0)
+    grads_Rd, segments = rows.flatten(grad, 1)
+    if scale != 1.0:
+        grads_Rd = grads_Rd * scale
+    if padding_idx is not None:
+        # torch gives the padding index no gradient, also where a text really holds that token.
+        grads_Rd = grads_Rd * (ids_R != padding_idx).unsqueeze(1).to(grads_Rd.dtype)
+    return {"weight": Lookup(ids_R, grads_Rd, segments)}
+
+
+def _is_scale(module: nn.Module, weight: Tensor) -> bool:
+    """Whether the output is affine in the weight, element by element: y(w) = y(0) + w * (y(1) - y(0))."""
+    x = _probe_input(2, 3, weight.shape[0], like=weight)
+    at = {value: _try_call(module, x, {"weight": torch.full_like(weight, value)}) for value in (0.0, 1.0)}
+    zero, one = at[0.0], at[1.0]
+    if zero is None or one is None or zero.shape != x.shape:
+        return False
+    probe = _probe_input(weight.shape[0], like=weight)
+    bias = getattr(module, "bias", None)
+    shifted = {} if bias is None else {"bias": bias + 1.0}
+    return _close(_try_call(module, x, {"weight": probe}), zero + probe * (one - zero)) and (
+        bias is None or _close(_try_call(module, x, {"weight": probe, **shifted}), zero + probe * (one - zero) + 1.0)
+    )
+
+
+def _scale_factors(module: nn.Module, x: Tensor, grad: Tensor, rows: Rows) -> Factors:
+    """The derivative with respect to w is y(1) - y(0): the normalised input, whatever the module calls it."""
+    weight = module.get_parameter("weight")
+    with torch.no_grad():
+        ones = functional_call(module, {"weight": torch.ones_like(weight)}, (x,))
+        normalised = ones - functional_call(module, {"weight": torch.zeros_like(weight)}, (x,))
+    products = (normalised.float() * grad.float()).reshape(rows.num_samples, -1, grad.shape[-1])
+    factors: dict[str, Factor] = {"weight": Written(products.sum(1))}
+    if getattr(module, "bias", None) is not None:
+        factors["bias"] = Written(grad.float().reshape(rows.num_samples, -1, grad.shape[-1]).sum(1))
+    return factors
