@@ -12,6 +12,15 @@ from gradient_selectors.interaction import Decision, Interaction, equal_weights
 
 
 @dataclass(frozen=True)
+class Full:
+    """Every candidate with the same weight: plain training. Reads no view of the interaction, so none is computed."""
+
+    def decide(self, interaction: Interaction) -> Decision:
+        finite = torch.isfinite(interaction.gradients.losses_N).nonzero().squeeze(1).tolist()
+        return Decision(equal_weights(interaction.num_samples, finite))
+
+
+@dataclass(frozen=True)
 class TopK:
     """The k candidates with the largest positive `c_i`, with equal weights: first order, no redundancy."""
 

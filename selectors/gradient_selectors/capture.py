@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from gradient_selectors.factors import Factor, Segments
 from gradient_selectors.gradients import PoolGradients
-from gradient_selectors.head import Head, HeadBias, HeadWeight, head_forward_backward, loss_rows
+from gradient_selectors.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses, loss_rows
 from gradient_selectors.kinds import TOLERANCE, MakeFactors, Rows, recognise
 
 HEAD_PROBE_SCALE = 100.0
@@ -88,8 +88,8 @@ class GradientCapture:
         Raises UnsupportedParameterError naming the first trainable parameter that is not covered exactly: every kind
         is checked against autograd on a small batch, so a wrong factor cannot go unnoticed.
         """
-        # Duck-typed: nn.Module does not know the methods that transformers and PEFT add.
-        self._model: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+        causal_lm: Any = model  # duck-typed: transformers and PEFT add methods that nn.Module does not know
+        self._model = causal_lm.get_base_model() if hasattr(model, "get_base_model") else causal_lm
         self._autocast = autocast
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -127,6 +127,15 @@ class GradientCapture:
         finally:
             self._rows = None
             self._factors = defaultdict(list)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Mean loss of each sample (nats per token), (N,) float32: a forward pass only."""
+        batch = batch.to(self._device)
+        with torch.no_grad(), self._autocasting():
+            if self._head_module is None:
+                return mean_losses(self._model(**self._inputs(batch)).logits, batch.labels_NT)
+            head = Head(self._head_module.weight, self._head_module.bias)
+            return head_losses(head, self._hidden(batch), batch.labels_NT)
 
     def _through_chunked_head(self, batch: Batch) -> Tensor:
         module = self._head_module

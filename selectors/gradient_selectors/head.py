@@ -65,6 +65,16 @@ def loss_rows(labels_NT: Tensor) -> tuple[Tensor, Tensor, Segments]:
     return predicts_NT, labels_NT[:, 1:][predicts_NT[:, :-1]], Segments(offsets)
 
 
+def head_losses(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> Tensor:
+    """Mean loss of each sample (nats per token), (N,) float32; NaN for a sample without any label."""
+    rows = _head_rows(hidden_NTd, labels_NT)
+    token_loss_R = torch.empty_like(rows.scale_R)
+    for chunk in rows.chunks(head.weight.shape[0]):
+        logits_RV = head.logits(rows.hidden_Rd[chunk])
+        token_loss_R[chunk] = F.cross_entropy(logits_RV, rows.labels_R[chunk], reduction="none")
+    return _mean_within_samples(token_loss_R, rows)
+
+
 def head_forward_backward(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> tuple[Tensor, Tensor, HeadRows]:
     """Losses, the gradient of their sum with respect to the hidden states, and what weight gradients need later.
 
@@ -73,26 +83,33 @@ def head_forward_backward(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> 
         grad_NTd: gradient with respect to `hidden_NTd`, in its dtype; zero where a position carries no loss.
         rows: the positions that carry loss.
     """
+    rows = _head_rows(hidden_NTd, labels_NT)
+    token_loss_R = torch.empty_like(rows.scale_R)
+    grad_Rd = torch.empty_like(rows.hidden_Rd)
+    for chunk in rows.chunks(head.weight.shape[0]):
+        logits_RV = head.logits(rows.hidden_Rd[chunk])
+        rows.normaliser_R[chunk] = torch.logsumexp(logits_RV, dim=1)
+        picked_R = logits_RV.gather(1, rows.labels_R[chunk, None]).squeeze(1)
+        token_loss_R[chunk] = rows.normaliser_R[chunk] - picked_R
+        errors_RV = _errors(logits_RV, rows, chunk)
+        grad_Rd[chunk] = F.linear(errors_RV, head.weight.T).to(grad_Rd.dtype)
+    grad_NTd = torch.zeros_like(hidden_NTd)
+    grad_NTd[loss_rows(labels_NT)[0]] = grad_Rd
+    return _mean_within_samples(token_loss_R, rows), grad_NTd, rows
+
+
+def _head_rows(hidden_NTd: Tensor, labels_NT: Tensor) -> HeadRows:
     predicts_NT, labels_R, segments = loss_rows(labels_NT)
     hidden_Rd = hidden_NTd[predicts_NT]
     counts_N = torch.tensor(segments.offsets, device=hidden_Rd.device).diff().float()
     scale_R = (1.0 / counts_N)[segments.owners_R.to(hidden_Rd.device)]
-    rows = HeadRows(hidden_Rd, labels_R, scale_R, torch.empty_like(scale_R), segments)
-    token_loss_R = torch.empty_like(scale_R)
-    grad_Rd = torch.empty_like(hidden_Rd)
-    weight = head.weight
-    for chunk in rows.chunks(weight.shape[0]):
-        logits_RV = head.logits(hidden_Rd[chunk])
-        rows.normaliser_R[chunk] = torch.logsumexp(logits_RV, dim=1)
-        picked_R = logits_RV.gather(1, labels_R[chunk, None]).squeeze(1)
-        token_loss_R[chunk] = rows.normaliser_R[chunk] - picked_R
-        errors_RV = _errors(logits_RV, rows, chunk)
-        grad_Rd[chunk] = F.linear(errors_RV, weight.T).to(grad_Rd.dtype)
-    losses_N = segments.sum(token_loss_R * scale_R)
-    losses_N[counts_N == 0] = torch.nan
-    grad_NTd = torch.zeros_like(hidden_NTd)
-    grad_NTd[predicts_NT] = grad_Rd
-    return losses_N, grad_NTd, rows
+    return HeadRows(hidden_Rd, labels_R, scale_R, torch.empty_like(scale_R), segments)
+
+
+def _mean_within_samples(token_loss_R: Tensor, rows: HeadRows) -> Tensor:
+    losses_N = rows.segments.sum(token_loss_R * rows.scale_R)
+    losses_N[torch.tensor(rows.segments.offsets).diff() == 0] = torch.nan
+    return losses_N
 
 
 def _errors(logits_RV: Tensor, rows: HeadRows, chunk: slice) -> Tensor:

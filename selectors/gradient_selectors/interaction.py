@@ -8,6 +8,7 @@ touches the model.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +89,13 @@ class Decision:
         """Effective sample size of the coefficients, (sum w)^2 / sum w^2; 0 without any."""
         total = float(self.weights_N.sum())
         return total**2 / float((self.weights_N**2).sum()) if total > 0 else 0.0
+
+
+class Selector(Protocol):
+    """Anything that turns a pool's interaction into a decision."""
+
+    def decide(self, interaction: Interaction) -> Decision:
+        """Coefficients for the pool; all zero if nothing in it helps."""
 
 
 def equal_weights(num_samples: int, chosen: Sequence[int]) -> Tensor:
