@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 ENVIRONMENT_PREFIX = "STREAM_TRAINER_"
 
@@ -339,6 +339,17 @@ class Settings(BaseSettings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     server: ServerSettings = ServerSettings()
     log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is passed in and nothing else: `settings_loading` reads the environment, one line per mistake."""
+        return (init_settings,)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -1,0 +1,189 @@
+"""The command line, `stream-trainer`. Heavy modules are imported by the command that needs them: help is instant.
+
+Problems are printed on standard error as `error: ...`, one line each, and the exit code tells their kind (`errors.py`).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from stream_trainer import __version__
+from stream_trainer.errors import SettingsError, StreamTrainerError
+
+_DESCRIPTION = "Fine-tunes a language model continuously from a Kafka topic, on the samples that move it to a target."
+
+_COMMANDS = """\
+commands:
+  run        train from the stream until told to stop
+  produce    publish a JSONL file as records of a topic
+  demo       broker, stream, training and report on this machine, in minutes
+  config     show, check or describe the settings
+
+examples:
+  stream-trainer demo
+  stream-trainer config check --config stream-trainer.yaml
+  stream-trainer run --config stream-trainer.yaml --optimizer.learning_rate=1e-5
+  STREAM_TRAINER_SOURCE__KAFKA__TOPIC=samples stream-trainer run --config stream-trainer.yaml
+
+`stream-trainer COMMAND --help` tells more; `stream-trainer run --help` lists every setting.
+"""
+
+_SETTINGS_HELP = """\
+Settings come from the file, then the environment, then the command line; the later wins. The setting
+source.kafka.topic, for example, is
+
+  in the file           source:
+                          kafka:
+                            topic: samples
+  in the environment    STREAM_TRAINER_SOURCE__KAFKA__TOPIC=samples
+  on the command line   --source.kafka.topic=samples
+
+STREAM_TRAINER_CONFIG may name the file. Lists and mappings are written as in YAML: --optimizer.betas='[0.9, 0.95]'.
+"""
+
+_RUN_EXAMPLES = """\
+examples:
+  stream-trainer run --config stream-trainer.yaml
+  stream-trainer run --source.kafka.topic=samples --model.name=./model --target.path=target.jsonl
+  stream-trainer run --config stream-trainer.yaml --source.kind=jsonl --source.jsonl.path=- < samples.jsonl
+
+SIGTERM and Ctrl-C end the run with a checkpoint; the next run with the same checkpoint.dir goes on from there.
+Exit codes: 0 done, 2 settings, 3 stream, 4 data loss, 5 checkpoint.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports its errors like all others, in one line, rather than below the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; see {self.prog} --help")
+
+
+class _SettingsHelp(argparse.Action):
+    """`--help` with every setting, which takes a moment to gather and so is done only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from stream_trainer.settings_help import describe_settings
+
+        _print(f"{parser.format_help()}\n{_SETTINGS_HELP}\n{describe_settings()}".rstrip("\n"))
+        parser.exit()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, that of the error, or 130 after Ctrl-C."""
+    parser = _parser("stream-trainer", _DESCRIPTION, _COMMANDS)
+    parser.add_argument("--version", action="version", version=f"stream-trainer {__version__}")
+    parser.add_argument("command", choices=_HANDLERS, metavar="COMMAND", help="run, produce, demo or config")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
+    try:
+        known = parser.parse_args(argv)
+        return _HANDLERS[known.command](known.arguments)
+    except StreamTrainerError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(command: str, description: str, epilog: str = "", takes_settings: bool = False) -> _Parser:
+    """The parser of one command. Settings are left over for `load_settings`; `--help` lists them all."""
+    parser = _Parser(
+        command,
+        usage=f"{command} [--config FILE] [--section.name=VALUE ...]" if takes_settings else None,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=not takes_settings,
+    )
+    if takes_settings:
+        parser.add_argument("-h", "--help", action=_SettingsHelp, nargs=0, help="show this and every setting, and exit")
+        parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    return parser
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "stream-trainer run", "Train from the stream until told to stop.", _RUN_EXAMPLES, takes_settings=True
+    )
+    known, overrides = parser.parse_known_args(arguments)
+
+    from stream_trainer.checks import check_offline, require
+    from stream_trainer.logs import configure_logging
+    from stream_trainer.settings_loading import load_settings
+
+    settings = load_settings(known.config, overrides)
+    require(check_offline(settings))
+    configure_logging(settings.log)
+
+    from stream_trainer.service import run
+
+    return run(settings)
+
+
+def _produce(arguments: Sequence[str]) -> int:
+    from stream_trainer.produce import add_produce_arguments, run_produce
+
+    parser = _parser("stream-trainer produce", "Publish a JSONL file as records of a topic.")
+    add_produce_arguments(parser)
+    return run_produce(parser.parse_args(arguments))
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    from stream_trainer.demo import add_demo_arguments, run_demo
+
+    parser = _parser("stream-trainer demo", "Broker, stream, training and report on this machine, in minutes.")
+    add_demo_arguments(parser)
+    return run_demo(parser.parse_args(arguments))
+
+
+def _config(arguments: Sequence[str]) -> int:
+    parser = _parser("stream-trainer config", "Show, check or describe the settings.", takes_settings=True)
+    parser.usage = "stream-trainer config {show,check,schema} [--config FILE] [--section.name=VALUE ...]"
+    parser.add_argument(
+        "action",
+        choices=("show", "check", "schema"),
+        help="the settings in force, as YAML; whether all they name is there; the JSON schema of the file",
+    )
+    known, overrides = parser.parse_known_args(arguments)
+
+    from stream_trainer.settings_help import schema, show
+    from stream_trainer.settings_loading import load_settings
+
+    if known.action == "schema":
+        _print(json.dumps(schema(), indent=2))
+        return 0
+    settings = load_settings(known.config, overrides)
+    if known.action == "show":
+        _print(show(settings).rstrip("\n"))
+        return 0
+
+    from stream_trainer.checks import check_all, require
+
+    checks = check_all(settings)
+    for check in checks:
+        if check.ok:
+            _print(f"ok: {check.name}: {check.detail}")
+    require(checks)
+    return 0
+
+
+_HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": _run,
+    "produce": _produce,
+    "demo": _demo,
+    "config": _config,
+}
+
+
+def _print(text: str) -> None:
+    """To standard output, whose reader (`head`, say) may have seen enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
