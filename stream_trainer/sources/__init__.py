@@ -1,1 +1,14 @@
-"""Where records come from: one small protocol, and a module for each kind of stream."""
+"""Where records come from: one protocol (`base`), a Kafka topic (`kafka`), a file or standard input (`jsonl`)."""
+
+from stream_trainer.settings import SourceSettings
+from stream_trainer.sources.base import Source
+from stream_trainer.sources.jsonl import JsonlSource
+
+
+def open_source(settings: SourceSettings) -> Source:
+    """The source that `source.kind` names, not yet started. Raises SettingsError if it cannot work here."""
+    if settings.kind == "jsonl":
+        return JsonlSource(settings.jsonl)
+    from stream_trainer.sources.kafka import KafkaSource  # only who reads a topic needs a Kafka client
+
+    return KafkaSource(settings.kafka)

@@ -1,0 +1,215 @@
+"""A file of one JSON object a line, or a stream such as standard input, as a source. Positions are byte offsets.
+
+A file is read from its cursor on. A stream cannot be sought (standard input, a FIFO): what lies before the cursor is
+read and dropped, so piping the same bytes in again resumes where a run ended. A stream ends when its writer closes it,
+with or without `follow`.
+
+Lines are returned as they are, empty ones too: what is no sample is dead-lettered later, with its position.
+"""
+
+import logging
+import os
+import select
+import stat
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from stream_trainer.errors import DataLossError, SettingsError
+from stream_trainer.records import Partition, Record
+from stream_trainer.settings import JsonlSettings
+
+CHUNK_BYTES = 64 * 1024
+MAX_LINE_BYTES = 64 * 1024 * 1024  # of a longer line only these first bytes are kept; it is no sample anyway
+FOLLOW_INTERVAL_S = 0.05
+
+logger = logging.getLogger(__name__)
+
+
+class JsonlSource:
+    """The source for `source.kind: jsonl`. See `sources.base.Source` for the protocol."""
+
+    records_lost = 0  # a file that has lost bytes ends the run: what is missing cannot be told
+
+    def __init__(self, settings: JsonlSettings) -> None:
+        self._path = settings.path or "-"
+        self._follow = settings.follow
+        self._partition = Partition(self._path, 0)
+        self._fd: int | None = None
+        self._is_stream = False
+        self._to_skip = 0  # bytes of a stream that come before the cursor
+        self._line = bytearray()  # the beginning of the line whose end has not been read
+        self._line_start = 0
+        self._read_to = 0
+        self._paused = False
+        self._at_end = False
+
+    def start(self, cursor: Mapping[Partition, int], identity: Mapping[str, str]) -> None:  # noqa: ARG002
+        """Open the file and go to the cursor.
+
+        Raises SettingsError if it cannot be opened, DataLossError if it ends before the cursor or has no line there.
+        """
+        position = cursor.get(self._partition, 0)
+        if others := sorted(p.topic for p in cursor if p != self._partition):
+            logger.warning("the cursor of %s is left behind: source.jsonl.path=%s", ", ".join(others), self._path)
+        self._fd = self._open()
+        self._is_stream = not stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._line_start = position
+        if self._is_stream:
+            self._to_skip = position
+            if position:
+                logger.info("source.jsonl.path=%s: dropping the %d bytes before the cursor", self._path, position)
+        else:
+            self._seek(position)
+
+    def poll(self, timeout_s: float) -> list[Record]:
+        """Lines in order, about `CHUNK_BYTES` of them at a time.
+
+        Raises DataLossError if the file was cut or replaced while it is read.
+        """
+        if self._paused or self._at_end:
+            time.sleep(timeout_s)
+            return []
+        deadline = time.monotonic() + timeout_s
+        while True:
+            chunk = self._read_stream(deadline) if self._is_stream else self._read_file()
+            if chunk:
+                records = self._split(chunk)
+            elif chunk is not None and (self._is_stream or not self._follow):
+                return self._end()
+            else:
+                self._wait(deadline)
+                records = []
+            if records or time.monotonic() >= deadline:
+                return records
+
+    def pause(self) -> None:
+        """Stop reading."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Read again."""
+        self._paused = False
+
+    def commit(self, positions: Mapping[Partition, int], step: int) -> None:
+        """Nobody else keeps positions in a file."""
+
+    def positions(self) -> Mapping[Partition, int]:
+        """The byte at which the next record starts."""
+        return {self._partition: self._line_start}
+
+    def end_positions(self) -> Mapping[Partition, int]:
+        """The file's size; of a stream, what has been read of it."""
+        if self._fd is None or self._is_stream:
+            return {self._partition: max(self._read_to, self._line_start)}
+        return {self._partition: os.fstat(self._fd).st_size}
+
+    def identity(self) -> Mapping[str, str]:
+        """Empty: a file may be copied elsewhere and read on."""
+        return {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last line has been returned."""
+        return self._at_end
+
+    def close(self) -> None:
+        """Close the file; standard input stays open."""
+        if self._fd is not None and self._path != "-":
+            os.close(self._fd)
+        self._fd = None
+
+    def _open(self) -> int:
+        if self._path == "-":
+            return sys.stdin.fileno()
+        if Path(self._path).is_dir():
+            raise SettingsError(f"source.jsonl.path={self._path} is a directory; name a file, or - for standard input")
+        try:
+            return os.open(self._path, os.O_RDONLY)
+        except OSError as error:
+            raise SettingsError(
+                f"source.jsonl.path={self._path} cannot be opened ({error.strerror}); correct the path"
+            ) from None
+
+    def _seek(self, position: int) -> None:
+        """Go to `position`, which must be the start of a line or the end of the file."""
+        assert self._fd is not None
+        size = os.fstat(self._fd).st_size
+        if position > size:
+            raise self._cut(f"ends at byte {size}, but the cursor is {position}")
+        around = os.pread(self._fd, 2, position - 1) if position else b""
+        if around[1:] == b"\n" and around[:1] != b"\n":
+            position += 1  # the last line had no newline when it was read; now it has
+        elif len(around) == 2 and around[:1] != b"\n":
+            raise self._cut(f"has no line starting at the cursor, byte {position}")
+        self._line_start = self._read_to = os.lseek(self._fd, position, os.SEEK_SET)
+
+    def _read_stream(self, deadline: float) -> bytes | None:
+        """What has arrived after the cursor; None if nothing did before `deadline`, empty at the end."""
+        assert self._fd is not None
+        while select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            chunk = os.read(self._fd, CHUNK_BYTES)
+            self._read_to += len(chunk)
+            wanted = chunk[self._to_skip :]
+            self._to_skip -= len(chunk) - len(wanted)
+            if wanted:
+                return wanted
+            if not chunk:
+                if self._to_skip:
+                    raise self._cut(f"ended {self._to_skip} bytes before the cursor, {self._line_start}")
+                return b""
+        return None
+
+    def _read_file(self) -> bytes:
+        assert self._fd is not None
+        chunk = os.read(self._fd, CHUNK_BYTES)
+        self._read_to += len(chunk)
+        return chunk
+
+    def _wait(self, deadline: float) -> None:
+        """Let a followed file grow. It must stay the same file, and never shrink."""
+        if self._is_stream:
+            return
+        assert self._fd is not None
+        mine = os.fstat(self._fd)
+        if mine.st_size < self._read_to:
+            raise self._cut(f"was cut to {mine.st_size} bytes, of which {self._read_to} had been read")
+        try:
+            same = os.path.samestat(mine, os.stat(self._path))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise self._cut("was moved or replaced while it was followed")
+        time.sleep(min(FOLLOW_INTERVAL_S, max(0.0, deadline - time.monotonic())))
+
+    def _split(self, chunk: bytes) -> list[Record]:
+        """The lines that end in `chunk`, the first of which may have begun before it."""
+        *ended, rest = chunk.split(b"\n")
+        records = []
+        position = self._read_to - len(chunk)
+        for line in ended:
+            position += len(line) + 1
+            self._append(line)
+            records.append(self._take_line(position))
+        self._append(rest)
+        return records
+
+    def _append(self, piece: bytes) -> None:
+        self._line += piece[: max(0, MAX_LINE_BYTES - len(self._line))]
+
+    def _take_line(self, next_offset: int) -> Record:
+        record = Record(self._partition, self._line_start, next_offset, bytes(self._line))
+        self._line.clear()
+        self._line_start = next_offset
+        return record
+
+    def _end(self) -> list[Record]:
+        """At the end of everything a last line counts without its newline."""
+        self._at_end = True
+        return [self._take_line(self._read_to)] if self._read_to > self._line_start else []
+
+    def _cut(self, what: str) -> DataLossError:
+        return DataLossError(
+            f"source.jsonl.path={self._path} {what}; restore the file, or start anew with another checkpoint.dir"
+        )
