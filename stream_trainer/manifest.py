@@ -1,0 +1,86 @@
+"""Make the files of a directory durable, and tell later whether they are still as they were written."""
+
+import hashlib
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from stream_trainer.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class DamagedError(Exception):
+    """The files are not as the manifest says."""
+
+
+def write_manifest(directory: Path, step: int) -> int:
+    """Make every file durable, then the manifest, then the directories. Return the bytes of all files."""
+    files: dict[str, dict[str, int | str]] = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        sync(path)
+        files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = directory / MANIFEST
+    content = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "files": files,
+    }
+    manifest.write_text(_manifest_text(content))
+    sync(manifest)
+    for path in [path for path in directory.rglob("*") if path.is_dir()]:
+        sync(path)
+    sync(directory)
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def verify(path: Path, step: int) -> None:
+    """Raise DamagedError or OSError unless every file is as the manifest says."""
+    text = (path / MANIFEST).read_bytes().decode(errors="replace")
+    try:
+        content = json.loads(text)
+        del content["sha256"]
+        intact = text == _manifest_text(content) and content["step"] == step
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise DamagedError(f"{MANIFEST} is not as it was written")
+    if content["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint {path} has format_version={content['format_version']}, this version reads {FORMAT_VERSION}; "
+            f"use the version of stream-trainer that wrote it, or set another checkpoint.dir"
+        )
+    for name, expected in content["files"].items():
+        size = (path / name).stat().st_size
+        if size != expected["size"]:
+            raise DamagedError(f"{name} has {size} bytes instead of {expected['size']}")
+    for name, expected in content["files"].items():
+        if _sha256(path / name) != expected["sha256"]:
+            raise DamagedError(f"{name} has other contents than were written")
+
+
+def _manifest_text(content: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=2)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
