@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stream_trainer.cursor import Cursor
@@ -146,6 +146,7 @@ def records_of(spacing: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return records
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.tuples(logs, logs), st.data())
 def test_each_record_is_decided_exactly_once_whatever_happens(
     spacings: tuple[list[tuple[int, int]], list[tuple[int, int]]], data: st.DataObject

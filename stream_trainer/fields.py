@@ -1,0 +1,156 @@
+"""One record's bytes to checked fields, before any tokenizer sees them. `samples` documents the format."""
+
+import json
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from stream_trainer.errors import SampleError
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_TIMESTAMP = 253_402_300_800.0  # the year 10000: anything later is a mistake in the unit, such as milliseconds
+FORMS = (("text",), ("prompt", "response"), ("messages",))
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What a record says.
+
+    Attributes:
+        form: `{"text"}`, `{"prompt", "response"}` or `{"messages"}` with their values, unchecked.
+        timestamp: seconds since the epoch, or None if the record does not say.
+    """
+
+    form: dict[str, Any]
+    weight: float
+    timestamp: float | None
+    id: str | None
+    domain: str | None
+
+
+def parse_fields(value: bytes, max_bytes: int) -> Fields:
+    """Raises SampleError if the bytes are not one JSON object with exactly one form."""
+    fields = _json_object(value, max_bytes)
+    return Fields(
+        form=_only_form(fields),
+        weight=_weight(fields.get("weight")),
+        timestamp=_timestamp(fields.get("timestamp")),
+        id=_id(fields.get("id")),
+        domain=_label("domain", fields.get("domain")),
+    )
+
+
+def text_of(name: str, value: object) -> str:
+    """`value` as a string that says something."""
+    if not isinstance(value, str):
+        raise SampleError("wrong_type", f"{name} is a {type(value).__name__}, not a string")
+    if not value.strip():
+        raise SampleError("empty", f"{name} is empty")
+    check_surrogates(value)
+    return value
+
+
+def _json_object(value: bytes, max_bytes: int) -> dict[str, Any]:
+    if not value:
+        raise SampleError("empty", "the value has no bytes")
+    if len(value) > max_bytes:
+        raise SampleError("too_large", f"{len(value)} bytes are more than {max_bytes}")
+    try:
+        fields = _JSON.decode(str(value.removeprefix(BYTE_ORDER_MARK), "utf-8"))
+    except UnicodeDecodeError as error:
+        raise SampleError("bad_utf8", f"byte {error.start} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise SampleError("bad_json", f"{error.msg} at character {error.pos}") from error
+    except RecursionError as error:
+        raise SampleError("too_deep", "nested too deeply") from error
+    except ValueError as error:  # Python limits the digits of an integer
+        raise SampleError("bad_number", "an integer has too many digits") from error
+    if not isinstance(fields, dict):
+        raise SampleError("not_an_object", f"the value is a {type(fields).__name__}")
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise SampleError("bad_json", "a key appears twice in an object")
+    return fields
+
+
+def _no_constant(name: str) -> None:
+    raise SampleError("bad_number", f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _only_form(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the one form that is given."""
+    begun = [form for form in FORMS if any(name in fields for name in form)]
+    if len(begun) > 1:
+        names = ", ".join(name for form in begun for name in form if name in fields)
+        raise SampleError("ambiguous_fields", f"{names} exclude each other")
+    if not begun or not all(name in fields for name in begun[0]):
+        raise SampleError("missing_fields", "needs text, or prompt and response, or messages")
+    return {name: fields[name] for name in begun[0]}
+
+
+def check_surrogates(text: str) -> None:
+    """JSON can spell half a surrogate pair, which is no character and has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError("lone_surrogate", f"character {error.start} of a string is half a surrogate pair") from error
+
+
+def _label(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise SampleError("wrong_type", f"{name} is a {type(value).__name__}, not a string")
+    check_surrogates(value)
+    return value
+
+
+def _id(value: object) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _label("id", value)
+
+
+def _number(name: str, value: object) -> float:
+    """`value` as a finite float; an integer may be beyond one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SampleError("wrong_type", f"{name} is a {type(value).__name__}, not a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise SampleError("bad_number", f"{name} is not finite")
+    return number
+
+
+def _weight(value: object) -> float:
+    weight = 1.0 if value is None else _number("weight", value)
+    if weight <= 0:
+        raise SampleError("bad_number", "weight is not above 0")
+    return weight
+
+
+def _timestamp(value: object) -> float | None:
+    """Seconds since the epoch."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value)
+            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError) as error:
+            raise SampleError("bad_number", "timestamp is neither a number nor ISO 8601") from error
+    else:
+        seconds = _number("timestamp", value)
+    if not 0 <= seconds < MAX_TIMESTAMP:
+        raise SampleError("bad_number", "timestamp is not between 1970 and 9999; it is in seconds, not milliseconds")
+    return seconds
