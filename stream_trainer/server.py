@@ -25,6 +25,7 @@ from stream_trainer.settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 CLIENT_TIMEOUT_S = 10.0  # a client that sends or takes nothing for this long is let go
+STOP_POLL_S = 0.1  # how long `stop` may have to wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Server:
             self._http = _HttpServer(host, port, self._pages)
         except OSError as error:
             raise SettingsError(listen_problem(self._settings, error)) from None
-        threading.Thread(target=self._http.serve_forever, name="http", daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(STOP_POLL_S,), name="http", daemon=True).start()
         port = self._http.server_address[1]
         logger.info("listening on http://%s:%d", host, port)
         return host, port

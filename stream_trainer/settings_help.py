@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from stream_trainer.settings import Settings
-from stream_trainer.settings_loading import fields, section_of
+from stream_trainer.settings_mistakes import fields, section_of
 
 _WIDTH = 100
 _WORDS = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH", SecretStr: "SECRET", dict: "MAPPING"}

@@ -4,62 +4,26 @@ An option `--source.kafka.topic=VALUE` and a variable `STREAM_TRAINER_SOURCE__KA
 a structured VALUE (`[0.9, 0.95]`, `{model_type: llama}`, `null`) is YAML in both. `Settings` says what may be set.
 """
 
-import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 from pydantic_settings import EnvSettingsSource
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.settings import ENVIRONMENT_PREFIX, Settings
+from stream_trainer.settings_mistakes import MASK, Layer, mistakes_of, section_of, unknown_name
 
 CONFIG_VARIABLE = f"{ENVIRONMENT_PREFIX}CONFIG"
-MASK = "**********"
 
-# A value may be a password without standing in a field of that kind: a misplaced line, or a URL with a user in it.
-_SECRET_NAME = re.compile(r"passw|pasw|secret|credential|api_?key|(^|\.)token$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"[^\s/:]+:[^\s/@]+@")
-
-_PROBLEMS = {
-    "missing": "needs a value; set it in the file, or as --{name}=VALUE",
-    "literal_error": "must be {expected}; choose one",
-    "greater_than_equal": "must be at least {ge:g}; raise it",
-    "greater_than": "must be more than {gt:g}; raise it",
-    "less_than_equal": "must be at most {le:g}; lower it",
-    "less_than": "must be less than {lt:g}; lower it",
-    "finite_number": "must be finite; give a number",
-    "int_parsing": "is no whole number; give one",
-    "int_type": "is no whole number; give one",
-    "int_from_float": "is no whole number; give one",
-    "float_parsing": "is no number; give one",
-    "float_type": "is no number; give one",
-    "bool_parsing": "is neither true nor false; give one of them",
-    "bool_type": "is neither true nor false; give one of them",
-    "string_type": "is no text; put it in quotes",
-    "path_type": "is no path; give one as text",
-    "string_pattern_mismatch": "does not match {pattern}; use only what that allows",
-    "dict_type": "is no mapping; write name: value lines below it",
-    "model_type": "is no mapping; write name: value lines below it",
-    "tuple_type": "is no list; write [a, b]",
-    "too_long": "has more than {max_length} values; leave some out",
-}
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The settings one place gives, nested as in the file. `origin` tells the user where that place is."""
-
-    origin: str
-    values: dict[str, Any]
+# Kubernetes puts these into every pod beside a service named stream-trainer. They are no settings of ours.
+_KUBERNETES = re.compile(r"(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_\w+)=.*|PORT=\w+://.*")
 
 
 def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:
@@ -71,13 +35,13 @@ def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:
     mistakes: list[str] = []
     file = path if path is not None else os.environ.get(CONFIG_VARIABLE)
     layers = [
-        _Layer("command line", _from_texts(_options(overrides, mistakes), "command line", mistakes)),
-        _Layer("environment", _from_texts(_variables(), "environment", mistakes)),
+        Layer("command line", _from_texts(_options(overrides, mistakes), "command line", mistakes)),
+        Layer("environment", _from_texts(_variables(), "environment", mistakes)),
     ]
     if file is not None:
-        layers.append(_Layer(str(file), read_yaml(Path(file))))
+        layers.append(Layer(str(file), read_yaml(Path(file))))
     known = [
-        _Layer(layer.origin, _without_unknown(layer.values, Settings, "", layer.origin, mistakes)) for layer in layers
+        Layer(layer.origin, _without_unknown(layer.values, Settings, "", layer.origin, mistakes)) for layer in layers
     ]
     merged: dict[str, Any] = {name: {} for name, field in Settings.model_fields.items() if field.is_required()}
     for layer in reversed(known):
@@ -85,25 +49,10 @@ def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:
-        mistakes += _lines(error, known, names_are_right=not mistakes)
+        mistakes += mistakes_of(error, known, names_are_right=not mistakes)
     if mistakes:
         raise SettingsError("\n".join(mistakes))
     return settings
-
-
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The class of a field that is a section, also of one that may be absent; None for a plain setting."""
-    kinds = (field.annotation, *get_args(field.annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def fields(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting and section with its dotted name, a section before its parts."""
-    for name, field in section.model_fields.items():
-        yield prefix + name, field
-        inner = section_of(field)
-        if inner is not None:
-            yield from fields(inner, f"{prefix}{name}.")
 
 
 # The file
@@ -115,9 +64,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
             if isinstance(key.value, str) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -175,11 +124,12 @@ def _value(text: str) -> Any:
 
 def _variables() -> dict[str, str]:
     """Dotted name -> text, of all variables with our prefix."""
-    return {
-        name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", "."): text
-        for name, text in os.environ.items()
-        if name.upper().startswith(ENVIRONMENT_PREFIX) and name.upper() != CONFIG_VARIABLE
-    }
+    texts = {}
+    for variable, text in os.environ.items():
+        name = variable.upper().removeprefix(ENVIRONMENT_PREFIX)
+        if name not in (variable.upper(), "CONFIG") and not _KUBERNETES.fullmatch(f"{name}={text}"):
+            texts[name.lower().replace("__", ".")] = text
+    return texts
 
 
 def _options(arguments: Sequence[str], mistakes: list[str]) -> dict[str, str]:
@@ -206,7 +156,7 @@ def _from_texts(texts: Mapping[str, str], origin: str, mistakes: list[str]) -> d
         if name.partition(".")[0] in Settings.model_fields:
             known[ENVIRONMENT_PREFIX.lower() + name.replace(".", "__")] = text
         else:
-            mistakes.append(_unknown(name, "", Settings, origin))
+            mistakes.append(unknown_name(name, "", Settings, origin))
     values: dict[str, Any] = _nulls(_Texts(known)())
     config = values.get("model", {})
     if isinstance(config, dict) and isinstance(config.get("config"), dict):
@@ -240,7 +190,7 @@ def _without_unknown(
     for name, value in values.items():
         field = section.model_fields.get(name)
         if field is None:
-            mistakes.append(_unknown(f"{prefix}{name}", prefix, section, origin))
+            mistakes.append(unknown_name(f"{prefix}{name}", prefix, section, origin))
             continue
         inner = section_of(field)
         if inner is not None and value is None and NoneType not in get_args(field.annotation):
@@ -251,92 +201,3 @@ def _without_unknown(
             mistakes.append(f"{prefix}{name} ({origin}) is masked, as config show prints it; give the password itself")
         known[name] = value
     return known
-
-
-def _unknown(name: str, prefix: str, section: type[BaseModel], origin: str) -> str:
-    """The line for an unknown name, with the nearest right one: its neighbour, or the same word in another section."""
-    first, _, rest = name[len(prefix) :].partition(".")
-    near = difflib.get_close_matches(first, section.model_fields, n=1)
-    suggestion = f"{prefix}{near[0]}{'.' + rest if rest else ''}" if near else None
-    names = [known for known, _ in fields()]
-    if suggestion not in names:
-        ending = [known for known in names if known.endswith("." + name.rpartition(".")[2])]
-        pool, cutoff = (ending, 0.3) if ending else ([] if prefix else names, 0.6)
-        suggestion = next(iter(difflib.get_close_matches(suggestion or name, pool, n=1, cutoff=cutoff)), suggestion)
-    place = prefix[:-1] or "the top level"
-    remedy = f"did you mean {suggestion}?" if suggestion else f"{place} has {', '.join(section.model_fields)}"
-    return f"unknown setting {name} ({origin}); {remedy}"
-
-
-# Saying what is wrong
-
-
-def _lines(error: ValidationError, layers: Sequence[_Layer], names_are_right: bool) -> list[str]:
-    """One line per setting that is wrong. A union of types reports once per member; those become one line.
-
-    While names are wrong, nothing is said of what is missing: most likely it stands under the wrong name.
-    """
-    problems: dict[str, list[str]] = {}
-    for details in error.errors(include_url=False):
-        name, index = _name(details["loc"])
-        text = _problem(details, name)
-        if details["type"] in ("value_error", "missing"):
-            if not names_are_right:
-                continue
-            line = f"{name}:" if name and details["type"] == "value_error" else name
-        else:
-            line = f"{name}{index}={shown(name, details['input'])} ({_origin(name, layers)})"
-        problems.setdefault(line, []).append(text)
-    return [f"{line} {' or '.join(texts)}".strip() for line, texts in problems.items()]
-
-
-def _name(loc: tuple[int | str, ...]) -> tuple[str, str]:
-    """Dotted name of the setting at `loc`, and the position within its value (`[1]`) or nothing."""
-    names = {name for name, _ in fields()}
-    dotted = ""
-    for depth, part in enumerate(loc):
-        longer = f"{dotted}.{part}" if dotted else str(part)
-        if longer not in names:
-            # What follows is an index, or the name of a type in a union, which means nothing to a user.
-            return dotted, "".join(f"[{index}]" for index in loc[depth:] if isinstance(index, int))
-        dotted = longer
-    return dotted, ""
-
-
-def _problem(details: ErrorDetails, name: str) -> str:
-    kind, context = details["type"], details.get("ctx", {})
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", context["expected"])
-        spelt = {choice.lower(): choice for choice in choices}
-        near = difflib.get_close_matches(str(details["input"]).lower(), spelt, n=1)
-        if near:
-            return f"must be {context['expected']}; did you mean {spelt[near[0]]}?"
-    template = _PROBLEMS.get(kind)
-    if template is None:
-        return f"is wrong: {details['msg']}; see stream-trainer run --help"
-    return template.format(name=name, **context)
-
-
-def _origin(name: str, layers: Sequence[_Layer]) -> str:
-    """Where the value of `name` comes from: the highest layer that has it."""
-    for layer in layers:
-        value: Any = layer.values
-        for part in name.split("."):
-            value = value.get(part, layer) if isinstance(value, dict) else layer
-        if value is not layer:
-            return layer.origin
-    return "default"
-
-
-def shown(name: str, value: Any) -> str:
-    """`value` as an error may quote it: short, on one line, and masked if it is or may be a password."""
-    field = dict(fields()).get(name)
-    annotations = () if field is None else (field.annotation, *get_args(field.annotation))
-    if SecretStr in annotations or _SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)):
-        return MASK
-    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(part, dict | list) for part in value)):
-        return f"a {type(value).__name__}"
-    text = value if isinstance(value, str) and re.fullmatch(r"\S+", value) and value.isprintable() else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -65,11 +65,9 @@ def test_levels_and_noise() -> None:
 
 def test_warnings_are_logged() -> None:
     out = io.StringIO()
-    configure_logging(LogSettings(), out)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        logging.captureWarnings(True)
+        configure_logging(LogSettings(), out)
         warnings.warn("old option", UserWarning, stacklevel=1)
-        logging.captureWarnings(False)
     assert "WARNING py.warnings:" in out.getvalue()
     assert "old option" in out.getvalue()

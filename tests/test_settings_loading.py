@@ -8,7 +8,8 @@ import yaml
 from stream_trainer.errors import SettingsError
 from stream_trainer.settings import Settings
 from stream_trainer.settings_help import describe_settings, schema, show
-from stream_trainer.settings_loading import CONFIG_VARIABLE, MASK, fields, load_settings, shown
+from stream_trainer.settings_loading import CONFIG_VARIABLE, load_settings
+from stream_trainer.settings_mistakes import MASK, fields, shown
 
 ENOUGH = ["--source.kafka.topic=samples", "--model.name=model", "--target.path=target.jsonl"]
 
@@ -94,6 +95,23 @@ def test_all_mistakes_are_told_at_once_with_their_place(tmp_path: Path, monkeypa
     ]
 
 
+def test_each_validator_has_its_line() -> None:
+    assert mistakes(None) == [
+        "source.kind=kafka needs source.kafka.topic; name the topic to train on",
+        "model: exactly one of name and config must be set, neither is; set name to a model directory",
+        "target.path needs a value; set it in the file, or as --target.path=VALUE",
+    ]
+
+
+def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_9464_TCP_ADDR"):
+        monkeypatch.setenv(f"STREAM_TRAINER_{name}", "10.0.0.1")
+    monkeypatch.setenv("STREAM_TRAINER_PORT", "tcp://10.0.0.1:9464")
+    assert load_settings(None, ENOUGH).server.port == 9464
+    monkeypatch.setenv("STREAM_TRAINER_PORT", "9000")
+    assert mistakes(None, *ENOUGH) == ["unknown setting port (environment); did you mean server.port?"]
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
@@ -171,6 +189,8 @@ def test_quoted_values_stay_on_one_short_line() -> None:
         ("log: {}\nserver: {}\nlog: {}\n", ", line 3: log is set twice"),
         ("a: 1\n---\nb: 2\n", ", line 2: "),
         ("a: 2024-13-45\n", "is not valid YAML"),
+        ("? [a, b]\n: c\n", ", line 1: "),
+        ("a: !!python/object:os.system x\n", ", line 1: "),
     ],
 )
 def test_a_file_that_is_no_settings_file(text: str, problem: str, tmp_path: Path) -> None:
