@@ -1,0 +1,112 @@
+"""Stand-ins at the service's own seams: a source of records in memory, dead letters in a list, ready-made samples."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from stream_trainer.records import Partition, Record, Sample
+
+LOG = Partition("log", 0)
+
+
+def sample(offset: int, size: int = 10, num_tokens: int = 3) -> Sample:
+    """A sample from `LOG`."""
+    ids = tuple(range(num_tokens))
+    return Sample(input_ids=ids, labels=ids, partition=LOG, offset=offset, size=size)
+
+
+def records_of(values: Iterable[bytes | None], partition: Partition = LOG, first: int = 0) -> list[Record]:
+    """Records with these values at consecutive offsets."""
+    return [Record(partition, offset, offset + 1, value) for offset, value in enumerate(values, start=first)]
+
+
+class ListSource:
+    """A source of the records it is given; see `sources.base.Source`.
+
+    Attributes:
+        batch: records a poll returns at most.
+        finite: whether the stream ends with its last record.
+        commits: what was committed, in order.
+        fail_with: raised by the next poll.
+        fail_commits: whether commits raise.
+        calls: the order in which the methods that change something were called.
+    """
+
+    def __init__(self, records: Sequence[Record], batch: int = 500, finite: bool = True) -> None:
+        self.records = list(records)
+        self.batch = batch
+        self.finite = finite
+        self.commits: list[tuple[dict[Partition, int], int]] = []
+        self.fail_with: BaseException | None = None
+        self.fail_commits = False
+        self.calls: list[str] = []
+        self.paused = False
+        self.records_lost = 0
+        self.identity_at_start: dict[str, str] = {}
+        self._at: dict[Partition, int] = {}
+
+    def start(self, cursor: Mapping[Partition, int], identity: Mapping[str, str]) -> None:
+        self.calls.append("start")
+        self.identity_at_start = dict(identity)
+        self._at = {p: cursor.get(p, 0) for p in sorted({record.partition for record in self.records})}
+
+    def poll(self, timeout_s: float) -> list[Record]:
+        if self.fail_with is not None:
+            raise self.fail_with
+        if self.paused:
+            return []
+        ready = [record for record in self.records if record.offset >= self._at[record.partition]][: self.batch]
+        for record in ready:
+            self._at[record.partition] = record.next_offset
+        if not ready:
+            time.sleep(timeout_s)
+        return ready
+
+    def pause(self) -> None:
+        self.calls.append("pause")
+        self.paused = True
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+        self.paused = False
+
+    def commit(self, positions: Mapping[Partition, int], step: int) -> None:
+        if self.fail_commits:
+            raise RuntimeError("the group is in use")
+        self.calls.append("commit")
+        self.commits.append((dict(positions), step))
+
+    def positions(self) -> Mapping[Partition, int]:
+        return dict(self._at)
+
+    def end_positions(self) -> Mapping[Partition, int]:
+        return {p: max(r.next_offset for r in self.records if r.partition == p) for p in self._at}
+
+    def identity(self) -> Mapping[str, str]:
+        return {"log": "id-1"}
+
+    @property
+    def exhausted(self) -> bool:
+        return self.finite and all(self._at[p] >= end for p, end in self.end_positions().items())
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@dataclass
+class ListDeadLetters:
+    """Dead letters in memory; see `dead_letters.DeadLetters`."""
+
+    sent: list[tuple[Record, str, str]] = field(default_factory=list)
+    fail_with: BaseException | None = None
+
+    def send(self, record: Record, reason: str, detail: str) -> None:
+        if self.fail_with is not None:
+            raise self.fail_with
+        self.sent.append((record, reason, detail))
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
