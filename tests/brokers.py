@@ -145,7 +145,7 @@ def publish(servers: str, topic: str, values: Sequence[bytes | None], partition:
     producer = KafkaProducer(bootstrap_servers=servers, acks="all", **options)
     try:
         sent = [
-            producer.send(topic, value, key=b"k%d" % i, partition=partition, headers=[("h", b"\x00"), ("n", None)])
+            producer.send(topic, value, key=b"k%d" % i, partition=partition, headers=[("h", b"\x00"), ("empty", b"")])
             for i, value in enumerate(values)
         ]
         for future in sent:
