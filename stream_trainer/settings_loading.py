@@ -33,7 +33,7 @@ def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:
     Raises SettingsError with one line per mistake.
     """
     mistakes: list[str] = []
-    file = path if path is not None else os.environ.get(CONFIG_VARIABLE)
+    file = path if path is not None else os.environ.get(CONFIG_VARIABLE) or None
     layers = [
         Layer("command line", _from_texts(_options(overrides, mistakes), "command line", mistakes)),
         Layer("environment", _from_texts(_variables(), "environment", mistakes)),
