@@ -121,10 +121,10 @@ def admin(servers: str) -> Iterator[Any]:
         client.close()
 
 
-def create_topic(servers: str, topic: str, partitions: int = 1, **configs: str) -> None:
+def create_topic(servers: str, topic: str, partitions: int = 1, configs: dict[str, str] | None = None) -> None:
     with admin(servers) as client:
         client.create_topics(
-            {topic: {"num_partitions": partitions, "replication_factor": 1, "configs": configs}},
+            {topic: {"num_partitions": partitions, "replication_factor": 1, "configs": configs or {}}},
             wait_for_metadata=True,
         )
 
