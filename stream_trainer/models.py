@@ -56,8 +56,10 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     Raises SettingsError, in one line, for whatever the user can mend.
     """
     device = _device(settings.device)
+    config = _load_config(settings)
     tokenizer = _load_tokenizer(settings)
-    config = _load_config(settings, tokenizer)
+    if settings.config is not None:
+        _end_as_tokenizer_does(config, settings.config, tokenizer)
     zeroed = copy.deepcopy(config)
     _zero_dropout(zeroed)
     # Models are built on the CPU, so no other generator takes part.
@@ -145,9 +147,9 @@ def _load_tokenizer(settings: ModelSettings) -> Any:
     return tokenizer
 
 
-def _load_config(settings: ModelSettings, tokenizer: Any) -> Any:
+def _load_config(settings: ModelSettings) -> Any:
     if settings.config is not None:
-        return _config_from_fields(settings.config, tokenizer)
+        return _config_from_fields(settings.config)
     name = str(settings.name)
     _check_directory("model.name", name)
     if settings.gguf_file is not None and Path(name).is_dir() and not (Path(name) / settings.gguf_file).is_file():
@@ -156,7 +158,7 @@ def _load_config(settings: ModelSettings, tokenizer: Any) -> Any:
         return AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **_origin(settings))
 
 
-def _config_from_fields(fields: dict[str, Any], tokenizer: Any) -> Any:
+def _config_from_fields(fields: dict[str, Any]) -> Any:
     kind = fields["model_type"]
     with _loading(
         f"model.config.model_type={kind}", f"choose one that transformers {transformers.__version__} knows", ""
@@ -165,11 +167,18 @@ def _config_from_fields(fields: dict[str, Any], tokenizer: Any) -> Any:
     for name in fields:
         if not hasattr(known, name):
             logger.warning("model.config.%s is not a field of %s: check its spelling", name, kind)
-    # Generation must end where the tokenizer ends a text. The padding token is left alone: nothing here reads it from
-    # the configuration, and an embedding would freeze its row.
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     with _loading("model.config", "correct its fields", ""):
-        return AutoConfig.for_model(**{**tokens, **fields})
+        return AutoConfig.for_model(**fields)
+
+
+def _end_as_tokenizer_does(config: Any, fields: dict[str, Any], tokenizer: Any) -> None:
+    """Let generation begin and end with the tokenizer's own tokens, unless the user named others.
+
+    The padding token is left alone: we never read it from here, and an embedding would freeze its row.
+    """
+    for name in ("bos_token_id", "eos_token_id"):
+        if name not in fields:
+            setattr(config, name, getattr(tokenizer, name))
 
 
 def _origin(settings: ModelSettings) -> dict[str, Any]:

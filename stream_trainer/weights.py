@@ -119,16 +119,14 @@ def _read_saved(loaded: LoadedModel, directory: Path) -> dict[str, torch.Tensor]
 
     transformers reads them: it knows which of them it renamed, split into shards or left out as tied.
     """
-    # Weights that are missing get random values before we notice.
-    with torch.random.fork_rng(devices=[]):
-        saved, report = type(loaded.model).from_pretrained(  # type: ignore[attr-defined]
-            directory,
-            config=copy.deepcopy(loaded.config),
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-        )
+    saved, report = type(loaded.model).from_pretrained(  # type: ignore[attr-defined]
+        directory,
+        config=copy.deepcopy(loaded.config),
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+    )
     for name, theirs, ours in sorted(report["mismatched_keys"]):
         raise CheckpointError(
             f"checkpoint {directory} holds {name} with shape {tuple(theirs)}, the model has {tuple(ours)}; {REMEDY}"

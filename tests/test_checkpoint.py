@@ -331,6 +331,14 @@ def test_adapters_must_be_as_before(made: Any, used: Any, message: str, tmp_path
         restore(found, *fresh(**used))
 
 
+def test_adapters_on_another_base_model_are_noticed(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, *fresh(**LORA), state_at(1), keep=2)
+    found = load_latest(tmp_path)
+    assert found is not None
+    with pytest.raises(CheckpointError, match="another base model"):
+        restore(found, *fresh(seed=2, **LORA))
+
+
 def test_parameter_that_the_optimizer_did_not_have_is_named(tmp_path: Path) -> None:
     loaded, _ = fresh()
     some = torch.optim.AdamW([loaded.model.get_parameter("lm_head.weight")])
