@@ -41,6 +41,16 @@ def configure_logging(settings: LogSettings, stream: TextIO | None = None) -> No
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level)
+    _adopt_transformers()
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
+
+
+def _adopt_transformers() -> None:
+    """Let transformers log through us: it brings a handler of its own, in its own format, and progress bars."""
+    from transformers.utils import logging as transformers_logging  # it takes a moment, which help need not wait for
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()

@@ -67,9 +67,7 @@ class Server:
         except OSError as error:
             raise SettingsError(listen_problem(self._settings, error)) from None
         threading.Thread(target=self._http.serve_forever, args=(STOP_POLL_S,), name="http", daemon=True).start()
-        port = self._http.server_address[1]
-        logger.info("listening on http://%s:%d", host, port)
-        return host, port
+        return host, self._http.server_address[1]
 
     def stop(self) -> None:
         """Release the port. Idempotent."""

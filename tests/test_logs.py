@@ -63,6 +63,15 @@ def test_levels_and_noise() -> None:
     assert [line.rpartition(" ")[2] for line in out.getvalue().splitlines()] == ["once"]
 
 
+def test_transformers_logs_through_us(capsys: pytest.CaptureFixture[str]) -> None:
+    out = io.StringIO()
+    configure_logging(LogSettings(format="json"), out)
+    logging.getLogger("transformers.modeling_utils").warning("weights are new")
+    logging.getLogger("transformers.modeling_utils").info("loading")
+    assert [json.loads(line)["message"] for line in out.getvalue().splitlines()] == ["weights are new"]
+    assert capsys.readouterr().err == ""
+
+
 def test_warnings_are_logged() -> None:
     out = io.StringIO()
     with warnings.catch_warnings():
