@@ -33,6 +33,7 @@ class PoolGradients:
     def num_samples(self) -> int:
         return len(self.losses_N)
 
+    @torch.no_grad()
     def dots(self, direction: Gradient) -> dict[str, Tensor]:
         """`<u, g_i>` within each parameter, (N,) float32 each. Exact for any direction u."""
         return {
@@ -40,6 +41,7 @@ class PoolGradients:
             for name, factors in self.factors.items()
         }
 
+    @torch.no_grad()
     def gram(self, samples: Sequence[int], geometry: Geometry) -> Tensor:
         """`K_ij = <g_i, P g_j>` of the given samples, (n, n) float64, exact for any element-wise P.
 
@@ -63,6 +65,7 @@ class PoolGradients:
                 gram += (flat @ flat.T).double()
         return gram
 
+    @torch.no_grad()
     def weighted_gradient_of(self, name: str, weights_N: Tensor) -> Tensor:
         """`sum_i w_i g_i` for one parameter, float32; samples of weight zero are not read."""
         out = torch.zeros(self.shapes[name], dtype=torch.float32, device=self.losses_N.device)

@@ -1,0 +1,230 @@
+"""Put the parts together, run them, take them apart again: what `stream-trainer run` does.
+
+Truth about where to read on, in this order: the checkpoint, the group's committed offset, `source.kafka.start`.
+"""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from platform import python_version
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+from gradient_selectors.capture import GradientCapture, UnsupportedParameterError
+
+from stream_trainer import __version__
+from stream_trainer.buffer import Buffer
+from stream_trainer.checkpoint import load_latest, restore
+from stream_trainer.cursor import Cursor
+from stream_trainer.dead_letters import open_dead_letters
+from stream_trainer.errors import SettingsError
+from stream_trainer.ingest import Ingest
+from stream_trainer.metrics import Metrics, State
+from stream_trainer.models import LoadedModel, load_model
+from stream_trainer.records import Outcome, Sample
+from stream_trainer.samples import REASONS, Decoder, read_samples
+from stream_trainer.server import Health, Server
+from stream_trainer.settings import Settings
+from stream_trainer.sources import open_source
+from stream_trainer.step import Learner, make_optimizer, make_selector
+from stream_trainer.target import Target
+from stream_trainer.trainer import OnStep, Trainer
+
+logger = logging.getLogger(__name__)
+
+READY = frozenset({State.CATCHING_UP, State.TRAINING, State.IDLE})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to.
+
+    Attributes:
+        step: steps over the life of the model.
+        counts: records by outcome over the life of the model.
+        losses: last loss of each evaluation set (nats per token).
+    """
+
+    step: int
+    counts: dict[str, int]
+    losses: dict[str, float]
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, `training.max_steps`, or the end of a finite stream. Returns the exit code."""
+    stop = threading.Event()
+    with _stopping_on_signals(stop):
+        serve(settings, stop)
+    return 0
+
+
+def serve(settings: Settings, stop: threading.Event, on_step: OnStep | None = None) -> Summary:
+    """Train until `stop` is set or the work is done; ends in a checkpoint.
+
+    Raises StreamTrainerError for whatever an operator can mend.
+    """
+    metrics = Metrics(REASONS)
+    metrics.build.info({"version": __version__, "torch": torch.__version__, "transformers": transformers.__version__})
+    status = _Status(settings, metrics)
+    if settings.training.threads is not None:
+        torch.set_num_threads(settings.training.threads)
+    with ExitStack() as stack:
+        if settings.server.enabled:
+            server = Server(settings.server, metrics.registry, status.health, status.report)
+            host, port = server.start()
+            stack.callback(server.stop)
+            logger.info("serving http://%s:%d/metrics", host, port)
+        try:
+            trainer = _build(settings, metrics, stop, stack)
+            trainer.on_step = on_step
+            status.trainer = trainer
+            if not stop.is_set():
+                trainer.run()
+        except BaseException:
+            status.enter(State.FAILED)
+            raise
+        counts = {outcome.value: count for outcome, count in trainer.cursor.counts.items()}
+        logger.info("step %d: stopped; records %s", trainer.step, counts)
+        return Summary(trainer.step, counts, trainer.losses)
+
+
+def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: ExitStack) -> Trainer:
+    """Load model, samples and checkpoint, and begin to read. What must be closed goes onto `stack`."""
+    metrics.state.state(State.LOADING.value)
+    started = time.perf_counter()
+    loaded = load_model(settings.model, settings.training.seed)
+    decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions)
+    sets = _evaluation_sets(settings, decoder)
+    learner = make_learner(settings, loaded, sets["target"])
+    checkpoint = load_latest(settings.checkpoint.dir)
+    state = restore(checkpoint, loaded, learner.optimizer) if checkpoint is not None else None
+    logger.info("loaded the model in %.1f s", time.perf_counter() - started)
+    cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
+    dead_letters = open_dead_letters(settings)
+    stack.callback(dead_letters.close)
+    buffer = Buffer(settings.buffer)
+    ingest = Ingest(open_source(settings.source), decoder, dead_letters, cursor, buffer, metrics)
+    trainer = Trainer(
+        settings=settings,
+        loaded=loaded,
+        learner=learner,
+        evaluation_sets=sets,
+        cursor=cursor,
+        buffer=buffer,
+        ingest=ingest,
+        dead_letters=dead_letters,
+        metrics=metrics,
+        stopped=stop.is_set,
+    )
+    if state is not None:
+        trainer.restore(state)
+        logger.info("resumed from %s at step %d", checkpoint.path if checkpoint else "", state.step)
+    stack.callback(ingest.stop)
+    ingest.start(cursor.positions(), state.source_identity if state is not None else {})
+    return trainer
+
+
+def make_learner(settings: Settings, loaded: LoadedModel, target_samples: list[Sample]) -> Learner:
+    """Everything a step needs. Raises SettingsError if a trainable parameter of the model is not covered exactly."""
+    try:
+        capture = GradientCapture(loaded.model, loaded.autocast_dtype)
+    except UnsupportedParameterError as error:
+        raise SettingsError(f"model.name={settings.model.name}: {error}; or set model.lora") from error
+    pad_id = loaded.tokenizer.pad_token_id
+    steers = settings.selection.weigh in ("filter_then_weight", "top_k")
+    return Learner(
+        capture=capture,
+        optimizer=make_optimizer(capture, settings.optimizer),
+        selector=make_selector(settings.selection),
+        target=Target(target_samples, settings.target.refresh_steps, pad_id) if steers else None,
+        selection=settings.selection,
+        optimization=settings.optimizer,
+        pad_id=pad_id,
+        generator=torch.Generator().manual_seed(settings.training.seed),
+    )
+
+
+def _evaluation_sets(settings: Settings, decoder: Decoder) -> dict[str, list[Sample]]:
+    sets = {"target": read_samples(settings.target.path, decoder, settings.target.max_samples, "target.path")}
+    retention = settings.evaluation.retention_path
+    if retention is not None:
+        limit = settings.evaluation.max_samples
+        sets["retention"] = read_samples(retention, decoder, limit, "evaluation.retention_path")
+    return sets
+
+
+@contextmanager
+def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the service to stop after the step in hand; a second SIGINT interrupts at once."""
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        logger.info("received %s: stopping after this step", signal.Signals(number).name)
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+class _Status:
+    """What the HTTP server shows; read from its threads while the trainer works."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.trainer: Trainer | None = None
+        self._settings = settings
+        self._metrics = metrics
+        self._state = State.STARTING
+        self.enter(State.STARTING)
+
+    def enter(self, state: State) -> None:
+        self._state = state
+        self._metrics.state.state(state.value)
+
+    def health(self) -> Health:
+        """Stalled means: no step for `server.stall_s` seconds while there is something to do."""
+        trainer, limit = self.trainer, self._settings.server.stall_s
+        if self._state is State.FAILED:
+            return Health(State.FAILED.value, ok=False, ready=False, detail="the service failed; see its log")
+        if trainer is None:
+            return Health(State.LOADING.value, ok=True, ready=False, detail="the model is being loaded")
+        age = time.monotonic() - trainer.last_progress
+        stalled = trainer.state is not State.IDLE and age > limit
+        detail = f"no progress for {age:.0f} s, server.stall_s={limit:.0f}" if stalled else ""
+        return Health(trainer.state.value, ok=not stalled, ready=trainer.state in READY, detail=detail)
+
+    def report(self) -> dict[str, Any]:
+        """The service in a page: state, step, losses, records by outcome, what waits."""
+        trainer = self.trainer
+        report: dict[str, Any] = {
+            "version": __version__,
+            "python": python_version(),
+            "model": self._settings.model.name or "built from model.config",
+            "selection": self._settings.selection.weigh,
+            "state": State.LOADING.value if trainer is None else trainer.state.value,
+        }
+        if trainer is None:
+            return report
+        last = trainer.last_report
+        report |= {
+            "step": trainer.step,
+            "evaluation_loss": dict(trainer.losses),
+            "records": {outcome.value: trainer.cursor.counts[outcome] for outcome in Outcome},
+            "buffer_records": trainer.buffer.records,
+        }
+        if last is not None:
+            report |= {
+                "pool_loss": sum(last.losses) / len(last.losses),
+                "learning_rate": last.learning_rate,
+                "step_seconds": sum(last.seconds.values()),
+            }
+        return report

@@ -1,0 +1,231 @@
+"""The training loop: take a pool, make a step, decide its records; evaluate and checkpoint when it is time.
+
+Nothing is settled before it is durable: records are decided in memory, and a checkpoint makes decisions, weights and
+random states durable together. What happened since the last checkpoint is recomputed after a crash.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from gradient_selectors.geometry import optimizer_steps
+
+from stream_trainer import __version__
+from stream_trainer.buffer import Buffer
+from stream_trainer.checkpoint import TrainerState, save_checkpoint
+from stream_trainer.cursor import Cursor
+from stream_trainer.dead_letters import DeadLetters
+from stream_trainer.errors import CheckpointError
+from stream_trainer.ingest import Ingest
+from stream_trainer.metrics import Metrics, State
+from stream_trainer.models import LoadedModel
+from stream_trainer.records import Outcome, Partition, Sample
+from stream_trainer.settings import Settings
+from stream_trainer.step import Learner, StepReport, train_step
+from stream_trainer.target import mean_loss
+
+logger = logging.getLogger(__name__)
+
+OnStep = Callable[[int, Sequence[Sample], StepReport], None]
+
+
+@dataclass
+class Trainer:
+    """The loop and what it works with. Runs on the main thread.
+
+    Attributes:
+        evaluation_sets: fixed samples by name (`target`, `retention`) whose loss is watched.
+        stopped: turns true when the service is told to stop.
+        on_step: told of every step, for progress displays.
+        step: steps made over the life of the model, skipped ones included.
+        losses: the last loss of each evaluation set.
+    """
+
+    settings: Settings
+    loaded: LoadedModel
+    learner: Learner
+    evaluation_sets: dict[str, Sequence[Sample]]
+    cursor: Cursor
+    buffer: Buffer
+    ingest: Ingest
+    dead_letters: DeadLetters
+    metrics: Metrics
+    stopped: Callable[[], bool]
+    on_step: OnStep | None = None
+    step: int = 0
+    state: State = State.LOADING
+    losses: dict[str, float] = field(default_factory=dict)
+    last_progress: float = field(default_factory=time.monotonic)
+    last_report: StepReport | None = None
+
+    def run(self) -> None:
+        """Train until stopped, until `training.max_steps`, or until a finite stream ends; then checkpoint.
+
+        Raises what the ingest thread failed with, after a last checkpoint of what was learned before.
+        """
+        self._last_checkpoint_time, self._durable = time.monotonic(), (self.step, self.cursor.counts)
+        self.evaluate()
+        try:
+            self._loop()
+        finally:
+            self.enter(State.DRAINING)
+            if (self.step, self.cursor.counts) != self._durable:
+                self.checkpoint()
+        if not self.stopped():
+            self.evaluate()
+
+    def _loop(self) -> None:
+        limit = self.settings.training.max_steps
+        while not self.stopped() and (limit is None or self.step < limit):
+            started = time.perf_counter()
+            pool = self._next_pool()
+            if not pool:
+                return
+            waited = time.perf_counter() - started
+            report = train_step(self.learner, pool)
+            self.step += 1
+            self._decide(pool, report)
+            self._observe(pool, report, waited, time.perf_counter() - started)
+            if self.step % self.settings.evaluation.every_steps == 0:
+                self.evaluate()
+            if self._checkpoint_is_due():
+                self.checkpoint()
+
+    def _next_pool(self) -> list[Sample]:
+        """Empty only when there is nothing left to do."""
+        if self.buffer.records == 0:
+            self.enter(State.IDLE)
+        pool = self.buffer.take(self.settings.selection.pool_size, self.settings.buffer.wait_s, self.stopped)
+        self.enter(State.CATCHING_UP if self.ingest.paused else State.TRAINING)
+        return pool
+
+    def _decide(self, pool: Sequence[Sample], report: StepReport) -> None:
+        chosen = set(report.chosen)
+        for i, sample in enumerate(pool):
+            outcome = Outcome.TRAINED if i in chosen else Outcome.NOT_SELECTED
+            self.cursor.decide(sample.partition, sample.offset, outcome)
+            self.metrics.records.labels(outcome.value).inc()
+
+    def enter(self, state: State) -> None:
+        """Go to a state, and count that as progress."""
+        self.state = state
+        self.last_progress = time.monotonic()
+        self.metrics.state.state(state.value)
+
+    def evaluate(self) -> None:
+        """Measure the loss of every evaluation set."""
+        for name, samples in self.evaluation_sets.items():
+            if self.stopped():
+                return
+            started = time.perf_counter()
+            loss = mean_loss(self.learner.capture, samples, self.learner.pad_id)
+            self.losses[name] = loss
+            self.metrics.evaluation_loss.labels(name).set(loss)
+            self.metrics.evaluation_time.labels(name).set_to_current_time()
+            self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - started)
+            logger.info("step %d: %s loss %.4f", self.step, name, loss)
+
+    def _checkpoint_is_due(self) -> bool:
+        settings = self.settings.checkpoint
+        waited = time.monotonic() - self._last_checkpoint_time
+        return self.step % settings.every_steps == 0 or waited >= settings.every_seconds
+
+    def checkpoint(self) -> None:
+        """Make everything durable, then tell the stream how far we are.
+
+        Dead letters are flushed after the snapshot: each of those it counts as decided was sent before.
+        """
+        started = time.perf_counter()
+        snapshot, counts = self.cursor.snapshot(), self.cursor.counts
+        try:
+            self.dead_letters.flush()
+            saved = save_checkpoint(
+                self.settings.checkpoint.dir,
+                self.loaded,
+                self.learner.optimizer,
+                self._trainer_state(snapshot),
+                self.settings.checkpoint.keep,
+            )
+        except CheckpointError:
+            self.metrics.checkpoint_failures.inc()
+            raise
+        seconds = time.perf_counter() - started
+        self._last_checkpoint_time, self._durable = time.monotonic(), (saved.step, counts)
+        self.metrics.checkpoint_seconds.observe(seconds)
+        self.metrics.phase_seconds.labels("checkpoint").inc(seconds)
+        self.metrics.checkpoint_bytes.set(saved.bytes)
+        self.metrics.checkpoint_step.set(saved.step)
+        self.metrics.checkpoint_time.set_to_current_time()
+        logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, seconds)
+        positions = {Partition.parse(name): log["next"] for name, log in snapshot["partitions"].items()}
+        self.ingest.request_commit(positions, saved.step)
+
+    def _trainer_state(self, snapshot: dict[str, object]) -> TrainerState:
+        target = self.learner.target
+        gradient = target.gradient if target is not None and target.gradient is not None else {}
+        return TrainerState(
+            step=self.step,
+            cursor=snapshot,
+            source_identity=dict(self.ingest.identity),
+            extra={"target_age": target.age if target is not None else 0, "version": __version__},
+            tensors={f"target.{name}": values for name, values in gradient.items()},
+            random={"step": self.learner.generator.get_state()},
+        )
+
+    def restore(self, state: TrainerState) -> None:
+        """Take up where a checkpoint left off; weights, optimizer and cursor are restored elsewhere."""
+        self.step = state.step
+        self.learner.generator.set_state(state.random["step"])
+        if self.learner.target is not None and state.tensors:
+            self.learner.target.age = state.extra["target_age"]
+            self.learner.target.gradient = {
+                name.removeprefix("target."): values.to(self.loaded.device) for name, values in state.tensors.items()
+            }
+
+    def _observe(self, pool: Sequence[Sample], report: StepReport, waited: float, seconds: float) -> None:
+        self.last_progress, self.last_report = time.monotonic(), report
+        observe_step(self.metrics, pool, report, waited, seconds)
+        losses = torch.tensor(report.losses)
+        logger.debug("step %d: %s, pool loss %.4f, chosen %s", self.step, report.result, losses.mean(), report.chosen)
+        if self.on_step is not None:
+            self.on_step(self.step, pool, report)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates over the life of the model."""
+        return optimizer_steps(self.learner.optimizer)
+
+
+def observe_step(metrics: Metrics, pool: Sequence[Sample], report: StepReport, waited: float, seconds: float) -> None:
+    """Export what a step did."""
+    metrics.steps.labels(report.result).inc()
+    metrics.step_seconds.observe(seconds)
+    metrics.last_step.set_to_current_time()
+    metrics.phase_seconds.labels("wait").inc(waited)
+    for phase, spent in report.seconds.items():
+        metrics.phase_seconds.labels(phase).inc(spent)
+    metrics.tokens_scored.inc(sum(pool[i].num_tokens for i in report.candidates))
+    metrics.tokens_trained.inc(sum(pool[i].num_tokens for i in report.chosen))
+    metrics.loss.set(sum(report.losses) / len(report.losses))
+    chosen = [loss for loss, weight in zip(report.losses, report.weights, strict=True) if weight > 0]
+    if chosen:
+        metrics.trained_loss.set(sum(chosen) / len(chosen))
+        metrics.gradient_norm.set(report.gradient_norm)
+        metrics.learning_rate.set(report.learning_rate)
+    metrics.selected_ratio.set(len(chosen) / len(pool))
+    metrics.target_refreshes.inc(int(report.target_refreshed))
+    now = time.time()
+    for sample in pool:
+        if sample.timestamp is not None:
+            metrics.sample_age.observe(max(0.0, now - sample.timestamp))
+    decision = report.decision
+    metrics.effective_samples.set(decision.effective_samples)
+    if decision.num_positive is not None:
+        metrics.positive_ratio.set(decision.num_positive / len(report.candidates))
+    if decision.redundancy is not None:
+        metrics.redundancy_ratio.set(decision.redundancy)
+    if decision.solver is not None:
+        metrics.solver_seconds.observe(decision.solver.seconds)
+        metrics.solver_runs.labels(decision.solver.status).inc()

@@ -1,0 +1,236 @@
+"""Every view of the captured gradients against autograd, one sample at a time, on several families of models."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from gradient_selectors.capture import Batch, GradientCapture, UnsupportedParameterError
+from gradient_selectors.geometry import plain
+from gradient_selectors.interaction import Interaction
+from torch import nn
+
+from oracle import MODELS, dense, make_batch, make_model, random_like, relative_error
+
+LENGTHS = (12, 7, 9, 12, 5)
+EXACT = 1e-5  # relative, float32
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return make_model(request.param)
+
+
+@pytest.fixture
+def capture(model: nn.Module) -> Iterator[GradientCapture]:
+    made = GradientCapture(model)
+    yield made
+    made.close()
+
+
+def test_rows_gram_and_update_agree_with_autograd(model: nn.Module, capture: GradientCapture) -> None:
+    batch = make_batch(LENGTHS)
+    oracle, gradients = dense(model, batch), capture.run(batch)
+    preconditioner, target = random_like(capture, 5), random_like(capture, 6)
+    interaction = Interaction(gradients, target, preconditioner.__getitem__)
+    assert relative_error(gradients.losses_N, oracle.losses) < EXACT
+    scale = oracle.flat(preconditioner)
+    assert relative_error(interaction.rows_N, oracle.gradients @ (scale * oracle.flat(target))) < EXACT
+    want = (oracle.gradients.double() * scale) @ oracle.gradients.double().T
+    assert relative_error(interaction.gram(range(len(LENGTHS))), want) < EXACT
+    assert relative_error(interaction.gram([3, 1]), want[[3, 1]][:, [3, 1]]) < EXACT
+    weights = torch.tensor([0.1, 0.0, 0.5, 0.7, 1.3])
+    update = oracle.flat(gradients.weighted_gradient(weights))
+    assert relative_error(update, weights @ oracle.gradients) < EXACT
+
+
+@pytest.mark.parametrize("lengths", [(10,), (10, 6, 8, 4)])
+@pytest.mark.parametrize("kind", ["llama", "qwen2_tied", "gpt2", "lora"])
+def test_target_rows_are_averaged_as_gradients(kind: str, lengths: tuple[int, ...]) -> None:
+    """One and several target rows: factors must not be summed over rows before the product."""
+    model = make_model(kind)
+    capture = GradientCapture(model)
+    target_batch, pool = make_batch(lengths, seed=7), make_batch(LENGTHS, seed=8)
+    mean = torch.full((len(lengths),), 1 / len(lengths))
+    target = capture.run(target_batch).weighted_gradient(mean)
+    rows = Interaction(capture.run(pool), target, plain).rows_N
+    want = dense(model, pool).gradients @ dense(model, target_batch).gradients.mean(0)
+    assert relative_error(rows, want) < EXACT
+
+
+def test_padding_changes_nothing(capture: GradientCapture) -> None:
+    batch = make_batch((9, 6))
+    padded = Batch(
+        torch.nn.functional.pad(batch.input_ids_NT, (0, 5), value=11),
+        torch.nn.functional.pad(batch.labels_NT, (0, 5), value=-100),
+        batch.lengths,
+    )
+    weights = torch.tensor([0.4, 0.6])
+    once, again = capture.run(batch), capture.run(padded)
+    for name in capture.parameters:
+        first, second = once.weighted_gradient_of(name, weights), again.weighted_gradient_of(name, weights)
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sample_of_weight_zero_leaves_no_trace(capture: GradientCapture) -> None:
+    batch, other = make_batch((9, 6, 8)), make_batch((9, 6, 8))
+    other.input_ids_NT[1, :6] = 42
+    weights = torch.tensor([0.5, 0.0, 0.5])
+    once, again = capture.run(batch), capture.run(other)
+    for name in capture.parameters:
+        assert torch.equal(once.weighted_gradient_of(name, weights), again.weighted_gradient_of(name, weights))
+
+
+def test_a_pass_leaves_weights_and_gradients_alone(capture: GradientCapture) -> None:
+    before = {name: p.detach().clone() for name, p in capture.parameters.items()}
+    capture.run(make_batch((6, 6)))
+    for name, parameter in capture.parameters.items():
+        assert parameter.grad is None
+        assert parameter.requires_grad
+        assert torch.equal(parameter, before[name])
+
+
+def test_shapes_may_change_from_pass_to_pass() -> None:
+    model = make_model("llama")
+    capture = GradientCapture(model)
+    for lengths in [(4,), (20, 4, 17), (8, 8)]:
+        batch = make_batch(lengths)
+        rows = torch.stack([capture.run(batch).gram([i], plain)[0, 0] for i in range(len(lengths))])
+        assert relative_error(rows, dense(model, batch).gradients.double().square().sum(1)) < EXACT
+
+
+def test_bfloat16_keeps_the_order_of_the_scores() -> None:
+    model = make_model("llama")
+    batch, capture = make_batch((16,) * 8), GradientCapture(model, autocast=torch.bfloat16)
+    target = random_like(capture, 3)
+    got = Interaction(capture.run(batch), target, plain).rows_N
+    oracle = dense(model, batch)
+    want = oracle.gradients @ oracle.flat(target)
+    assert float(torch.corrcoef(torch.stack([got, want]))[0, 1]) > 0.999
+
+
+def test_losses_are_those_of_the_pass(capture: GradientCapture) -> None:
+    batch = make_batch(LENGTHS)
+    torch.testing.assert_close(capture.losses(batch), capture.run(batch).losses_N)
+
+
+def test_a_sample_without_labels_is_refused() -> None:
+    capture = GradientCapture(make_model("llama"))
+    with pytest.raises(ValueError, match="at least one label"):
+        capture.run(make_batch((6, 3), prompt=3))
+
+
+def test_a_model_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        GradientCapture(make_model("llama").requires_grad_(False))
+
+
+class Doubled(nn.Linear):
+    """A Linear that is more than one: its class name and its shape say nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class Gate(nn.Module):
+    """Owns a parameter of no known kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gate.sigmoid()
+
+
+class RenamedNorm(nn.Module):
+    """An RMSNorm by behaviour only, with a weight around zero as in Gemma."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+@pytest.mark.parametrize("intruder", [Doubled(16, 16, bias=False), Gate()])
+def test_an_unsupported_parameter_is_named(intruder: nn.Module) -> None:
+    model = make_model("llama")
+    model.model.layers[1].self_attn.o_proj = intruder  # type: ignore[union-attr, index]
+    with pytest.raises(UnsupportedParameterError, match=r"model\.layers\.1\.self_attn\.o_proj\.(weight|gate)"):
+        GradientCapture(model)
+
+
+def test_an_unsupported_parameter_may_stay_frozen() -> None:
+    model = make_model("llama")
+    model.model.layers[1].self_attn.o_proj = Gate().requires_grad_(False)  # type: ignore[union-attr, index]
+    batch = make_batch((8, 6))
+    weights = torch.ones(2)
+    update = GradientCapture(model).run(batch).weighted_gradient(weights)
+    oracle = dense(model, batch)
+    assert relative_error(oracle.flat(update), oracle.gradients.sum(0)) < EXACT
+
+
+def test_a_parameter_used_behind_its_modules_back_is_named() -> None:
+    """Its hooks never fire, so only the comparison with autograd can tell."""
+
+    class Bypass(nn.Module):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.inner.weight)
+
+    model = make_model("llama")
+    attention = model.model.layers[0].self_attn  # type: ignore[union-attr, index]
+    attention.o_proj = Bypass(attention.o_proj)
+    with pytest.raises(UnsupportedParameterError, match=r"layers\.0\.self_attn\.o_proj\.inner\.weight"):
+        GradientCapture(model)
+
+
+def test_a_norm_of_any_class_name_is_covered() -> None:
+    model = make_model("llama")
+    model.model.norm = RenamedNorm()  # type: ignore[union-attr]
+    batch = make_batch((8, 6))
+    update = GradientCapture(model).run(batch).weighted_gradient(torch.ones(2))
+    oracle = dense(model, batch)
+    assert relative_error(oracle.flat(update), oracle.gradients.sum(0)) < EXACT
+
+
+def test_a_module_called_twice_adds_up() -> None:
+    model = make_model("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp  # type: ignore[union-attr, index]
+    batch = make_batch((8, 6, 7))
+    gradients = GradientCapture(model).run(batch)
+    oracle = dense(model, batch)
+    assert len(gradients.factors["model.layers.0.mlp.down_proj.weight"]) == 2
+    want = oracle.gradients.double() @ oracle.gradients.double().T
+    assert relative_error(gradients.gram(range(3), plain), want) < EXACT
+
+
+def test_nothing_of_a_pass_is_kept() -> None:
+    """A stash that grows with every step is how a peer lost 20 GB a step."""
+    capture = GradientCapture(make_model("llama"))
+    gradients = capture.run(make_batch((6, 6)))
+    factor = weakref.ref(gradients.factors["model.layers.0.mlp.down_proj.weight"][0])
+    del gradients
+    gc.collect()
+    assert factor() is None
+
+
+def test_no_weight_gradient_is_computed_while_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    capture = GradientCapture(model)
+    wanted: list[bool] = []
+    forward = model.base_model.forward  # type: ignore[union-attr]
+
+    def spy(**inputs: object) -> object:
+        wanted.append(any(p.requires_grad for p in model.parameters()))
+        return forward(**inputs)  # type: ignore[operator]
+
+    monkeypatch.setattr(model.base_model, "forward", spy)
+    capture.run(make_batch((6, 6)))
+    assert wanted == [False]

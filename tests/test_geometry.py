@@ -1,0 +1,78 @@
+"""The linearised Adam map against torch's own AdamW."""
+
+import pytest
+import torch
+from gradient_selectors.geometry import adam_geometry, adam_preconditioner, optimizer_steps
+
+BETAS, EPS, RATE = (0.9, 0.99), 1e-8, 1e-2
+
+
+def trained(steps: int, decay: float = 0.0) -> tuple[torch.nn.Parameter, torch.optim.AdamW, torch.Generator]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, 5, generator=generator, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([weight], lr=RATE, betas=BETAS, eps=EPS, weight_decay=decay)
+    for _ in range(steps):
+        weight.grad = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    return weight, optimizer, generator
+
+
+def update(gradient: torch.Tensor, steps: int, decay: float = 0.0) -> torch.Tensor:
+    """What AdamW really does to the weight with this gradient, after `steps` earlier ones."""
+    weight, optimizer, _ = trained(steps, decay)
+    before = weight.detach().clone()
+    weight.grad = gradient.clone()
+    optimizer.step()
+    return before - weight.detach()
+
+
+@pytest.mark.parametrize("steps", [1, 10, 100, 1000])
+def test_the_linearised_update_is_adamws_but_for_the_frozen_second_moment(steps: int) -> None:
+    """The ratio of the two is known for every weight: sqrt((b2 (1 - b2^(t-1)) + (1 - b2) rho) / (1 - b2^t))."""
+    weight, optimizer, generator = trained(steps)
+    state, (beta1, beta2) = optimizer.state[weight], BETAS
+    gradient = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    scale = adam_preconditioner(state["exp_avg_sq"], steps, RATE, BETAS, EPS).double()
+    linearised = scale * gradient + scale * beta1 / (1 - beta1) * state["exp_avg"]
+    rho = gradient**2 / (state["exp_avg_sq"] / (1 - beta2**steps))
+    ratio = ((beta2 * (1 - beta2**steps) + (1 - beta2) * rho) / (1 - beta2 ** (steps + 1))).sqrt()
+    torch.testing.assert_close(linearised, update(gradient, steps) * ratio, rtol=1e-5, atol=1e-9)
+
+
+def test_weight_decay_cancels_from_the_difference_of_two_updates() -> None:
+    generator = torch.Generator().manual_seed(7)
+    one, two = (torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    without = update(one, 30) - update(two, 30)
+    torch.testing.assert_close(update(one, 30, decay=0.1) - update(two, 30, decay=0.1), without, rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_without_state_are_plain() -> None:
+    weight, optimizer, _ = trained(0)
+    assert adam_geometry(optimizer, {"weight": weight})("weight") is None
+    assert optimizer_steps(optimizer) == 0
+
+
+def test_a_warm_up_from_zero_keeps_the_geometry() -> None:
+    weight, optimizer, _ = trained(5)
+    before = adam_geometry(optimizer, {"weight": weight})("weight")
+    optimizer.param_groups[0]["lr"] = 0.0
+    after = adam_geometry(optimizer, {"weight": weight})("weight")
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before, after)
+    assert optimizer_steps(optimizer) == 5
+
+
+def test_groups_count_by_their_learning_rate() -> None:
+    weights = {name: torch.nn.Parameter(torch.ones(3)) for name in ("slow", "fast")}
+    optimizer = torch.optim.AdamW(
+        [{"params": [weights["slow"]], "lr": 0.1}, {"params": [weights["fast"]], "lr": 0.4}], betas=BETAS
+    )
+    for weight in weights.values():
+        weight.grad = torch.ones(3)
+    optimizer.step()
+    geometry = adam_geometry(optimizer, weights)
+    slow, fast = geometry("slow"), geometry("fast")
+    assert slow is not None
+    assert fast is not None
+    torch.testing.assert_close(fast, 4 * slow)
