@@ -155,7 +155,7 @@ def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: torch.optim.
         load_weights(loaded, path / MODEL)
     _restore_optimizer(path / OPTIMIZER, loaded, optimizer)
     trainer = json.loads((path / TRAINER).read_text())
-    return TrainerState(**trainer, tensors=load_file(path / SELECTOR), random=load_file(path / RANDOM))
+    return TrainerState(**trainer, tensors=_read_tensors(path / SELECTOR), random=_read_tensors(path / RANDOM))
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def _restore_optimizer(path: Path, loaded: LoadedModel, optimizer: torch.optim.O
         check_shapes("optimizer state of", shapes, {name: shapes.get(name, ()) for name in names}, path)
         for key in file.keys():  # noqa: SIM118
             name, _, field = key.rpartition(".")
-            tensor, parameter = file.get_tensor(key), parameters[name]
+            tensor, parameter = file.get_tensor(key).clone(), parameters[name]
             if tensor.dim() > 0:
                 check_shapes(f"{field} of", {name: shapes[name]}, {name: tuple(tensor.shape)}, path)
             if tensor.dim() > 0 or id(parameter) in on_device:
@@ -227,6 +227,11 @@ def _restore_optimizer(path: Path, loaded: LoadedModel, optimizer: torch.optim.O
     optimizer.state.clear()
     for name, fields in state.items():
         optimizer.state[parameters[name]] = fields
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name, copied: those of safetensors are mapped from the file, which will be deleted in time."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:

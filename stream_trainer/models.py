@@ -218,6 +218,9 @@ def _build(settings: ModelSettings, config: Any) -> Any:
                 f"model.name={settings.name} lacks {min(report['missing_keys'])}; set it to a whole model"
             )
         if settings.gguf_file is None:
+            # The weights are mapped from the file, which may be replaced while we train.
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()
             return model
         # A model read from GGUF is marked as quantized, and transformers refuses to save it; the same weights in a
         # model that was never marked are fine.

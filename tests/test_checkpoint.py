@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONFIGS, INPUT, settings_of, with_config
+from tiny_models import CONFIGS, INPUT, overwrite, settings_of, with_config
 
 from stream_trainer import checkpoint
 from stream_trainer.checkpoint import TrainerState, load_latest, restore, save_checkpoint
@@ -126,6 +126,22 @@ def test_optimizer_state_is_matched_by_name_and_settings_keep_the_learning_rate(
     expected = {names[id(parameter)]: fields for parameter, fields in its_optimizer.state.items()}
     for name, parameter in loaded.model.named_parameters():
         assert_equal_tensors(optimizer.state[parameter], expected[name])
+
+
+def test_restored_state_does_not_depend_on_the_files(trained: Any, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path
+    loaded, optimizer = fresh()
+    found = load_latest(tmp_path)
+    assert found is not None
+    state = restore(found, loaded, optimizer)
+    for file in path.rglob("*.safetensors"):
+        overwrite(file)
+    source, its_optimizer = trained
+    assert_equal_tensors(loaded.model.state_dict(), source.model.state_dict())
+    assert_equal_tensors(state.tensors, state_at(1).tensors)
+    states, its_states = optimizer.state_dict()["state"], its_optimizer.state_dict()["state"]
+    for index in its_states:
+        assert_equal_tensors(states[index], its_states[index])
 
 
 def test_optimizer_without_state_is_restored_without_state(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONFIGS, INPUT, logits_of, settings_of, shake, with_config
+from tiny_models import CONFIGS, INPUT, logits_of, overwrite, settings_of, shake, with_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from stream_trainer.errors import SettingsError
@@ -72,6 +72,14 @@ def test_model_directory_is_loaded_without_dropout_and_padded_with_the_end_token
     save_model(source, tmp_path)
     loaded = load_model(ModelSettings(name=str(tmp_path)), seed=5)
     assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id is not None
+    assert torch.equal(logits_of(loaded.model), logits_of(source.model))
+
+
+def test_model_does_not_depend_on_its_file_once_loaded(tmp_path: Path) -> None:
+    source = load_model(settings_of("llama"), seed=1)
+    save_model(source, tmp_path)
+    loaded = load_model(ModelSettings(name=str(tmp_path)), seed=1)
+    overwrite(tmp_path / "model.safetensors")
     assert torch.equal(logits_of(loaded.model), logits_of(source.model))
 
 

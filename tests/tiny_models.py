@@ -1,5 +1,6 @@
 """Models of a few thousand weights, one of each kind that matters, and what tests do with them."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,3 +55,9 @@ def shake(model: torch.nn.Module, seed: int = 3) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def overwrite(path: Path) -> None:
+    """Change the contents of a file in place, which shows in every memory map of it."""
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
