@@ -79,7 +79,7 @@ def _readable(name: str, path: Path) -> Check:
 
 def _directories(settings: Settings) -> Iterator[Check]:
     directory = settings.checkpoint.dir
-    writable = _writable("checkpoint.dir", directory)
+    writable = _writable("checkpoint.dir", directory, directory)
     yield writable
     if writable.ok:
         yield _room(settings)
@@ -92,17 +92,17 @@ def _directories(settings: Settings) -> Iterator[Check]:
                 "dead_letters.path", False, f"dead_letters.path={path} cannot be written; change its permissions"
             )
         else:
-            yield _writable("dead_letters.path", path.parent)
+            yield _writable("dead_letters.path", path, path.parent)
 
 
-def _writable(name: str, directory: Path) -> Check:
+def _writable(name: str, path: Path, directory: Path) -> Check:
     """Whether files can be made in `directory`, which itself is made later if its nearest parent allows that."""
     nearest = _nearest(directory)
     if not nearest.is_dir():
-        return Check(name, False, f"{name}={directory} cannot be made, {nearest} is no directory; name another place")
+        return Check(name, False, f"{name}={path} cannot be made, {nearest} is no directory; name another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return Check(name, False, f"{name}={directory} cannot be written ({nearest} is read-only for us); name another")
-    return Check(name, True, str(directory))
+        return Check(name, False, f"{name}={path} cannot be written, {nearest} is read-only for us; name another place")
+    return Check(name, True, str(path))
 
 
 def _nearest(path: Path) -> Path:
