@@ -26,19 +26,22 @@ class ListSource:
     Attributes:
         batch: records a poll returns at most.
         finite: whether the stream ends with its last record.
+        hidden: positions after the last record that hold none (control records).
         commits: what was committed, in order.
         fail_with: raised by the next poll.
-        fail_commits: whether commits raise.
+        fail_commits, fail_ends: whether commits, and looks at the ends, raise.
         calls: the order in which the methods that change something were called.
     """
 
-    def __init__(self, records: Sequence[Record], batch: int = 500, finite: bool = True) -> None:
+    def __init__(self, records: Sequence[Record], batch: int = 500, finite: bool = True, hidden: int = 0) -> None:
         self.records = list(records)
         self.batch = batch
         self.finite = finite
+        self.hidden = hidden
         self.commits: list[tuple[dict[Partition, int], int]] = []
         self.fail_with: BaseException | None = None
         self.fail_commits = False
+        self.fail_ends = False
         self.calls: list[str] = []
         self.paused = False
         self.records_lost = 0
@@ -77,20 +80,25 @@ class ListSource:
         self.commits.append((dict(positions), step))
 
     def positions(self) -> Mapping[Partition, int]:
-        return dict(self._at)
+        return {p: at + self.hidden if at == self._last(p) else at for p, at in self._at.items()}
 
     def end_positions(self) -> Mapping[Partition, int]:
-        return {p: max(r.next_offset for r in self.records if r.partition == p) for p in self._at}
+        if self.fail_ends:
+            raise RuntimeError("no broker answers")
+        return {p: self._last(p) + self.hidden for p in self._at}
 
     def identity(self) -> Mapping[str, str]:
         return {"log": "id-1"}
 
     @property
     def exhausted(self) -> bool:
-        return self.finite and all(self._at[p] >= end for p, end in self.end_positions().items())
+        return self.finite and all(at >= self._last(p) for p, at in self._at.items())
 
     def close(self) -> None:
         self.calls.append("close")
+
+    def _last(self, partition: Partition) -> int:
+        return max(record.next_offset for record in self.records if record.partition == partition)
 
 
 @dataclass
