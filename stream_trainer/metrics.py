@@ -53,7 +53,7 @@ class Metrics:
 
     def __init__(self, reasons: Iterable[str] = ()) -> None:
         """`reasons`: the closed set of dead-letter reasons."""
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)

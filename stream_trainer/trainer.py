@@ -6,7 +6,7 @@ random states durable together. What happened since the last checkpoint is recom
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from stream_trainer.buffer import Buffer
 from stream_trainer.checkpoint import TrainerState, save_checkpoint
 from stream_trainer.cursor import Cursor
 from stream_trainer.dead_letters import DeadLetters
-from stream_trainer.errors import CheckpointError
+from stream_trainer.errors import CheckpointError, SourceError
 from stream_trainer.ingest import Ingest
 from stream_trainer.metrics import Metrics, State
 from stream_trainer.models import LoadedModel
@@ -46,7 +46,7 @@ class Trainer:
     settings: Settings
     loaded: LoadedModel
     learner: Learner
-    evaluation_sets: dict[str, Sequence[Sample]]
+    evaluation_sets: Mapping[str, Sequence[Sample]]
     cursor: Cursor
     buffer: Buffer
     ingest: Ingest
@@ -69,12 +69,18 @@ class Trainer:
         self.evaluate()
         try:
             self._loop()
-        finally:
-            self.enter(State.DRAINING)
-            if (self.step, self.cursor.counts) != self._durable:
-                self.checkpoint()
+        except SourceError:
+            # The stream failed between two steps: what was learned is whole, and is kept.
+            self._drain()
+            raise
+        self._drain()
         if not self.stopped():
             self.evaluate()
+
+    def _drain(self) -> None:
+        self.enter(State.DRAINING)
+        if (self.step, self.cursor.counts) != self._durable:
+            self.checkpoint()
 
     def _loop(self) -> None:
         limit = self.settings.training.max_steps
