@@ -1,6 +1,6 @@
 """The nouns that travel through the service, from the bytes of the stream to what was decided about them.
 
-`Record` (bytes and position) -> `Sample` (token ids, labels, origin) -> a pool of them -> the `Outcome` of every record.
+`Record` (bytes and position) -> `Sample` (token ids, labels, origin) -> a pool of them -> the `Outcome` of each.
 """
 
 from dataclasses import dataclass

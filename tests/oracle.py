@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from gradient_selectors.capture import Batch, GradientCapture
+from tiny_models import CONFIGS, settings_of, shake, with_config
 from torch import Tensor
 from torch.nn import functional as F
 
 from stream_trainer.models import load_model
 from stream_trainer.settings import LoraSettings
-from tiny_models import CONFIGS, settings_of, shake, with_config
 
 GEMMA = {**CONFIGS["llama"], "model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 1.0}
 QWEN3 = {**CONFIGS["llama"], "model_type": "qwen3", "head_dim": 8}

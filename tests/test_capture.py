@@ -9,9 +9,8 @@ import torch
 from gradient_selectors.capture import Batch, GradientCapture, UnsupportedParameterError
 from gradient_selectors.geometry import plain
 from gradient_selectors.interaction import Interaction
-from torch import nn
-
 from oracle import MODELS, dense, make_batch, make_model, random_like, relative_error
+from torch import nn
 
 LENGTHS = (12, 7, 9, 12, 5)
 EXACT = 1e-5  # relative, float32
@@ -158,14 +157,14 @@ class RenamedNorm(nn.Module):
 @pytest.mark.parametrize("intruder", [Doubled(16, 16, bias=False), Gate()])
 def test_an_unsupported_parameter_is_named(intruder: nn.Module) -> None:
     model = make_model("llama")
-    model.model.layers[1].self_attn.o_proj = intruder  # type: ignore[union-attr, index]
+    model.model.layers[1].self_attn.o_proj = intruder
     with pytest.raises(UnsupportedParameterError, match=r"model\.layers\.1\.self_attn\.o_proj\.(weight|gate)"):
         GradientCapture(model)
 
 
 def test_an_unsupported_parameter_may_stay_frozen() -> None:
     model = make_model("llama")
-    model.model.layers[1].self_attn.o_proj = Gate().requires_grad_(False)  # type: ignore[union-attr, index]
+    model.model.layers[1].self_attn.o_proj = Gate().requires_grad_(False)
     batch = make_batch((8, 6))
     weights = torch.ones(2)
     update = GradientCapture(model).run(batch).weighted_gradient(weights)
@@ -185,7 +184,7 @@ def test_a_parameter_used_behind_its_modules_back_is_named() -> None:
             return torch.nn.functional.linear(x, self.inner.weight)
 
     model = make_model("llama")
-    attention = model.model.layers[0].self_attn  # type: ignore[union-attr, index]
+    attention = model.model.layers[0].self_attn
     attention.o_proj = Bypass(attention.o_proj)
     with pytest.raises(UnsupportedParameterError, match=r"layers\.0\.self_attn\.o_proj\.inner\.weight"):
         GradientCapture(model)
@@ -193,7 +192,7 @@ def test_a_parameter_used_behind_its_modules_back_is_named() -> None:
 
 def test_a_norm_of_any_class_name_is_covered() -> None:
     model = make_model("llama")
-    model.model.norm = RenamedNorm()  # type: ignore[union-attr]
+    model.model.norm = RenamedNorm()
     batch = make_batch((8, 6))
     update = GradientCapture(model).run(batch).weighted_gradient(torch.ones(2))
     oracle = dense(model, batch)
@@ -202,7 +201,7 @@ def test_a_norm_of_any_class_name_is_covered() -> None:
 
 def test_a_module_called_twice_adds_up() -> None:
     model = make_model("llama")
-    model.model.layers[1].mlp = model.model.layers[0].mlp  # type: ignore[union-attr, index]
+    model.model.layers[1].mlp = model.model.layers[0].mlp
     batch = make_batch((8, 6, 7))
     gradients = GradientCapture(model).run(batch)
     oracle = dense(model, batch)
@@ -225,11 +224,11 @@ def test_no_weight_gradient_is_computed_while_scoring(monkeypatch: pytest.Monkey
     model = make_model("llama")
     capture = GradientCapture(model)
     wanted: list[bool] = []
-    forward = model.base_model.forward  # type: ignore[union-attr]
+    forward = model.base_model.forward
 
     def spy(**inputs: object) -> object:
         wanted.append(any(p.requires_grad for p in model.parameters()))
-        return forward(**inputs)  # type: ignore[operator]
+        return forward(**inputs)
 
     monkeypatch.setattr(model.base_model, "forward", spy)
     capture.run(make_batch((6, 6)))

@@ -103,7 +103,9 @@ def test_order_of_the_candidates_does_not_matter() -> None:
     order = np.array([3, 0, 5, 1, 4, 2])
     solver = CoefficientSolver()
     first = solver.solve(gram, linear, RIDGE).weights
-    np.testing.assert_allclose(solver.solve(gram[order][:, order], linear[order], RIDGE).weights, first[order], rtol=1e-6)
+    np.testing.assert_allclose(
+        solver.solve(gram[order][:, order], linear[order], RIDGE).weights, first[order], rtol=1e-6
+    )
 
 
 def test_a_cap_bounds_every_coefficient() -> None:

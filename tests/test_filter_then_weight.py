@@ -17,7 +17,9 @@ from torch import Tensor
 TARGET = [1.0, 1.0, 0.0, 0.0]
 
 
-def pool(rows: Sequence[Sequence[float]], target: Sequence[float] = TARGET, losses: Tensor | None = None) -> Interaction:
+def pool(
+    rows: Sequence[Sequence[float]], target: Sequence[float] = TARGET, losses: Tensor | None = None
+) -> Interaction:
     """Candidates given by their gradients on one parameter of four weights."""
     gradients = torch.tensor(rows, dtype=torch.float32)
     losses = torch.ones(len(gradients)) if losses is None else losses
