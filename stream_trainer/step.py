@@ -11,7 +11,7 @@ from gradient_selectors.capture import GradientCapture
 from gradient_selectors.coefficients import CoefficientSolver
 from gradient_selectors.filter_then_weight import FilterThenWeight
 from gradient_selectors.geometry import Geometry, adam_geometry, optimizer_steps, plain
-from gradient_selectors.gradients import PoolGradients
+from gradient_selectors.gradients import Gradient, PoolGradients
 from gradient_selectors.interaction import Decision, Interaction, Selector, equal_weights
 from torch import Tensor
 
@@ -124,7 +124,8 @@ def train_step(learner: Learner, pool: Sequence[Sample]) -> StepReport:
     clock = _Clock()
     candidates = _draw(learner, len(pool))
     samples = [pool[i] for i in candidates]
-    target, refreshed = {}, False
+    target: Gradient = {}
+    refreshed = False
     if learner.target is not None:
         target, refreshed = learner.target.current(learner.capture)
     clock.lap("target")
