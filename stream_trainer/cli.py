@@ -6,8 +6,10 @@ Problems are printed on standard error as `error: ...`, one line each, and the e
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -112,18 +114,31 @@ def _run(arguments: Sequence[str]) -> int:
         "stream-trainer run", "Train from the stream until told to stop.", _RUN_EXAMPLES, takes_settings=True
     )
     known, overrides = parser.parse_known_args(arguments)
+    with _ending_on_sigterm():
+        from stream_trainer.checks import check_offline, require
+        from stream_trainer.logs import configure_logging
+        from stream_trainer.settings_loading import load_settings
 
-    from stream_trainer.checks import check_offline, require
-    from stream_trainer.logs import configure_logging
-    from stream_trainer.settings_loading import load_settings
+        settings = load_settings(known.config, overrides)
+        require(check_offline(settings))
+        configure_logging(settings.log)
 
-    settings = load_settings(known.config, overrides)
-    require(check_offline(settings))
-    configure_logging(settings.log)
+        from stream_trainer.service import run
 
-    from stream_trainer.service import run
+        return run(settings)
 
-    return run(settings)
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Until the service has taken over, nothing has begun: SIGTERM ends the process at once, and that is no failure.
+
+    Without a handler the first process of a container would not hear it at all.
+    """
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _produce(arguments: Sequence[str]) -> int:

@@ -170,15 +170,20 @@ def _final_weights(learner: Learner, decision: Decision, samples: Sequence[Sampl
     if not decision.chosen and learner.selection.when_none_helps == "uniform":
         drawn = draw_uniform(len(samples), learner.selection.chosen, learner.generator)
         weights_N = equal_weights(len(samples), drawn)
-    weights_N = weights_N * torch.tensor([sample.weight for sample in samples])
-    total = float(weights_N.sum())
-    return weights_N / total if total > 0 else weights_N
+    # In float64, and the largest first scaled to one: a producer may state any finite weight.
+    scaled_N = weights_N.double() * torch.tensor([sample.weight for sample in samples], dtype=torch.float64)
+    if not bool((scaled_N > 0).any()):
+        return weights_N
+    scaled_N /= scaled_N.max()
+    return (scaled_N / scaled_N.sum()).float()
 
 
 def _update(learner: Learner, gradients: PoolGradients, weights_N: Tensor) -> tuple[str, float, float]:
     """Book-keep the weighted gradient, clip it, take one optimizer step. Returns result, norm and learning rate."""
     if not bool((weights_N > 0).any()):
-        return SKIPPED_NONE_HELPS, math.nan, math.nan
+        # Selectors never choose a sample whose loss is not finite; where none is, it is the model that is broken.
+        sound = bool(gradients.losses_N.isfinite().any())
+        return SKIPPED_NONE_HELPS if sound else SKIPPED_NONFINITE, math.nan, math.nan
     parameters = learner.capture.parameters
     try:
         for name in gradients.factors:

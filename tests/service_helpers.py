@@ -162,7 +162,7 @@ def run_and_terminate(config: dict[str, Any], ready: Callable[[], bool], then: C
 
 @contextmanager
 def command(folder: Path, config: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """`stream-trainer run` as a process of its own, with its log in `folder/log`; killed at the end if it still runs."""
+    """`stream-trainer run` as a process, with its log in `folder/log`; killed if it still runs at the end."""
     file = folder / "settings.yaml"
     file.write_text(yaml.safe_dump(config | {"log": {"level": "DEBUG"}}))
     with (folder / "log").open("wb") as log, start_command(file, log) as process:
@@ -216,6 +216,11 @@ def metrics(config: dict[str, Any]) -> dict[str, float]:
     _, page = get(config, "/metrics")
     lines = [line.rpartition(" ") for line in page.splitlines() if not line.startswith("#")]
     return {name.removeprefix("stream_trainer_"): float(value) for name, _, value in lines}
+
+
+def decided(config: dict[str, Any]) -> float:
+    """Records that this process has decided, as `/metrics` has it."""
+    return sum(value for name, value in metrics(config).items() if name.startswith("records_total"))
 
 
 def state_of(config: dict[str, Any]) -> str | None:

@@ -1,81 +1,251 @@
-"""The whole service on a file: what it decides, how it stops, resumes, and survives what it reads."""
+"""The whole service on a file: every record decided, every number it shows true, every error one line."""
 
-import random
-import signal
+import logging
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from malformed import malformed_values
 from service_helpers import (
+    MODEL,
     checkpoints,
     configuration,
     counts,
+    decided,
+    fifo,
+    get,
     good,
     goods,
-    hashes,
-    interrupt_command,
     jsonl,
-    run_command,
+    metrics,
+    on_free_port,
     serve_until,
-    trainer_json,
+    serving,
+    state_of,
+    wait_for,
     write_lines,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RECORDS, POOL = 200, 8
-STEPS = RECORDS // POOL
+from stream_trainer import service
+from stream_trainer.cli import main
+from stream_trainer.dead_letters import read_dead_letters
+from stream_trainer.models import LoadedModel, load_model
+from stream_trainer.samples import Decoder, read_samples
+from stream_trainer.service import serve
+from stream_trainer.settings import SampleSettings, Settings
+from stream_trainer.step import StepReport
+
+MAX_BYTES = 10_000
+
+Stream = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder with a stream of good samples and, at every tenth place, one that cannot be used."""
-    values = [good(number) for number in range(RECORDS)]
-    for at in range(0, RECORDS, 10):
-        values[at] += b"\nnot JSON"
-    write_lines(tmp_path / "samples.jsonl", values)
-    return tmp_path
+def stream(tmp_path: Path) -> Stream:
+    """Writes a stream; returns settings of a run on it."""
+
+    def write(values: Sequence[bytes], **sections: dict[str, Any]) -> dict[str, Any]:
+        write_lines(tmp_path / "samples.jsonl", values)
+        return configuration(tmp_path, jsonl(tmp_path / "samples.jsonl"), **sections)
+
+    return write
 
 
-def config_of(place: Path, run: str, **sections: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run on the stream in `place`, with everything it writes in a folder of its own."""
-    (place / run).mkdir()
-    return configuration(place / run, jsonl(place / "samples.jsonl"), **sections)
+def test_ten_thousand_malformed_records_among_as_many_good_ones(tmp_path: Path, stream: Stream) -> None:
+    usable = [value for _, value in malformed_values(MAX_BYTES)]
+    short = [value for value in usable if len(value) <= MAX_BYTES]
+    assert len(short) >= 20
+    # Every kind in turn; the few long ones, nested 50,000 deep, once each.
+    bad = [value for value in usable if len(value) > MAX_BYTES]
+    bad += [short[number % len(short)] for number in range(10_000 - len(bad))]
+    values = [value for number, value in enumerate(bad) for value in (value, good(number))]
+    selection = {"weigh": "full", "pool_size": 128, "chosen": 8}
+    config = stream(values, selection=selection, samples={"max_bytes": MAX_BYTES})
+    summary, steps = serve_until(config)
+    assert summary.counts == {"trained": 10_000, "not_selected": 0, "filtered": 0, "dead_lettered": 10_000}
+    assert counts(config) == summary.counts
+    assert [name for step in steps for name in step.chosen] == [str(number) for number in range(10_000)]
+    kept = Counter(letter.record.value for letter in read_dead_letters(tmp_path / "dead-letters.jsonl"))
+    assert kept == Counter(bad)
 
 
-@pytest.mark.parametrize("weigh", ["filter_then_weight", "uniform"])
-def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not(weigh: str, place: Path) -> None:
-    """Bit for bit: weights, optimizer, random states, target gradient, cursor, and every decision on the way."""
-    selection = {"weigh": weigh, "pool_size": POOL, "chosen": 3, "settle_steps": 2, "solver_time_limit_s": 60.0}
-    whole = config_of(place, "whole", selection=selection)
-    _, expected = serve_until(whole)
-    assert len(expected) == STEPS
-    between_refreshes = 0
-    for seed in range(5):
-        stops = sorted(random.Random(seed).sample(range(1, STEPS), 2))
-        between_refreshes += sum(step % 4 != 0 for step in stops)
-        config = config_of(place, f"seed-{seed}", selection=selection)
-        steps = [step for last in (*stops, None) for step in serve_until(config, last)[1]]
-        assert steps == expected, stops
-        assert hashes(checkpoints(config)[-1]) == hashes(checkpoints(whole)[-1]), stops
-        decided = [name for step in steps for name in step.ids]
-        assert sorted(decided, key=lambda name: int(name or "")) == [str(number) for number in range(RECORDS)]
-    assert between_refreshes >= 3
-    assert counts(whole)["dead_lettered"] == RECORDS // 10
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+def test_the_model_of_a_checkpoint_has_the_loss_that_was_reported(
+    lora: dict[str, int] | None, tmp_path: Path, stream: Stream
+) -> None:
+    config = stream(goods(160), model={"config": MODEL, "tokenizer": "bytes", "lora": lora})
+    summary, _ = serve_until(config)
+    saved = checkpoints(config)[-1] / "model"
+    model = AutoModelForCausalLM.from_pretrained(saved).eval()
+    decoder = Decoder(AutoTokenizer.from_pretrained(saved), SampleSettings())
+    losses = []
+    for sample in read_samples(tmp_path / "target.jsonl", decoder, 64, "target.path"):
+        with torch.no_grad():
+            labels = torch.tensor([sample.labels])
+            losses.append(float(model(input_ids=torch.tensor([sample.input_ids]), labels=labels).loss))
+    assert sum(losses) / len(losses) == pytest.approx(summary.losses["target"], abs=1e-5)
+    assert summary.losses["target"] < 5.6  # ln(300) = 5.7 is where random weights begin
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_that_is_ended_loses_nothing_and_repeats_nothing(number: signal.Signals, place: Path) -> None:
-    """The end state, cursor included, is that of a run that was left alone."""
-    write_lines(place / "samples.jsonl", goods(1600))
-    checkpoint = {"every_steps": 20}
-    config = config_of(place, "ended", checkpoint={"dir": str(place / "ended" / "checkpoints")} | checkpoint)
-    code = interrupt_command(place / "ended", config, number, step=25)
-    assert code == (0 if number == signal.SIGTERM else -signal.SIGKILL)
-    left = trainer_json(config)
-    assert 20 <= left["step"] < 200
-    assert left["step"] > 20 or number == signal.SIGKILL  # SIGTERM ends in a checkpoint of its own
-    assert sum(left["cursor"]["counts"].values()) == 8 * left["step"]
-    assert run_command(place / "ended", config) == 0
-    whole = config_of(place, "whole")
-    serve_until(whole)
-    assert sum(counts(config).values()) == 1600
-    assert hashes(checkpoints(config)[-1]) == hashes(checkpoints(whole)[-1])
+def test_what_it_shows_while_it_works(tmp_path: Path) -> None:
+    """Loading, then training, then idle; the counters are those of the checkpoint, and no lag remains."""
+    stream, target = tmp_path / "samples.jsonl", tmp_path / "target.fifo"
+    write_lines(stream, [*goods(20), b"not JSON"])
+    buffer = {"wait_s": 0.1}
+    config = on_free_port(configuration(tmp_path, jsonl(stream, follow=True), buffer=buffer))
+    config["target"] = {"path": str(target)}
+    with fifo(target) as write, serving(config) as ended:
+        wait_for(lambda: state_of(config) == "loading")
+        assert (get(config, "/healthz")[0], get(config, "/readyz")[0]) == (200, 503)
+        write(good(0) + b"\n")
+        wait_for(lambda: state_of(config) == "idle" and decided(config) == 21)
+        assert (get(config, "/healthz")[0], get(config, "/readyz")[0]) == (200, 200)
+        wait_for(lambda: metrics(config)[f'lag_records{{partition="0",topic="{stream}"}}'] == 0)
+        shown = metrics(config)
+    assert {name: shown[f'records_total{{outcome="{name}"}}'] for name in counts(config)} == counts(config)
+    assert counts(config) == ended[0].counts
+    assert shown["records_read_total"] == 21
+    assert shown['dead_letters_total{reason="bad_json"}'] == 1
+    assert shown["read_bytes_total"] == stream.stat().st_size - 21
+    assert shown['steps_total{result="applied"}'] == ended[0].step
+    assert shown['evaluation_loss{set="target"}'] > 0
+    assert shown["buffer_records"] == 0
+
+
+def test_what_it_shows_in_the_middle_of_training(tmp_path: Path) -> None:
+    write_lines(tmp_path / "samples.jsonl", goods(80))
+    config = on_free_port(configuration(tmp_path, jsonl(tmp_path / "samples.jsonl")))
+    seen: list[tuple[str | None, int, float, float]] = []
+
+    def on_step(number: int, *_: object) -> None:
+        seen.append(
+            (state_of(config), get(config, "/readyz")[0], decided(config), metrics(config)["step_seconds_count"])
+        )
+
+    serve(Settings(**config), threading.Event(), on_step)
+    assert seen == [("training", 200, 8.0 * number, float(number)) for number in range(1, 11)]
+
+
+@pytest.mark.parametrize("weigh", ["filter_then_weight", "full"])
+def test_a_step_that_is_not_finite_is_skipped_and_the_service_goes_on(
+    weigh: str, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One weight of the live model is spoilt for one step, as a fault of memory would."""
+    loaded: list[LoadedModel] = []
+
+    def load(*arguments: Any) -> LoadedModel:
+        loaded.append(load_model(*arguments))
+        return loaded[0]
+
+    monkeypatch.setattr(service, "load_model", load)
+    config = on_free_port(stream(goods(80), selection={"weigh": weigh, "pool_size": 8, "chosen": 3}))
+    results: list[str] = []
+    kept: list[torch.Tensor] = []
+
+    def on_step(number: int, _: object, report: StepReport) -> None:
+        results.append(report.result)
+        weight = loaded[0].model.get_parameter("model.layers.1.mlp.down_proj.weight").data
+        if number == 2:
+            kept.append(weight.clone())
+            weight[0, 0] = math.inf
+        elif number == 3:
+            assert torch.equal(weight[1:], kept[0][1:])
+            assert metrics(config)['steps_total{result="skipped_nonfinite"}'] == 1
+            weight.copy_(kept[0])
+
+    summary = serve(Settings(**config), threading.Event(), on_step)
+    assert results == ["applied"] * 2 + ["skipped_nonfinite"] + ["applied"] * 7
+    assert sum(summary.counts.values()) == 80
+    assert summary.counts["not_selected"] >= 8  # those of the skipped step
+    assert math.isfinite(summary.losses["target"])
+
+
+def test_no_weight_that_a_producer_states_spoils_its_pool(stream: Stream) -> None:
+    stated = [1e300, 1e-300, 3e38, 1e39, 5e-324, 1.7e308, 1.7e308, 1.0]
+    values = [b'{"weight": %s, %s' % (repr(stated[n % 8]).encode(), good(n)[1:]) for n in range(32)]
+    _, steps = serve_until(stream(values, selection={"weigh": "full", "pool_size": 8}))
+    assert [step.result for step in steps] == ["applied"] * 4
+    assert [step.weights[5:7] for step in steps] == [(0.5, 0.5)] * 4
+
+
+@pytest.mark.parametrize(
+    ("remedy", "result", "trained"), [("skip", "skipped_none_helps", 0), ("uniform", "applied", 12)]
+)
+def test_when_no_candidate_helps(remedy: str, result: str, trained: int, tmp_path: Path, stream: Stream) -> None:
+    """Once a model gives `x` one of two answers, a sample of the one points away from a target of the other."""
+    a, b = (b'{"prompt": "x", "response": "%c"}' % letter for letter in b"ab")
+    write_lines(tmp_path / "target.jsonl", [a])
+    samples = {"max_tokens": 3}  # the answer is the last token
+    both = stream([a, b] * 160 + [b] * 32, samples=samples, optimizer={"learning_rate": 1e-2})
+    serve_until(both | {"selection": {"weigh": "full", "pool_size": 8}, "training": {"max_steps": 40}})
+    before = counts(both)
+    selection = both["selection"] | {"when_none_helps": remedy}
+    summary, steps = serve_until(both | {"selection": selection})
+    assert [step.result for step in steps] == [result] * 4
+    assert summary.counts["trained"] - before["trained"] == trained
+    assert summary.counts["not_selected"] - before["not_selected"] == 32 - trained
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize("weigh", ["filter_then_weight", "uniform", "top_k", "full"])
+def test_every_method_trains_every_kind_of_model(weigh: str, lora: dict[str, int] | None, stream: Stream) -> None:
+    """In bfloat16, with gradient checkpointing, resumed once."""
+    model = {"config": MODEL, "tokenizer": "bytes", "dtype": "bfloat16", "gradient_checkpointing": True, "lora": lora}
+    config = stream(goods(44), model=model, selection={"weigh": weigh, "pool_size": 8, "chosen": 3, "settle_steps": 2})
+    _, first = serve_until(config, last_step=3)
+    summary, second = serve_until(config)
+    steps = first + second
+    assert [name for step in steps for name in step.ids] == [str(number) for number in range(44)]
+    assert {step.result for step in steps} == {"applied"}
+    assert all(0 < len(step.chosen) <= (8 if weigh == "full" else 3) for step in steps)
+    assert summary.counts["trained"] == sum(len(step.chosen) for step in steps)
+    assert sum(summary.counts.values()) == 44
+    assert summary.losses["target"] < 5.7  # ln(300), which is where random weights begin
+
+
+@pytest.fixture
+def _own_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    logging.captureWarnings(False)
+
+
+def run_main(folder: Path, config: dict[str, Any]) -> int:
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump(config | {"log": {"level": "ERROR"}}))
+    return main(["run", f"--config={file}"])
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_a_checkpoint_of_another_model_is_one_line(
+    tmp_path: Path, stream: Stream, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = stream(goods(8))
+    serve_until(config)
+    config["model"] = {"config": MODEL | {"hidden_size": 16}, "tokenizer": "bytes"}
+    capsys.readouterr()
+    assert run_main(tmp_path, config) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: checkpoint {checkpoints(config)[-1]}")
+    assert "with shape" in line
+    assert "set another checkpoint.dir" in line
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_a_line_of_the_target_that_is_no_sample_is_one_line(
+    tmp_path: Path, stream: Stream, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = stream(goods(8))
+    write_lines(tmp_path / "target.jsonl", [good(0), b'{"text": 7}'])
+    assert run_main(tmp_path, config) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: target.path={tmp_path}/target.jsonl line 2 is not a sample (wrong_type")
