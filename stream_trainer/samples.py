@@ -16,6 +16,7 @@ Whatever a record contains, decoding it returns a sample or a SampleError whose 
 never quote the record.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.fields import Fields, parse_fields, text_of
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.settings import SampleSettings
+
+logger = logging.getLogger(__name__)
 
 REASONS = (
     "bad_utf8",
@@ -179,6 +182,7 @@ class Decoder:
 def read_samples(path: Path, decoder: Decoder, limit: int, setting: str) -> list[Sample]:
     """The first `limit` samples of a JSONL file that the user keeps (target, retention). Blank lines are skipped.
 
+    Samples that do not fit `samples.max_tokens` are left out with a warning: the file may serve several settings.
     `setting` is the setting that names the file. Raises SettingsError if the file cannot be read, a line is no
     sample, or there is none.
     """
@@ -197,13 +201,24 @@ def read_samples(path: Path, decoder: Decoder, limit: int, setting: str) -> list
     except OSError as error:
         raise SettingsError(f"{setting}={path} cannot be read ({error.strerror}); name a readable file") from error
     samples = []
+    too_long: list[int] = []
     for number, result in zip(numbers, decoder.decode_batch(records), strict=True):
+        if isinstance(result, SampleError) and result.reason in ("too_long", "no_loss_tokens"):
+            too_long.append(number)
+            continue
         if not isinstance(result, Sample):
             reason = f"{result.reason}: {result}" if isinstance(result, SampleError) else "empty"
             raise SettingsError(f"{setting}={path} line {number} is not a sample ({reason}); correct or remove it")
         samples.append(result)
+    limit_is = f"samples.max_tokens={decoder.settings.max_tokens}"
+    if too_long and not samples:
+        raise SettingsError(f"{setting}={path} holds no sample that fits {limit_is}; raise samples.max_tokens")
     if not samples:
         raise SettingsError(f"{setting}={path} holds no samples; add at least one line")
+    if too_long:
+        logger.warning(
+            "%s=%s: %d samples do not fit %s, first line %d", setting, path, len(too_long), limit_is, too_long[0]
+        )
     return samples
 
 

@@ -258,9 +258,19 @@ def test_read_samples(tmp_path: Path) -> None:
     assert [sample.offset for sample in samples] == [0, 15]
 
 
+def test_samples_that_do_not_fit_are_left_out_of_a_users_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "target.jsonl"
+    path.write_text('{"text": "a"}\n{"prompt": "too long a prompt", "response": "b"}\n{"text": "c"}\n')
+    decoder = Decoder(byte_tokenizer(), SampleSettings(max_tokens=10))
+    samples = read_samples(path, decoder, limit=10, setting="target.path")
+    assert [sample.input_ids[0] for sample in samples] == list(b"ac")
+    assert "1 samples do not fit samples.max_tokens=10, first line 2" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b'{"prompt": "' + b"p" * 600 + b'", "response": "b"}', "raise samples.max_tokens"),
         (b'{"text": "a"}\n\n{"text": 1}\n', r"line 3 is not a sample \(wrong_type: text is a int, not a string\)"),
         (b"", "holds no samples"),
         (b"\n\n", "holds no samples"),
