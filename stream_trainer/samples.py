@@ -186,40 +186,42 @@ def read_samples(path: Path, decoder: Decoder, limit: int, setting: str) -> list
     `setting` is the setting that names the file. Raises SettingsError if the file cannot be read, a line is no
     sample, or there is none.
     """
+    lines = _numbered_lines(path, limit, setting)
+    samples = []
+    too_long: list[int] = []
+    for number, result in zip(lines, decoder.decode_batch(list(lines.values())), strict=True):
+        if isinstance(result, Sample):
+            samples.append(result)
+        elif isinstance(result, SampleError) and result.reason in ("too_long", "no_loss_tokens"):
+            too_long.append(number)
+        else:
+            reason = f"{result.reason}: {result}" if isinstance(result, SampleError) else "empty"
+            raise SettingsError(f"{setting}={path} line {number} is not a sample ({reason}); correct or remove it")
+    if too_long:
+        misfit = f"{len(too_long)} samples do not fit samples.max_tokens={decoder.settings.max_tokens}"
+        if not samples:
+            raise SettingsError(f"{setting}={path}: all {misfit}; raise samples.max_tokens")
+        logger.warning("%s=%s: %s, first line %d", setting, path, misfit, too_long[0])
+    elif not samples:
+        raise SettingsError(f"{setting}={path} holds no samples; add at least one line")
+    return samples
+
+
+def _numbered_lines(path: Path, limit: int, setting: str) -> dict[int, Record]:
+    """The first `limit` lines that are not blank, by line number."""
     partition, offset = Partition(str(path), 0), 0
-    records: list[Record] = []
-    numbers: list[int] = []
+    records: dict[int, Record] = {}
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if len(records) == limit:
                     break
                 if line.strip():
-                    records.append(Record(partition, offset, offset + len(line), line))
-                    numbers.append(number)
+                    records[number] = Record(partition, offset, offset + len(line), line)
                 offset += len(line)
     except OSError as error:
         raise SettingsError(f"{setting}={path} cannot be read ({error.strerror}); name a readable file") from error
-    samples = []
-    too_long: list[int] = []
-    for number, result in zip(numbers, decoder.decode_batch(records), strict=True):
-        if isinstance(result, SampleError) and result.reason in ("too_long", "no_loss_tokens"):
-            too_long.append(number)
-            continue
-        if not isinstance(result, Sample):
-            reason = f"{result.reason}: {result}" if isinstance(result, SampleError) else "empty"
-            raise SettingsError(f"{setting}={path} line {number} is not a sample ({reason}); correct or remove it")
-        samples.append(result)
-    limit_is = f"samples.max_tokens={decoder.settings.max_tokens}"
-    if too_long and not samples:
-        raise SettingsError(f"{setting}={path} holds no sample that fits {limit_is}; raise samples.max_tokens")
-    if not samples:
-        raise SettingsError(f"{setting}={path} holds no samples; add at least one line")
-    if too_long:
-        logger.warning(
-            "%s=%s: %d samples do not fit %s, first line %d", setting, path, len(too_long), limit_is, too_long[0]
-        )
-    return samples
+    return records
 
 
 def _guarded(reason: str, function: Callable[..., T], *args: Any) -> T | SampleError:
