@@ -16,7 +16,7 @@ from pathlib import Path
 from stream_trainer.errors import StreamTrainerError
 
 HOST = "127.0.0.1"
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0  # a busy machine takes its time; a broker that died is noticed at once
 STOP_TIMEOUT_S = 30.0
 
 
@@ -44,7 +44,10 @@ def embedded_broker(data_dir: Path, port: int | None = None) -> Iterator[str]:
         str(port),
     ]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)  # noqa: S603
+        # In a session of its own: Ctrl-C is for us, who still need the broker to end in order.
+        process = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
     try:
         wait_for_port(port, process, log)
         yield f"{HOST}:{port}"
