@@ -40,7 +40,7 @@ class Trainer:
         stopped: turns true when the service is told to stop.
         on_step: told of every step, for progress displays.
         step: steps made over the life of the model, skipped ones included.
-        losses: the last loss of each evaluation set.
+        losses: the last loss of each evaluation set, measured at `evaluated_step`.
     """
 
     settings: Settings
@@ -57,6 +57,7 @@ class Trainer:
     step: int = 0
     state: State = State.LOADING
     losses: dict[str, float] = field(default_factory=dict)
+    evaluated_step: int | None = None
     last_progress: float = field(default_factory=time.monotonic)
     last_report: StepReport | None = None
 
@@ -121,7 +122,10 @@ class Trainer:
         self.metrics.state.state(state.value)
 
     def evaluate(self) -> None:
-        """Measure the loss of every evaluation set."""
+        """Measure the loss of every evaluation set, once a step."""
+        if self.evaluated_step == self.step:
+            return
+        self.evaluated_step = self.step
         for name, samples in self.evaluation_sets.items():
             if self.stopped():
                 return
