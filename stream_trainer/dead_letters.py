@@ -30,6 +30,7 @@ from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLarg
 from stream_trainer import __version__
 from stream_trainer.errors import SettingsError, SourceError
 from stream_trainer.kafka_connection import connect
+from stream_trainer.manifest import sync
 from stream_trainer.records import Partition, Record
 from stream_trainer.settings import Settings
 
@@ -96,7 +97,7 @@ class FileDeadLetters:
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._file = os.fdopen(descriptor, "ab", buffering=0)
             _drop_torn_line(descriptor)
-            _sync_directory(path.parent)
+            sync(path.parent)  # the new file's name
         except OSError as error:
             raise SettingsError(
                 f"dead_letters.path={path} cannot be written ({error.strerror}); name a writable file"
@@ -301,12 +302,3 @@ def _drop_torn_line(descriptor: int) -> None:
     if end < size:
         logger.warning("the dead letters end in a torn line of %d bytes, which is dropped", size - end)
         os.ftruncate(descriptor, end)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a new file's name durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
