@@ -1,5 +1,7 @@
 """Cosine k-means: the properties it must have at once (T7) and over a stream."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from gradient_selectors.clusters import StreamClusters, cosine_k_means, nearest, unit
@@ -28,7 +30,7 @@ def test_t7_similarity_never_falls() -> None:
     for seed in range(5):
         similarities = cosine_k_means(blobs(300, noise=0.5)[0], 12, seeded(seed)).similarities
         assert len(similarities) == 21
-        assert all(b >= a - 1e-6 for a, b in zip(similarities, similarities[1:], strict=False))
+        assert all(b >= a - 1e-6 for a, b in pairwise(similarities))
         assert similarities[-1] > similarities[0] + 0.01
 
 

@@ -69,7 +69,7 @@ def _centres(features_Nd: Tensor, labels_N: Tensor, similarities_N: Tensor, cent
 
 def nearest(features_Nd: Tensor, centres_Kd: Tensor) -> tuple[Tensor, Tensor]:
     """Each sample's most similar centre, (N,) int64, and the cosine, (N,) float32; both of unit vectors."""
-    found = [(chunk_Nd @ centres_Kd.T).max(dim=1) for chunk_Nd in features_Nd.split(CHUNK_ROWS)]
+    found = [(chunk_Nd @ centres_Kd.T).max(dim=1) for chunk_Nd in torch.split(features_Nd, CHUNK_ROWS)]
     return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found])
 
 
