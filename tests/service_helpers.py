@@ -1,6 +1,7 @@
 """The whole service on a tiny model: its settings, what a run decided step by step, and what it left behind."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from stream_trainer.cli import main
 from stream_trainer.embedded_broker import free_port
 from stream_trainer.records import Sample
 from stream_trainer.service import Summary, run, serve
@@ -158,6 +160,19 @@ def run_and_terminate(config: dict[str, Any], ready: Callable[[], bool], then: C
         signal.signal(signal.SIGTERM, previous)
     assert not waited, waited
     return code
+
+
+def run_main(folder: Path, config: dict[str, Any]) -> int:
+    """`stream-trainer run` in this process, to its end, logging errors only. Returns the exit code."""
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump(config | {"log": {"level": "ERROR"}}))
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        return main(["run", f"--config={file}"])
+    finally:
+        root.handlers[:], root.level = handlers, level
+        logging.captureWarnings(False)
 
 
 @contextmanager

@@ -1,16 +1,14 @@
 """The whole service on a file: every record decided, every number it shows true, every error one line."""
 
-import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from malformed import malformed_values
 from service_helpers import (
     MODEL,
@@ -25,6 +23,7 @@ from service_helpers import (
     jsonl,
     metrics,
     on_free_port,
+    run_main,
     serve_until,
     serving,
     state_of,
@@ -34,7 +33,6 @@ from service_helpers import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stream_trainer import service
-from stream_trainer.cli import main
 from stream_trainer.dead_letters import read_dead_letters
 from stream_trainer.models import LoadedModel, load_model
 from stream_trainer.samples import Decoder, read_samples
@@ -210,22 +208,6 @@ def test_every_method_trains_every_kind_of_model(weigh: str, lora: dict[str, int
     assert summary.losses["target"] < 5.7  # ln(300), which is where random weights begin
 
 
-@pytest.fixture
-def _own_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    logging.captureWarnings(False)
-
-
-def run_main(folder: Path, config: dict[str, Any]) -> int:
-    file = folder / "settings.yaml"
-    file.write_text(yaml.safe_dump(config | {"log": {"level": "ERROR"}}))
-    return main(["run", f"--config={file}"])
-
-
-@pytest.mark.usefixtures("_own_logging")
 def test_a_checkpoint_of_another_model_is_one_line(
     tmp_path: Path, stream: Stream, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,7 +222,6 @@ def test_a_checkpoint_of_another_model_is_one_line(
     assert "set another checkpoint.dir" in line
 
 
-@pytest.mark.usefixtures("_own_logging")
 def test_a_line_of_the_target_that_is_no_sample_is_one_line(
     tmp_path: Path, stream: Stream, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,15 +1,12 @@
 """The whole service on a topic: every record decided once, whatever the topic holds and however often it is stopped."""
 
-import logging
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from brokers import create_topic, publish
 from kafka import KafkaConsumer, TopicPartition
 from malformed import malformed_values
@@ -25,6 +22,7 @@ from service_helpers import (
     on_free_port,
     run_and_terminate,
     run_command,
+    run_main,
     serve_until,
     serving,
     state_of,
@@ -32,7 +30,6 @@ from service_helpers import (
     wait_for,
 )
 
-from stream_trainer.cli import main
 from stream_trainer.embedded_broker import free_port
 
 PARTITIONS = 3
@@ -161,22 +158,6 @@ def test_what_it_shows_is_what_it_commits(broker: str, topic: str, tmp_path: Pat
     assert committed(broker, topic) == positions(config)
 
 
-@pytest.fixture
-def _own_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    logging.captureWarnings(False)
-
-
-def run_main(folder: Path, config: dict[str, Any]) -> int:
-    file = folder / "settings.yaml"
-    file.write_text(yaml.safe_dump(config | {"log": {"level": "ERROR"}}))
-    return main(["run", f"--config={file}"])
-
-
-@pytest.mark.usefixtures("_own_logging")
 def test_a_topic_that_does_not_exist_is_one_line(
     broker: str, topic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,7 +167,6 @@ def test_a_topic_that_does_not_exist_is_one_line(
     assert line.startswith(f"error: source.kafka.topic={topic}s does not exist; did you mean {topic}?")
 
 
-@pytest.mark.usefixtures("_own_logging")
 def test_a_broker_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nowhere = f"127.0.0.1:{free_port()}"
     source = kafka(nowhere, "samples", bootstrap_timeout_s=1.0)
