@@ -90,7 +90,7 @@ def choose_mask(columns: Mapping[str, Tensor], rule: MaskRule) -> dict[str, Tens
             left -= _take(units, names, int(quota * budget / len(groups)))
     _take(units, list(columns), left)
     return {
-        name: (keys == TAKEN)[:, None].expand(-1, sizes[name]).reshape(columns[name].shape)
+        name: (keys == TAKEN)[:, None].expand(-1, sizes[name]).reshape(columns[name].shape).contiguous()
         for name, keys in units.keys.items()
     }
 
