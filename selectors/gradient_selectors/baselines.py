@@ -1,13 +1,14 @@
 """Baselines, without which nothing can be shown to help: top-k by first-order utility, and everything at once.
 
-The uniform baseline needs no gradients to decide: it draws before the pass (`draw_uniform`) and trains on what it drew.
+The greedy baseline has a file of its own (`greedy`). The uniform baseline needs no gradients to decide: it draws before
+the pass (`draw_uniform`) and trains on what it drew.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from gradient_selectors.filter_then_weight import usable_rows
+from gradient_selectors.filter_then_weight import positive_samples, usable_rows
 from gradient_selectors.interaction import Decision, Interaction, equal_weights
 
 
@@ -28,8 +29,7 @@ class TopK:
 
     def decide(self, interaction: Interaction) -> Decision:
         rows_N = usable_rows(interaction)
-        order = torch.argsort(rows_N, descending=True, stable=True).tolist()
-        positive = [i for i in order if rows_N[i] > 0]
+        positive = positive_samples(rows_N)
         return Decision(equal_weights(len(rows_N), positive[: self.chosen]), num_positive=len(positive))
 
 

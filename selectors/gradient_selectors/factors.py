@@ -15,7 +15,8 @@ parameter's rows and columns. Sums are accumulated in float32 whatever the dtype
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from itertools import accumulate
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,7 +32,15 @@ class Factor(Protocol):
         """Add `sum_i w_i g_i` to `out`, a float32 tensor of the parameter's shape."""
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
-        """Rows `lo:hi` of the chosen samples' gradients, (n, hi - lo, ...) float32."""
+        """Rows `lo:hi` of the chosen samples' gradients, (n, hi - lo, ...) float32: the caller's to overwrite."""
+
+
+@runtime_checkable
+class MatrixFactor(Factor, Protocol):
+    """A factor of a matrix (p, d): a sample's gradient is a sum of outer products of two rows."""
+
+    def project(self, samples: Sequence[int], left_pk: Tensor, right_dk: Tensor) -> tuple[Tensor, Tensor, "Segments"]:
+        """Both rows of every product times a matrix, (R', k) each, and which of them belong to which sample."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +62,33 @@ class Segments:
     def span(self, sample: int) -> slice:
         return slice(self.offsets[sample], self.offsets[sample + 1])
 
+    def length(self, sample: int) -> int:
+        return self.offsets[sample + 1] - self.offsets[sample]
+
     def sum(self, values_R: Tensor) -> Tensor:
         """Sum of a row quantity within each sample, (N,) float32."""
         sums_N = torch.zeros(self.num_samples, dtype=torch.float32, device=values_R.device)
         return sums_N.index_add_(0, self.owners_R.to(values_R.device), values_R.float())
 
+    def covers(self, samples: Sequence[int]) -> bool:
+        """Whether these are all samples in their own order, so that nothing needs copying."""
+        return list(samples) == list(range(self.num_samples))
+
     def gather(self, values: Tensor, samples: Sequence[int]) -> Tensor:
         """The rows of some samples, one sample after the other."""
-        if len(samples) == self.num_samples:
+        if self.covers(samples):
             return values
         return torch.cat([values[self.span(i)] for i in samples])
 
+    def among(self, samples: Sequence[int]) -> "Segments":
+        """The segments of the rows that `gather` returns."""
+        if self.covers(samples):
+            return self
+        return Segments((0, *accumulate(self.length(i) for i in samples)))
+
     def weights(self, weights_N: Tensor, samples: Sequence[int], like: Tensor) -> Tensor:
         """The weight of each gathered row, (R', 1) in the dtype and on the device of `like`."""
-        rows = [weights_N[i].expand(self.offsets[i + 1] - self.offsets[i]) for i in samples]
+        rows = [weights_N[i].expand(self.length(i)) for i in samples]
         return torch.cat(rows).to(like).unsqueeze(1)
 
 
@@ -115,6 +137,10 @@ class Outer:
             torch.mm(self.left_Rp[span, lo:hi].T, self.right_Rd[span], out=out[row])
         return out.float()
 
+    def project(self, samples: Sequence[int], left_pk: Tensor, right_dk: Tensor) -> tuple[Tensor, Tensor, Segments]:
+        left, right = self.segments.gather(self.left_Rp, samples), self.segments.gather(self.right_Rd, samples)
+        return left @ left_pk.to(left), right @ right_dk.to(right), self.segments.among(samples)
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -141,6 +167,10 @@ class Lookup:
             inside = (ids >= lo) & (ids < hi)
             out[row].index_add_(0, ids[inside] - lo, grads[inside].float())
         return out
+
+    def project(self, samples: Sequence[int], left_pk: Tensor, right_dk: Tensor) -> tuple[Tensor, Tensor, Segments]:
+        ids, grads = self.segments.gather(self.ids_R, samples), self.segments.gather(self.grads_Rd, samples)
+        return left_pk[ids].to(grads), grads @ right_dk.to(grads), self.segments.among(samples)
 
     def compact(self, rows: Tensor) -> "Lookup":
         """The same factor for a table that holds only `rows` (sorted, and holding every id)."""

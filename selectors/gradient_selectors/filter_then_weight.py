@@ -2,19 +2,37 @@
 
 The method of "Filter-then-Weight: Online Data Selection and Reweighting for LLM Fine-Tuning" (arXiv 2604.00001). From
 the paper: the update under the linearised Adam map, the match to a target update, the two stages, non-negative
-coefficients. Ours, for the paper's text leaves them open: the metric `P^-1` (so `c_i = <g_i, P G>` and
-`K_ij = <g_i, P g_j>`, commensurate without any rescaling), the filter by `c`, the ridge, the cut to k samples, the
-normalisation.
+coefficients. The paper's text leaves open what the settings below choose between.
+
+Metrics, each of one scale for `c` and `K`, so that redundancy neither vanishes nor takes over:
+
+- `p_norm`: `c = <g, P G>`, `K = <g, P g>`. The update is matched to the target's in the norm of `P^-1`, the curvature
+  that Adam implicitly assumes: an exact second-order utility.
+- `update`: `c = <P g, P G>`, `K = <P g, P g>`. Both updates are matched as vectors.
+- `greats`: `c = gamma <g, P G>`, `K = <P g, P g>`, with the curvature `1 / gamma` in units of the learning rate. Gamma
+  scales all coefficients alike, so it shows under the `natural` normalisation and in the `simplex` only.
+
+Before Adam's second moment has settled (about 100 steps from scratch) P is wrong by up to the whole update. Pass the
+`plain` geometry then: the three metrics become one, the match of raw gradients, and the rest works as it does later.
+Under `mean_one` the change from one to the other does not show in the size of the steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradient_selectors.coefficients import CoefficientSolver, Matrix, Solution, Vector
+from gradient_selectors.geometry import squared
 from gradient_selectors.interaction import Decision, Interaction, SolverReport
+
+Filter = Literal["first_order", "cosine", "nn_omp"]
+Metric = Literal["p_norm", "update", "greats"]
+Normalisation = Literal["mean_one", "natural", "simplex"]
+
+PURSUIT_TOLERANCE = 1e-6  # of the first candidate's score
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,15 @@ class FilterThenWeight:
         solver: solves for the coefficients.
         ridge: regularisation relative to the mean of K's diagonal; gives duplicates equal coefficients.
         cap: bound on a coefficient, in units of the mean coefficient, or None.
+        filter: `first_order` keeps the largest positive `c_i`; `cosine` ranks the positive ones by `c_i / sqrt(K_ii)`,
+            so that long gradients (short samples) gain nothing, and needs K for all of them; `nn_omp` adds one
+            candidate after the other by what the earlier ones leave unmatched, and needs K for the whole pool.
+        metric: what the update is matched in, see above.
+        gamma: of the metric `greats`.
+        normalisation: `mean_one` gives the coefficients a sum of 1: a step as long as plain training's. `natural` keeps
+            the optimum's own scale, set right by an exact line search: the step is then as long as the target's
+            update asks for, which is noisy for a small target set. `simplex` solves under a sum of 1, where the
+            lengths of the gradients count against that of the target's.
     """
 
     chosen: int
@@ -34,44 +61,128 @@ class FilterThenWeight:
     solver: CoefficientSolver
     ridge: float = 1e-3
     cap: float | None = None
+    filter: Filter = "first_order"
+    metric: Metric = "p_norm"
+    gamma: float = 1.0
+    normalisation: Normalisation = "mean_one"
 
     def decide(self, interaction: Interaction) -> Decision:
-        """Coefficients with a sum of 1; all zero if no candidate points towards the target."""
-        rows_N = usable_rows(interaction)
-        survivors, num_positive = self._filter(rows_N)
-        if not survivors:
-            return Decision(torch.zeros(len(rows_N)), num_positive=num_positive)
-        gram = interaction.gram(survivors).cpu().numpy()
+        """Coefficients with a sum of 1 (or in natural scale); all zero if no candidate points towards the target."""
+        rows_N, quadratic = self._views(interaction)
+        positive = positive_samples(rows_N)
+        nothing = Decision(torch.zeros(len(rows_N)), num_positive=len(positive))
+        if not positive:
+            return nothing
+        survivors, gram = self._filter(rows_N, positive, quadratic)
         linear = rows_N[survivors].cpu().double().numpy()
         kept, solution = self._weigh(gram, linear)
-        weights_N = torch.zeros(len(rows_N))
-        weights_N[[survivors[i] for i in kept]] = torch.tensor(solution.weights / solution.weights.sum()).float()
+        if linear[kept] @ solution.weights <= 0:
+            return nothing
+        weights_N = torch.zeros(len(rows_N), dtype=torch.float64)
+        weights_N[[survivors[i] for i in kept]] = torch.from_numpy(solution.weights)
+        if self.normalisation == "natural":
+            weights_N *= line_search(quadratic, rows_N, weights_N)
+        else:
+            weights_N /= weights_N.sum()
         return Decision(
-            weights_N,
-            num_positive,
+            weights_N.float(),
+            len(positive),
             redundancy(gram[np.ix_(kept, kept)], linear[kept], solution.weights),
             SolverReport(solution.status, solution.seconds),
         )
 
-    def _filter(self, rows_N: Tensor) -> tuple[list[int], int]:
-        """The m candidates with the largest positive c, and how many are positive.
+    def _views(self, interaction: Interaction) -> tuple[Tensor, Interaction]:
+        """`c` of usable candidates, and the interaction whose Gram matrix is K."""
+        if self.metric == "p_norm":
+            return usable_rows(interaction), interaction
+        updates = replace(interaction, geometry=squared(interaction.geometry))
+        if self.metric == "update":
+            return usable_rows(updates), updates
+        return usable_rows(interaction) * self.gamma, updates
 
-        A positive cosine `c_i / sqrt(K_ii)` and a positive c are the same; ranking the positive ones by c needs no
-        K outside the survivors, which is what keeps the quadratic term cheap.
-        """
-        order = torch.argsort(rows_N, descending=True, stable=True).tolist()
-        positive = [i for i in order if rows_N[i] > 0]
-        return positive[: self.survivors], len(positive)
+    def _filter(self, rows_N: Tensor, positive: list[int], quadratic: Interaction) -> tuple[list[int], Matrix]:
+        """At most m candidates and their K. `positive` is in the order of c."""
+        if self.filter == "first_order":
+            # A positive cosine and a positive c are the same; ranked by c, no K is needed outside the survivors.
+            survivors = positive[: self.survivors]
+            return survivors, _matrix(quadratic.gram(survivors))
+        if self.filter == "cosine":
+            gram = _matrix(quadratic.gram(positive))
+            cosines = rows_N[positive].cpu().double().numpy() / np.sqrt(np.diag(gram))
+            order = np.argsort(-cosines, kind="stable")[: self.survivors]
+            return [positive[i] for i in order], gram[np.ix_(order, order)]
+        usable = torch.isfinite(rows_N).nonzero().squeeze(1).tolist()
+        gram = _matrix(quadratic.gram(usable))
+        linear = rows_N[usable].cpu().double().numpy()
+        picked = matching_pursuit(with_ridge(gram, self.ridge), linear, self.survivors, self.solver)
+        return [usable[i] for i in picked], gram[np.ix_(picked, picked)]
 
     def _weigh(self, gram: Matrix, linear: Vector) -> tuple[list[int], Solution]:
         """Solve on all survivors, keep the k that carry most of the utility `c_i w_i`, and solve again on those."""
-        solution = self.solver.solve(gram, linear, self.ridge, self.cap)
+        solution = self._solve(gram, linear)
         kept = [i for i in np.argsort(-linear * solution.weights, kind="stable") if solution.weights[i] > 0]
         if len(kept) <= self.chosen:
             return sorted(kept), _restrict(solution, sorted(kept))
         kept = sorted(kept[: self.chosen])
-        again = self.solver.solve(gram[np.ix_(kept, kept)], linear[kept], self.ridge, self.cap)
-        return kept, again
+        return kept, self._solve(gram[np.ix_(kept, kept)], linear[kept])
+
+    def _solve(self, gram: Matrix, linear: Vector) -> Solution:
+        if self.normalisation == "simplex":
+            return solve_on_simplex(self.solver, with_ridge(gram, self.ridge), linear, self.cap)
+        return self.solver.solve(gram, linear, self.ridge, self.cap)
+
+
+def matching_pursuit(gram: Matrix, linear: Vector, size: int, solver: CoefficientSolver) -> list[int]:
+    """Non-negative orthogonal matching pursuit: at most `size` candidates, in the order in which they were added.
+
+    Each is the one whose own step would gain most after the earlier ones, `r_i / sqrt(K_ii)` with `r = c - K w` and w
+    solved anew on those chosen so far. Ends early once no step gains anything. A longer choice starts with a shorter
+    one, so utility grows with `size`.
+    """
+    lengths = np.sqrt(np.diag(gram))
+    free = lengths > 0
+    picked: list[int] = []
+    weights = np.zeros(len(linear))
+    first = 0.0
+    while len(picked) < size and free.any():
+        scores = np.where(free, (linear - gram @ weights) / np.where(free, lengths, 1.0), -np.inf)
+        best = int(np.argmax(scores))
+        first = first or float(scores[best])
+        if scores[best] <= max(0.0, PURSUIT_TOLERANCE * first):
+            break
+        picked.append(best)
+        free[best] = False
+        weights[picked] = solver.solve(gram[np.ix_(picked, picked)], linear[picked]).weights
+    return picked
+
+
+def solve_on_simplex(solver: CoefficientSolver, hessian: Matrix, linear: Vector, cap: float | None) -> Solution:
+    """`min 1/2 w^T H w - c^T w` over `w >= 0` with a sum of 1.
+
+    There, the objective is half of `w^T (H - c 1^T - 1 c^T + s 1 1^T) w` but for a constant. The shortest vector of a
+    cone's section is found without the constraint: solve for the same matrix and a linear term of ones, then divide by
+    the sum. Any s from `c^T H^-1 c` on keeps the matrix positive.
+    """
+    offset = 2 * linear @ np.linalg.lstsq(hessian, linear, rcond=None)[0]
+    shifted = hessian - linear[:, None] - linear[None, :] + offset
+    solution = solver.solve(shifted, np.ones(len(linear)), cap=cap)
+    return replace(solution, weights=solution.weights / solution.weights.sum())
+
+
+def line_search(quadratic: Interaction, rows_N: Tensor, weights_N: Tensor) -> float:
+    """The factor on the coefficients that suits best, `c^T w / w^T K w`, not negative: exact however w was found.
+
+    `rows_N` are c; candidates of weight zero are not read. `quadratic` is the interaction whose geometry K has.
+    """
+    used = weights_N != 0
+    linear = float(rows_N.double()[used] @ weights_N.double()[used])
+    return max(0.0, linear) / quadratic.gradients.squared_length(weights_N, quadratic.geometry)
+
+
+def with_ridge(gram: Matrix, ridge: float) -> Matrix:
+    """`K + rho I` with rho relative to the mean of K's diagonal."""
+    hessian: Matrix = gram + ridge * np.diag(gram).mean() * np.eye(len(gram))
+    return hessian
 
 
 def usable_rows(interaction: Interaction) -> Tensor:
@@ -81,10 +192,21 @@ def usable_rows(interaction: Interaction) -> Tensor:
     return torch.where(usable, rows_N, -torch.inf)
 
 
+def positive_samples(rows_N: Tensor) -> list[int]:
+    """Candidates whose update points towards the target, the best first."""
+    order = torch.argsort(rows_N, descending=True, stable=True).tolist()
+    return [i for i in order if rows_N[i] > 0]
+
+
 def redundancy(gram: Matrix, linear: Vector, weights: Vector) -> float:
     """What pairs of samples take away, `1/2 sum_{i != j} w_i w_j K_ij`, as a share of `c^T w`."""
     pairs = 0.5 * (weights @ gram @ weights - (weights**2) @ np.diag(gram))
     return float(pairs / (linear @ weights))
+
+
+def _matrix(gram: Tensor) -> Matrix:
+    matrix: Matrix = gram.cpu().numpy()
+    return matrix
 
 
 def _restrict(solution: Solution, kept: list[int]) -> Solution:

@@ -6,6 +6,8 @@ With Adam's second moment frozen for one step, the update is affine in the gradi
 
 Momentum and weight decay are in Delta_0 and cancel from every comparison of two updates. The linearisation is off by
 9 % at step 10, 0.7 % at step 100 (simulated), and does not exist at step 1: until v has settled, use `plain`.
+
+P does not factor, so Gram matrices under it need gradients written out. `rank_one` fits `P ~ x y^T`, which does.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +30,9 @@ def adam_preconditioner(exp_avg_sq: Tensor, step: int, lr: float, betas: tuple[f
     """
     beta1, beta2 = betas
     scale = lr * (1 - beta1) / (1 - beta1 ** (step + 1))
-    denominator = exp_avg_sq.float().div(1 - beta2**step).sqrt_().add_(eps)
-    return denominator.reciprocal_().mul_(scale)
+    # 1 / P, with the constants folded in: each of them would cost a pass over memory of its own.
+    root = exp_avg_sq.float().sqrt()
+    return root.mul_(1 / (scale * (1 - beta2**step) ** 0.5)).add_(eps / scale).reciprocal_()
 
 
 def adam_geometry(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> Geometry:
@@ -51,6 +54,29 @@ def adam_geometry(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Ten
         return adam_preconditioner(state["exp_avg_sq"], int(state["step"]), lr, group["betas"], group["eps"])
 
     return preconditioner
+
+
+def squared(geometry: Geometry) -> Geometry:
+    """P^2 of a geometry: inner products of the updates themselves, `<P g_i, P g_j>`."""
+
+    def preconditioner(name: str) -> Tensor | None:
+        values = geometry(name)
+        return None if values is None else values.square()
+
+    return preconditioner
+
+
+def rank_one(preconditioner: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The fit `P ~ x y^T` of a matrix: x (p,) and y (d,), float32; None where P is not positive, as under a mask.
+
+    Adafactor's: with `v = P^-2`, `v_ij ~ (mean of row i) (mean of column j) / (mean of all)`, exact if v is of rank
+    one. Fitted to v and not to P, so that a few weights that never had a gradient do not stand out.
+    """
+    if not bool((preconditioner > 0).all()):
+        return None
+    moment = preconditioner.float().pow(-2)
+    rows_p, columns_d = moment.mean(1), moment.mean(0)
+    return rows_p.rsqrt(), columns_d.div_(rows_p.mean()).rsqrt_()
 
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:

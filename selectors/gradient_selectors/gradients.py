@@ -1,7 +1,9 @@
 """What a capture pass knows: the per-sample gradients of a pool, as factors that are never written out in full."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Size, Tensor
@@ -9,10 +11,19 @@ from torch import Size, Tensor
 from gradient_selectors.factors import Factor, Lookup
 from gradient_selectors.geometry import Geometry
 
-CHUNK_ELEMENTS = 16_000_000  # of written-out gradients held at once by `gram`: 64 MB in float32
+# Of written-out gradients held at once: 16 MB in float32, which stays in the cache of the processor while it is scaled
+# and multiplied, and which the allocator reuses. Larger chunks took half as long again.
+CHUNK_ELEMENTS = 4_000_000
+BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 Gradient = Mapping[str, Tensor]
 """A gradient by parameter name, each in its parameter's shape, float32."""
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter: its numbered block (`model.layers.3`), or its module where it is in none."""
+    block = BLOCK.match(name)
+    return block.group(1) if block else name.rpartition(".")[0] or name
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,16 @@ class PoolGradients:
             for name, factors in self.factors.items()
         }
 
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that hold the trainable parameters, in the model's order."""
+        return tuple(dict.fromkeys(layer_of(name) for name in self.shapes))
+
     @torch.no_grad()
+    def dots_of(self, name: str, direction: Tensor) -> Tensor:
+        """`<u, g_i>` within one parameter that has factors, (N,) float32."""
+        return torch.stack([factor.dot(direction) for factor in self.factors[name]]).sum(0)
+
     def gram(self, samples: Sequence[int], geometry: Geometry) -> Tensor:
         """`K_ij = <g_i, P g_j>` of the given samples, (n, n) float64, exact for any element-wise P.
 
@@ -49,34 +69,72 @@ class PoolGradients:
         much as the weight gradient itself. Token-pair products would cost 8 to 500 times more at usual shapes.
         """
         gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.losses_N.device)
-        for name, factors in self.factors.items():
-            preconditioner, num_rows = geometry(name), self.shapes[name][0]
-            if all(isinstance(factor, Lookup) for factor in factors):
-                factors, preconditioner, num_rows = _touched_rows(factors, preconditioner)
-            row_size = len(samples) * self.shapes[name][1:].numel()
-            step = max(1, CHUNK_ELEMENTS // row_size)
-            for lo in range(0, num_rows, step):
-                hi = min(lo + step, num_rows)
-                written = sum(factor.per_sample(samples, lo, hi) for factor in factors)
-                assert isinstance(written, Tensor)
-                if preconditioner is not None:
-                    written = written * preconditioner[lo:hi].sqrt()
-                flat = written.flatten(1)
-                gram += (flat @ flat.T).double()
+        for name in self.factors:
+            gram += self.gram_of(name, samples, geometry(name))
         return gram
 
     @torch.no_grad()
-    def weighted_gradient_of(self, name: str, weights_N: Tensor) -> Tensor:
-        """`sum_i w_i g_i` for one parameter, float32; samples of weight zero are not read."""
+    def gram_of(self, name: str, samples: Sequence[int], preconditioner: Tensor | None) -> Tensor:
+        """One parameter's share of `gram`, (n, n) float64; `preconditioner` is its P, or None for P = 1."""
+        factors, num_rows = self.factors[name], self.shapes[name][0]
+        if all(isinstance(factor, Lookup) for factor in factors):
+            factors, preconditioner, num_rows = _touched_rows(factors, preconditioner)
+        root = None if preconditioner is None else preconditioner.sqrt()
+        return written_gram(factors, samples, num_rows, self.shapes[name][1:].numel(), root)
+
+    @torch.no_grad()
+    def weighted_gradient_of(self, name: str, weights: Tensor) -> Tensor:
+        """`sum_i w_i g_i` for one parameter, float32; samples of weight zero are not read.
+
+        `weights` are (N,), or (L, N) with a row for each of `layers`.
+        """
+        weights_N = weights if weights.ndim == 1 else weights[self.layers.index(layer_of(name))]
         out = torch.zeros(self.shapes[name], dtype=torch.float32, device=self.losses_N.device)
         if bool((weights_N != 0).any()):
             for factor in self.factors.get(name, ()):
                 factor.add_weighted(weights_N, out)
         return out
 
-    def weighted_gradient(self, weights_N: Tensor) -> dict[str, Tensor]:
-        """`sum_i w_i g_i`: the gradient of the weighted loss, without another backward pass."""
-        return {name: self.weighted_gradient_of(name, weights_N) for name in self.shapes}
+    def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        """`sum_i w_i g_i`: the gradient of the weighted loss, without another backward pass. `weights` as above."""
+        return {name: self.weighted_gradient_of(name, weights) for name in self.shapes}
+
+    @torch.no_grad()
+    def squared_length(self, weights: Tensor, geometry: Geometry) -> float:
+        """`w^T K w = ||sqrt(P) * G(w)||^2` of the update's gradient `G(w) = sum_i w_i g_i`, exact and without K."""
+        total = 0.0
+        for name in self.factors:
+            squares, preconditioner = self.weighted_gradient_of(name, weights).square_(), geometry(name)
+            total += float((squares if preconditioner is None else squares.mul_(preconditioner)).sum())
+        return total
+
+
+GramMode = Callable[[PoolGradients, Sequence[int], Geometry], Tensor]
+"""How K is computed: `PoolGradients.gram`, which is exact, or one of `approximate`."""
+
+
+@torch.no_grad()
+def written_gram(
+    factors: Sequence[Factor], samples: Sequence[int], num_rows: int, row_size: int, root: Tensor | None
+) -> Tensor:
+    """Gram matrix of some samples' gradients, scaled by `root` where given, written out some rows at a time.
+
+    `factors` are all those of one parameter, of `num_rows` rows with `row_size` weights each. (n, n) float64.
+    """
+    step = max(1, CHUNK_ELEMENTS // (len(samples) * row_size))
+    gram: Tensor | None = None
+    for lo in range(0, num_rows, step):
+        hi = min(lo + step, num_rows)
+        written = factors[0].per_sample(samples, lo, hi)
+        for factor in factors[1:]:
+            written += factor.per_sample(samples, lo, hi)
+        if root is not None:
+            written *= root[lo:hi]
+        flat = written.flatten(1)
+        products = (flat @ flat.T).double()
+        gram = products if gram is None else gram.add_(products)
+    assert gram is not None  # no parameter is empty
+    return gram
 
 
 def _touched_rows(factors: Sequence[Factor], preconditioner: Tensor | None) -> tuple[list[Factor], Tensor | None, int]:

@@ -156,6 +156,11 @@ class HeadWeight:
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         return self._columns(samples, lo, hi, with_hidden=True)
 
+    def project(self, samples: Sequence[int], left_pk: Tensor, right_dk: Tensor) -> tuple[Tensor, Tensor, Segments]:
+        chunks = [errors_RV @ left_pk.to(errors_RV) for errors_RV, _, _ in self._error_chunks(samples)]
+        rows = _gather(self.rows, samples)
+        return torch.cat(chunks), rows.hidden_Rd @ right_dk.to(rows.hidden_Rd), rows.segments
+
     def _columns(self, samples: Sequence[int], lo: int, hi: int, *, with_hidden: bool) -> Tensor:
         """Vocabulary rows `lo:hi` only: the stored normaliser makes their softmax exact without the others."""
         head = Head(self.head.weight[lo:hi], None if self.head.bias is None else self.head.bias[lo:hi])
@@ -173,13 +178,11 @@ class HeadWeight:
 
 def _gather(rows: HeadRows, samples: Sequence[int]) -> HeadRows:
     """The rows of some samples as a pool of their own."""
-    if len(samples) == rows.segments.num_samples:
+    if rows.segments.covers(samples):
         return rows
-    lengths = [rows.segments.offsets[i + 1] - rows.segments.offsets[i] for i in samples]
-    offsets = (0, *torch.tensor(lengths).cumsum(0).tolist())
     fields = (rows.hidden_Rd, rows.labels_R, rows.scale_R, rows.normaliser_R)
     hidden_Rd, labels_R, scale_R, normaliser_R = (rows.segments.gather(field, samples) for field in fields)
-    return HeadRows(hidden_Rd, labels_R, scale_R, normaliser_R, Segments(offsets))
+    return HeadRows(hidden_Rd, labels_R, scale_R, normaliser_R, rows.segments.among(samples))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ preconditioned target gradient. It is never formed. Selectors read its views and
 touches the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradient_selectors.geometry import Geometry
-from gradient_selectors.gradients import Gradient, PoolGradients
+from gradient_selectors.gradients import Gradient, GramMode, PoolGradients, layer_of
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Interaction:
         gradients: the pool's per-sample gradients.
         target: mean gradient of the target samples, by parameter name.
         geometry: the preconditioner P by parameter name.
+        gram_mode: how `gram` is computed; exact unless told otherwise.
     """
 
     gradients: PoolGradients
     target: Gradient
     geometry: Geometry
+    gram_mode: GramMode = PoolGradients.gram
 
     @property
     def num_samples(self) -> int:
@@ -38,21 +40,39 @@ class Interaction:
     @cached_property
     def rows_by_parameter(self) -> dict[str, Tensor]:
         """Row sums of M within each parameter: `<u, g_i>`, (N,) float32 each."""
-        direction = {}
-        for name in self.gradients.factors:
-            preconditioner = self.geometry(name)
-            values = self.target[name]
-            direction[name] = values if preconditioner is None else preconditioner * values
-        return self.gradients.dots(direction)
+        return {name: self.gradients.dots_of(name, self.direction(name)) for name in self.gradients.factors}
 
     @cached_property
     def rows_N(self) -> Tensor:
         """Row sums of M, `c_i = <g_i, P G_target>`: the first-order utility of each sample, (N,) float32."""
         return torch.stack(list(self.rows_by_parameter.values())).sum(0)
 
+    @cached_property
+    def rows_by_layer_LN(self) -> Tensor:
+        """Row sums of M within each of `gradients.layers`, (L, N) float32; their sum over layers is `rows_N`."""
+        index = {layer: row for row, layer in enumerate(self.gradients.layers)}
+        rows_LN = torch.zeros(len(index), self.num_samples, device=self.gradients.losses_N.device)
+        for name, rows_N in self.rows_by_parameter.items():
+            rows_LN[index[layer_of(name)]] += rows_N
+        return rows_LN
+
+    def columns(self, weights: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Column sums of M with the samples weighted, `u * sum_i w_i g_i`, by parameter name.
+
+        One parameter at a time, float32 in its shape: all of them are as large as the model. `weights` are (N,) or
+        (L, N). The sum over everything is `rows_N @ weights`.
+        """
+        for name in self.gradients.factors:
+            yield name, self.gradients.weighted_gradient_of(name, weights).mul_(self.direction(name))
+
+    def direction(self, name: str) -> Tensor:
+        """`u = P * G_target` of one parameter."""
+        preconditioner, values = self.geometry(name), self.target[name]
+        return values if preconditioner is None else preconditioner * values
+
     def gram(self, samples: Sequence[int]) -> Tensor:
         """`K_ij = <g_i, P g_j>` of the given samples, (n, n) float64: how much of their utility is the same."""
-        return self.gradients.gram(samples, self.geometry)
+        return self.gram_mode(self.gradients, samples, self.geometry)
 
 
 @dataclass(frozen=True)
@@ -68,21 +88,25 @@ class Decision:
     """What a selector decided about a pool.
 
     Attributes:
-        weights_N: the update's gradient is `sum_i w_i g_i`. Not negative; the sum is 1, or 0 if nothing helps.
+        weights_N: the update's gradient is `sum_i w_i g_i`. Not negative; the sum is 1, or 0 if nothing helps. Only
+            coefficients in their natural scale have another sum.
         num_positive: candidates whose update points towards the target, if that was computed.
         redundancy: share of the objective's linear term that the pairs of chosen samples take away again.
         solver: how the coefficients were solved for, if they were.
+        layer_weights_LN: coefficients for each of `PoolGradients.layers`, which then take the place of `weights_N`.
     """
 
     weights_N: Tensor
     num_positive: int | None = None
     redundancy: float | None = None
     solver: SolverReport | None = None
+    layer_weights_LN: Tensor | None = None
 
     @property
     def chosen(self) -> list[int]:
-        """Samples that enter the update."""
-        return [i for i, weight in enumerate(self.weights_N.tolist()) if weight > 0]
+        """Samples that enter the update of at least one layer."""
+        largest_N = self.weights_N if self.layer_weights_LN is None else self.layer_weights_LN.amax(0)
+        return [i for i, weight in enumerate(largest_N.tolist()) if weight > 0]
 
     @property
     def effective_samples(self) -> float:
