@@ -1,14 +1,25 @@
 """The two stages and their degenerate cases, on pools small enough to know the answer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import cvxpy as cp
 import numpy as np
 import pytest
 import torch
 from gradient_selectors.baselines import Full, TopK, draw_uniform
 from gradient_selectors.coefficients import CoefficientSolver
 from gradient_selectors.factors import Written
-from gradient_selectors.filter_then_weight import FilterThenWeight
+from gradient_selectors.filter_then_weight import (
+    Filter,
+    FilterThenWeight,
+    Metric,
+    Normalisation,
+    line_search,
+    matching_pursuit,
+    solve_on_simplex,
+    with_ridge,
+)
 from gradient_selectors.geometry import plain
 from gradient_selectors.gradients import PoolGradients
 from gradient_selectors.interaction import Interaction
@@ -131,3 +142,130 @@ def test_uniform_draws_every_candidate_equally_often() -> None:
         assert len(set(drawn)) == 2
         counts[drawn] += 1
     assert ((counts - 500).abs() < 90).all()
+
+
+def random_pool(seed: int, size: int = 8) -> Interaction:
+    return pool((np.random.default_rng(seed).normal(size=(size, 4)) + 0.3).tolist())
+
+
+def scaled(interaction: Interaction, values: Sequence[float]) -> Interaction:
+    return replace(interaction, geometry=lambda _: torch.tensor(values))
+
+
+def test_cosines_keep_long_gradients_from_filling_the_survivors() -> None:
+    rows = [[9.0, 0, 30.0, 0], [9.0, 0, 0, 30.0], [1.0, 1.0, 0, 0], [0.5, 0.4, 0, 0]]
+    first, cosine = (replace(method(survivors=2), filter=name) for name in ("first_order", "cosine"))
+    assert first.decide(pool(rows)).chosen == [0, 1]
+    assert cosine.decide(pool(rows)).chosen == [2, 3]
+
+
+def test_pursuit_survives_on_what_the_earlier_ones_leave() -> None:
+    """Two copies of the best fill the survivors of the other filters."""
+    rows = [[3.0, 0.1, 0, 0], [3.0, 0.1, 0, 0], [0, 1.0, 0, 0]]
+    assert method(survivors=2).decide(pool(rows)).chosen == [0, 1]
+    pursuit = replace(method(survivors=2), filter="nn_omp").decide(pool(rows))
+    assert pursuit.chosen == [0, 2]
+    assert pursuit.num_positive == 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pursuit_of_everything_is_the_whole_program(seed: int) -> None:
+    """What it leaves out has no part in the optimum."""
+    interaction = random_pool(seed)
+    gradients, solver = interaction.gradients, CoefficientSolver()
+    gram = with_ridge(gradients.gram(range(8), plain).numpy(), 1e-3)
+    linear = interaction.rows_N.double().numpy()
+    picked = matching_pursuit(gram, linear, 8, solver)
+    weights = np.zeros(8)
+    weights[picked] = solver.solve(gram[np.ix_(picked, picked)], linear[picked]).weights
+    np.testing.assert_allclose(weights, solver.solve(gram, linear).weights, atol=1e-5)
+
+
+def test_metrics_differ_where_the_preconditioner_is_not_flat() -> None:
+    interaction = scaled(random_pool(1), [1.0, 5.0, 0.2, 2.0])
+    chosen = {
+        metric: replace(method(chosen=8, survivors=8), metric=metric).decide(interaction)
+        for metric in ("p_norm", "update", "greats")
+    }
+    p_norm, update, greats = (decision.weights_N for decision in chosen.values())
+    assert not torch.allclose(p_norm, update, atol=1e-3)
+    assert not torch.allclose(update, greats, atol=1e-3)
+    flat = scaled(random_pool(1), [2.0] * 4)
+    for metric in ("p_norm", "update", "greats"):
+        weights = replace(method(chosen=8, survivors=8), metric=metric).decide(flat).weights_N
+        again = method(chosen=8, survivors=8).decide(random_pool(1)).weights_N
+        torch.testing.assert_close(weights, again, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["p_norm", "update", "greats"])
+def test_each_metric_solves_its_own_program(metric: Metric) -> None:
+    """Against the definition, dense."""
+    values = np.array([1.0, 5.0, 0.2, 2.0])
+    interaction = scaled(random_pool(2), values.tolist())
+    rows = interaction.gradients.weighted_gradient
+    gradients = torch.stack([rows(row)["w"] for row in torch.eye(8)]).double().numpy()
+    power, linear_power, gamma = {"p_norm": (1, 1, 1.0), "update": (2, 2, 1.0), "greats": (2, 1, 3.0)}[metric]
+    gram = gradients * values**power @ gradients.T
+    linear = gamma * (gradients * values**linear_power @ np.array(TARGET))
+    positive = [i for i in range(8) if linear[i] > 0]
+    want = np.zeros(8)
+    want[positive] = CoefficientSolver().solve(gram[np.ix_(positive, positive)], linear[positive], 1e-4).weights
+    settings = replace(method(chosen=8, survivors=8), metric=metric, gamma=3.0)
+    np.testing.assert_allclose(settings.decide(interaction).weights_N, want / want.sum(), rtol=1e-3, atol=1e-5)
+    natural = replace(settings, normalisation="natural").decide(interaction)
+    np.testing.assert_allclose(natural.weights_N, want, rtol=2e-3, atol=1e-5)
+
+
+def test_natural_coefficients_meet_a_reachable_target() -> None:
+    interaction = pool([[2.0, 0, 0, 0], [0, 0.5, 0, 0], [0, 0, 1.0, 0]])
+    decision = replace(method(chosen=4), normalisation="natural").decide(interaction)
+    update = interaction.gradients.weighted_gradient(decision.weights_N)["w"]
+    torch.testing.assert_close(update, torch.tensor(TARGET), rtol=1e-3, atol=1e-4)
+    assert float(decision.weights_N.sum()) == pytest.approx(2.5, rel=1e-3)
+
+
+def test_the_line_search_is_exact() -> None:
+    interaction = scaled(random_pool(3), [1.0, 5.0, 0.2, 2.0])
+    weights = torch.rand(8, generator=torch.Generator().manual_seed(0))
+    alpha = line_search(interaction, interaction.rows_N, weights)
+    gram, linear = interaction.gram(range(8)), interaction.rows_N.double()
+    first, second = float(linear @ weights.double()), float(weights.double() @ gram @ weights.double())
+    along = [a * first - a**2 / 2 * second for a in (0.99 * alpha, alpha, 1.01 * alpha)]
+    assert along[1] == max(along)
+    assert line_search(interaction, -interaction.rows_N, weights) == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_simplex_is_solved_under_its_constraint(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    gradients = rng.normal(size=(5, 6)) * np.exp(rng.normal(size=(5, 1)))
+    hessian, linear = gradients @ gradients.T, gradients @ (rng.normal(size=6) + 0.5)
+    weights = solve_on_simplex(CoefficientSolver(), hessian, linear, None).weights
+    best = cp.Variable(5, nonneg=True)
+    objective = 0.5 * cp.sum_squares(gradients.T @ best) - linear @ best
+    cp.Problem(cp.Minimize(objective), [cp.sum(best) == 1]).solve(solver=cp.CLARABEL)
+    assert weights.sum() == pytest.approx(1)
+    ours = 0.5 * weights @ hessian @ weights - linear @ weights
+    assert ours <= objective.value + 1e-6 * abs(objective.value)
+    assert (weights >= 0).all()
+
+
+def test_simplex_weighs_lengths_where_mean_one_does_not() -> None:
+    """Both point at the target; under a sum of one the longer gradient makes the length that is asked for."""
+    rows = [[1.0, 0, 0, 0], [0, 8.0, 0, 0]]
+    far = [4.0, 4.0, 0, 0]
+    simplex = replace(method(), normalisation="simplex").decide(pool(rows, target=far)).weights_N
+    free = method().decide(pool(rows, target=far)).weights_N
+    assert float(free[0]) > 0.8
+    assert float(simplex[1]) > 0.4
+
+
+@pytest.mark.parametrize("rule", ["first_order", "cosine", "nn_omp"])
+@pytest.mark.parametrize("normalisation", ["mean_one", "natural", "simplex"])
+def test_every_combination_survives_pools_with_nothing_in_them(rule: Filter, normalisation: Normalisation) -> None:
+    settings = replace(method(), filter=rule, normalisation=normalisation)
+    assert settings.decide(pool([[-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])).chosen == []
+    decision = settings.decide(pool([[float("nan"), 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 0], [0.5, 0.5, 0, 0]]))
+    assert set(decision.chosen) <= {1, 3}
+    assert decision.chosen
+    assert torch.isfinite(decision.weights_N).all()
