@@ -50,6 +50,8 @@ class Ingest:
         self._metrics = metrics
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
+        self._reading_ends = threading.Event()
+        self._reading_ended = threading.Event()
         self._commit_lock = threading.Lock()
         self._commit_request: tuple[Mapping[Partition, int], int] | None = None
         self._commit_failing = False
@@ -66,6 +68,15 @@ class Ingest:
         self._identity = identity
         self._thread = threading.Thread(target=self._run, args=(positions, identity), name="ingest", daemon=True)
         self._thread.start()
+
+    def stop_reading(self) -> None:
+        """Read and decode nothing more; returns once nothing is in hand, so that a snapshot stays the last word.
+
+        Requested commits are still made.
+        """
+        self._reading_ends.set()
+        if self.alive:
+            self._reading_ended.wait(JOIN_TIMEOUT_S)
 
     def stop(self) -> None:
         """Make the last requested commit, close the source and end the thread. Idempotent."""
@@ -110,6 +121,7 @@ class Ingest:
         except BaseException as error:
             self._buffer.fail(error)
         finally:
+            self._reading_ended.set()
             self._close()
 
     def _close(self) -> None:
@@ -121,6 +133,10 @@ class Ingest:
     def _turn(self) -> None:
         """Read or decode a little, and see to what is due."""
         self._commit()
+        if self._reading_ends.is_set():
+            self._reading_ended.set()
+            self._stopping.wait(POLL_TIMEOUT_S)
+            return
         if time.monotonic() >= self._lag_due:
             self._observe_lag()
             self._lag_due = time.monotonic() + LAG_INTERVAL_S

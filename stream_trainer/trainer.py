@@ -80,6 +80,7 @@ class Trainer:
 
     def _drain(self) -> None:
         self.enter(State.DRAINING)
+        self.ingest.stop_reading()  # else a record could be dead-lettered after the snapshot, and again after a restart
         if (self.step, self.cursor.counts) != self._durable:
             self.checkpoint()
 

@@ -270,3 +270,16 @@ def test_the_generator_of_malformed_values_has_a_line_for_each() -> None:
     values = malformed_values(5000)
     assert len(dict(values)) == len(values)
     assert not any(b"\n" in value for _, value in values)
+
+
+def test_nothing_is_decided_after_reading_has_stopped() -> None:
+    """A snapshot taken then is the last word: no record is dead-lettered again after a restart."""
+    source = ListSource(records_of([b"{"] * 5000), batch=10, finite=False)
+    with running(Service(source)) as service:
+        wait_for(lambda: service.cursor.counts[Outcome.DEAD_LETTERED] > 0)
+        service.ingest.stop_reading()
+        counts, sent = dict(service.cursor.counts), len(service.dead_letters.sent)
+        service.ingest.request_commit({LOG: 1}, step=1)
+        wait_for(lambda: bool(source.commits))
+        assert dict(service.cursor.counts) == counts
+        assert len(service.dead_letters.sent) == sent < 5000
