@@ -23,6 +23,7 @@ commands:
   run        train from the stream until told to stop
   produce    publish a JSONL file as records of a topic
   demo       broker, stream, training and report on this machine, in minutes
+  select     choose the best samples of a file, or weights to train, once and offline
   config     show, check or describe the settings
 
 examples:
@@ -45,6 +46,16 @@ source.kafka.topic, for example, is
   on the command line   --source.kafka.topic=samples
 
 STREAM_TRAINER_CONFIG may name the file. Lists and mappings are written as in YAML: --optimizer.betas='[0.9, 0.95]'.
+"""
+
+_SELECT_METHODS = """\
+methods:
+  dual-sft     weights to train and samples to train on, from one gradient interaction matrix (arXiv 2605.06166)
+  cluster-ucb  samples to train on, with gradients of a part of the file only (arXiv 2506.10288)
+
+examples:
+  stream-trainer select dual-sft --model M --pool pool.jsonl --target target.jsonl --data 10% --params 5% --out DIR
+  stream-trainer select cluster-ucb --model M --pool pool.jsonl --target target.jsonl --budget 20% --data 5% --out DIR
 """
 
 _RUN_EXAMPLES = """\
@@ -79,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, that of the error, or 130 after Ctrl-C."""
     parser = _parser("stream-trainer", _DESCRIPTION, _COMMANDS)
     parser.add_argument("--version", action="version", version=f"stream-trainer {__version__}")
-    parser.add_argument("command", choices=_HANDLERS, metavar="COMMAND", help="run, produce, demo or config")
+    parser.add_argument("command", choices=_HANDLERS, metavar="COMMAND", help="run, produce, demo, select or config")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
     try:
         known = parser.parse_args(argv)
@@ -157,6 +168,20 @@ def _demo(arguments: Sequence[str]) -> int:
     return run_demo(parser.parse_args(arguments))
 
 
+def _select(arguments: Sequence[str]) -> int:
+    parser = _parser("stream-trainer select", "Choose from a file of samples, once and offline.", _SELECT_METHODS)
+    parser.add_argument("method", choices=("dual-sft", "cluster-ucb"), metavar="METHOD", help="see below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the method")
+    known = parser.parse_args(arguments)
+    if known.method == "dual-sft":
+        from stream_trainer.select_dual_sft import add_arguments, run
+    else:
+        from stream_trainer.select_cluster_ucb import add_arguments, run
+    method = _parser(f"stream-trainer select {known.method}", "Choose from a file of samples, once and offline.")
+    add_arguments(method)
+    return run(method.parse_args(known.arguments))
+
+
 def _config(arguments: Sequence[str]) -> int:
     parser = _parser("stream-trainer config", "Show, check or describe the settings.", takes_settings=True)
     parser.usage = "stream-trainer config {show,check,schema} [--config FILE] [--section.name=VALUE ...]"
@@ -192,6 +217,7 @@ _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "produce": _produce,
     "demo": _demo,
+    "select": _select,
     "config": _config,
 }
 

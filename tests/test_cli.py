@@ -262,3 +262,19 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     )
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("method", ["dual-sft", "cluster-ucb"])
+def test_select_passes_its_options_on(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model=model", "--pool=nowhere.jsonl", "--target=target.jsonl", "--out=chosen"]
+    assert main(["select", method, *options]) == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["select", method, "--help"])
+    assert ended.value.code == 0
+    assert "--pool" in capsys.readouterr().out
+
+
+def test_select_knows_its_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["select", "best"]) == 2
+    assert "invalid choice: 'best'" in capsys.readouterr().err
