@@ -21,7 +21,7 @@ lint: $(VENV)/.installed ## Check style and types
 	$(BIN)/mypy
 
 test: lint ## Check style and types, then run every test; this is what CI runs
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest # the tests' models are so small that threads only wait for each other
 
 demo: $(VENV)/.installed-demo ## Broker, stream, training and report on this machine
 	$(BIN)/stream-trainer demo

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-import torch
 from gradient_selectors.capture import GradientCapture
 from rich.console import Console
 
@@ -56,7 +55,7 @@ from stream_trainer.target import mean_loss
 POOL_SIZE, CHOSEN = 16, 4
 DEFAULT_STEPS = 250
 TOPIC = "demo"
-THREADS = 2  # the model is too small to gain from more
+THREADS = 1  # the model is too small to gain from more, and two wait for each other where cores are shared
 
 MODEL_CONFIG = {
     "model_type": "llama",
@@ -262,7 +261,7 @@ def _settings(demo: _Demo, source: SourceSettings, method: Method, max_steps: in
         target=TargetSettings(path=demo.stream.target, max_samples=TARGET_SAMPLES, refresh_steps=2),
         selection=SelectionSettings(weigh=method, pool_size=POOL_SIZE, chosen=CHOSEN),
         optimizer=OptimizerSettings(learning_rate=2e-3, warmup_steps=20),
-        training=TrainingSettings(max_steps=max_steps, seed=demo.seed, threads=min(THREADS, torch.get_num_threads())),
+        training=TrainingSettings(max_steps=max_steps, seed=demo.seed, threads=THREADS),
         evaluation=EvaluationSettings(every_steps=max(1, demo.steps // 20)),
         checkpoint=CheckpointSettings(dir=directory / "checkpoints"),
         dead_letters=DeadLetterSettings(path=directory / "dead-letters.jsonl"),
