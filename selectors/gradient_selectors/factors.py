@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,14 +33,6 @@ class Factor(Protocol):
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         """Rows `lo:hi` of the chosen samples' gradients, (n, hi - lo, ...) float32: the caller's to overwrite."""
-
-
-@runtime_checkable
-class MatrixFactor(Factor, Protocol):
-    """A factor of a matrix (p, d): a sample's gradient is a sum of outer products of two rows."""
-
-    def project(self, samples: Sequence[int], left_pk: Tensor, right_dk: Tensor) -> tuple[Tensor, Tensor, "Segments"]:
-        """Both rows of every product times a matrix, (R', k) each, and which of them belong to which sample."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +129,6 @@ class Outer:
             torch.mm(self.left_Rp[span, lo:hi].T, self.right_Rd[span], out=out[row])
         return out.float()
 
-    def project(self, samples: Sequence[int], left_pk: Tensor, right_dk: Tensor) -> tuple[Tensor, Tensor, Segments]:
-        left, right = self.segments.gather(self.left_Rp, samples), self.segments.gather(self.right_Rd, samples)
-        return left @ left_pk.to(left), right @ right_dk.to(right), self.segments.among(samples)
-
 
 @dataclass(frozen=True)
 class Lookup:
@@ -167,10 +155,6 @@ class Lookup:
             inside = (ids >= lo) & (ids < hi)
             out[row].index_add_(0, ids[inside] - lo, grads[inside].float())
         return out
-
-    def project(self, samples: Sequence[int], left_pk: Tensor, right_dk: Tensor) -> tuple[Tensor, Tensor, Segments]:
-        ids, grads = self.segments.gather(self.ids_R, samples), self.segments.gather(self.grads_Rd, samples)
-        return left_pk[ids].to(grads), grads @ right_dk.to(grads), self.segments.among(samples)
 
     def compact(self, rows: Tensor) -> "Lookup":
         """The same factor for a table that holds only `rows` (sorted, and holding every id)."""

@@ -156,11 +156,6 @@ class HeadWeight:
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         return self._columns(samples, lo, hi, with_hidden=True)
 
-    def project(self, samples: Sequence[int], left_pk: Tensor, right_dk: Tensor) -> tuple[Tensor, Tensor, Segments]:
-        chunks = [errors_RV @ left_pk.to(errors_RV) for errors_RV, _, _ in self._error_chunks(samples)]
-        rows = _gather(self.rows, samples)
-        return torch.cat(chunks), rows.hidden_Rd @ right_dk.to(rows.hidden_Rd), rows.segments
-
     def _columns(self, samples: Sequence[int], lo: int, hi: int, *, with_hidden: bool) -> Tensor:
         """Vocabulary rows `lo:hi` only: the stored normaliser makes their softmax exact without the others."""
         head = Head(self.head.weight[lo:hi], None if self.head.bias is None else self.head.bias[lo:hi])
