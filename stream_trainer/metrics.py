@@ -86,7 +86,9 @@ class Metrics:
             "records_lost_total", "Undecided records that were gone from the log and skipped."
         )
         self.source_errors = self._counter("source_errors_total", "Reads that failed and were tried again.")
-        self.lag = self._gauge("lag_records", "Records (of a file: bytes) in the log behind the last decided one.", ("topic", "partition"))
+        self.lag = self._gauge(
+            "lag_records", "Records (of a file: bytes) in the log behind the last decided one.", ("topic", "partition")
+        )
         self.paused = self._gauge("reading_paused", "1 while reading is paused because the buffer is full.")
         self.buffer_records = self._gauge("buffer_records", "Samples waiting to be trained on.")
         self.buffer_bytes = self._gauge("buffer_bytes", "Bytes of record values waiting.")

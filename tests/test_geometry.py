@@ -46,6 +46,13 @@ def test_weight_decay_cancels_from_the_difference_of_two_updates() -> None:
     torch.testing.assert_close(update(one, 30, decay=0.1) - update(two, 30, decay=0.1), without, rtol=1e-9, atol=1e-12)
 
 
+def test_weights_without_any_gradient_yet_have_no_geometry() -> None:
+    """1 / eps for the rows of tokens that have not come up would drown everything else."""
+    scale = adam_preconditioner(torch.tensor([[0.0, 0.0], [4e-6, 1e-6]]), 5, RATE, BETAS, EPS)
+    assert scale[0].tolist() == [0, 0]
+    assert float(scale[1, 1] / scale[1, 0]) == pytest.approx(2, rel=1e-4)
+
+
 def test_parameters_without_state_are_plain() -> None:
     weight, optimizer, _ = trained(0)
     assert adam_geometry(optimizer, {"weight": weight})("weight") is None

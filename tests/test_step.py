@@ -16,7 +16,7 @@ from stream_trainer.step import Learner, learning_rate, make_optimizer, make_sel
 from stream_trainer.target import Target, mean_gradient, mean_loss
 
 PAD = 0
-EPS = 1e-5  # Adam turns the rounding of a gradient that is really zero (GPT-2's key bias) into full-sized updates
+EPS = 1e-4  # Adam turns the rounding of a gradient that is really zero (GPT-2's key bias) into full-sized updates
 
 
 def make_samples(count: int, seed: int = 0, weight: float = 1.0) -> list[Sample]:
