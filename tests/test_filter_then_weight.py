@@ -269,3 +269,10 @@ def test_every_combination_survives_pools_with_nothing_in_them(rule: Filter, nor
     assert set(decision.chosen) <= {1, 3}
     assert decision.chosen
     assert torch.isfinite(decision.weights_N).all()
+
+
+@pytest.mark.parametrize("rule", ["first_order", "cosine", "nn_omp"])
+def test_a_gradient_whose_square_overflows_is_left_out(rule: Filter) -> None:
+    selector = replace(method(), filter=rule)
+    decision = selector.decide(pool([[1e30, 0, 0, 0], [1.0, 0, 0, 0], [0, 1.0, 0, 0]]))
+    assert decision.chosen == [1, 2]

@@ -73,7 +73,9 @@ class FilterThenWeight:
         nothing = Decision(torch.zeros(len(rows_N)), num_positive=len(positive))
         if not positive:
             return nothing
-        survivors, gram = self._filter(rows_N, positive, quadratic)
+        survivors, gram = _sound(*self._filter(rows_N, positive, quadratic))
+        if not survivors:
+            return nothing
         linear = rows_N[survivors].cpu().double().numpy()
         kept, solution = self._weigh(gram, linear)
         if linear[kept] @ solution.weights <= 0:
@@ -107,12 +109,12 @@ class FilterThenWeight:
             survivors = positive[: self.survivors]
             return survivors, _matrix(quadratic.gram(survivors))
         if self.filter == "cosine":
-            gram = _matrix(quadratic.gram(positive))
+            positive, gram = _sound(positive, _matrix(quadratic.gram(positive)))
             cosines = rows_N[positive].cpu().double().numpy() / np.sqrt(np.diag(gram))
             order = np.argsort(-cosines, kind="stable")[: self.survivors]
             return [positive[i] for i in order], gram[np.ix_(order, order)]
         usable = torch.isfinite(rows_N).nonzero().squeeze(1).tolist()
-        gram = _matrix(quadratic.gram(usable))
+        usable, gram = _sound(usable, _matrix(quadratic.gram(usable)))
         linear = rows_N[usable].cpu().double().numpy()
         picked = matching_pursuit(with_ridge(gram, self.ridge), linear, self.survivors, self.solver)
         return [usable[i] for i in picked], gram[np.ix_(picked, picked)]
@@ -130,6 +132,12 @@ class FilterThenWeight:
         if self.normalisation == "simplex":
             return solve_on_simplex(self.solver, with_ridge(gram, self.ridge), linear, self.cap)
         return self.solver.solve(gram, linear, self.ridge, self.cap)
+
+
+def _sound(samples: list[int], gram: Matrix) -> tuple[list[int], Matrix]:
+    """Without samples whose gradient is so long that its square overflows: c may be finite where K is not."""
+    kept = np.flatnonzero(np.isfinite(np.diag(gram)) & (np.diag(gram) > 0))
+    return [samples[i] for i in kept], gram[np.ix_(kept, kept)]
 
 
 def matching_pursuit(gram: Matrix, linear: Vector, size: int, solver: CoefficientSolver) -> list[int]:
