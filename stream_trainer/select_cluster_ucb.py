@@ -41,6 +41,7 @@ from stream_trainer.models import LoadedModel, load_model
 from stream_trainer.pool_file import PoolFile, read_pool, size_of
 from stream_trainer.records import Sample
 from stream_trainer.samples import Decoder, read_samples
+from stream_trainer.select_options import add_common_options, at_least, finite, share
 from stream_trainer.settings import ModelSettings, SampleSettings
 from stream_trainer.target import mean_gradient
 
@@ -53,19 +54,13 @@ MAX_TARGET = 1024  # target samples used, from the top of the file
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--model", required=True, metavar="M", help="model directory or hub name")
-    parser.add_argument("--gguf-file", metavar="F", help="a GGUF file inside the model directory")
-    parser.add_argument("--pool", required=True, type=Path, metavar="FILE", help="JSONL file to select from")
-    parser.add_argument("--target", required=True, type=Path, metavar="FILE", help="JSONL file to get better at")
-    parser.add_argument("--budget", type=_share, default=0.20, metavar="SHARE", help="of the pool to score (20%%)")
-    parser.add_argument("--data", type=_share, default=0.05, metavar="SHARE", help="of the pool to select (5%%)")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write to")
-    parser.add_argument("--clusters", type=_positive, metavar="K", help=f"arms (one per {SAMPLES_PER_CLUSTER} samples)")
-    parser.add_argument("--beta", type=_finite, default=1.0, help="standard deviations above an arm's mean (1)")
-    parser.add_argument("--max-tokens", type=_tokens, default=512, metavar="T", help="tokens per sample (512)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic of the passes")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
+    add_common_options(parser)
+    parser.add_argument("--budget", type=share, default=0.20, metavar="SHARE", help="of the pool to score (20%%)")
+    parser.add_argument("--data", type=share, default=0.05, metavar="SHARE", help="of the pool to select (5%%)")
+    parser.add_argument(
+        "--clusters", type=at_least(1), metavar="K", help=f"arms (one per {SAMPLES_PER_CLUSTER} samples)"
+    )
+    parser.add_argument("--beta", type=finite, default=1.0, help="standard deviations above an arm's mean (1)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -186,37 +181,3 @@ def _report(args: argparse.Namespace, pool: PoolFile, selection: Selection, seco
         print(f"rejected {rejected} lines that are no samples, kept in {args.out / 'rejected.jsonl'}")
     if unusable := int((~torch.isfinite(selection.rewards_n)).sum()):
         print(f"{unusable} of those scored have no usable gradient")
-
-
-def _share(text: str) -> float:
-    """`20%` or `0.2`."""
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share of the pool; write it as 20% or 0.2")
-    return share
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
-    return int(text)
-
-
-def _tokens(text: str) -> int:
-    """A sample needs a token to predict from and one to predict."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 2")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number")
-    return value

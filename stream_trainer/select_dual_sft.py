@@ -49,6 +49,7 @@ from stream_trainer.models import load_model
 from stream_trainer.pool_file import PoolFile, read_pool, size_of
 from stream_trainer.records import Sample
 from stream_trainer.samples import Decoder, read_samples
+from stream_trainer.select_options import add_common_options, not_negative, share, share_or_none
 from stream_trainer.settings import ModelSettings, SampleSettings
 from stream_trainer.target import mean_gradient
 
@@ -95,24 +96,14 @@ class _Scorer:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--model", required=True, metavar="M", help="model directory or hub name")
-    parser.add_argument("--gguf-file", metavar="F", help="a GGUF file inside the model directory")
-    parser.add_argument("--pool", required=True, type=Path, metavar="FILE", help="JSONL file to select from")
-    parser.add_argument("--target", required=True, type=Path, metavar="FILE", help="JSONL file to get better at")
-    parser.add_argument("--data", type=_share, default=0.10, metavar="SHARE", help="of the pool to select (10%%)")
-    parser.add_argument("--params", type=_share, default=0.05, metavar="SHARE", help="of the weights to train (5%%)")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write to")
+    add_common_options(parser)
+    parser.add_argument("--data", type=share, default=0.10, metavar="SHARE", help="of the pool to select (10%%)")
+    parser.add_argument("--params", type=share, default=0.05, metavar="SHARE", help="of the weights to train (5%%)")
     parser.add_argument("--granularity", choices=("weight", "row"), default="weight", help="of the mask (weight)")
     parser.add_argument("--absolute", action="store_true", help="rank weights by magnitude, harmful ones too")
-    parser.add_argument("--learning-rate", type=_not_negative, default=2e-5, metavar="R", help="of the warm-up (2e-5)")
-    parser.add_argument("--warm-up", type=_share_or_none, default=0.10, metavar="SHARE", help="of the pool (10%%)")
-    parser.add_argument(
-        "--lambda-prior", type=_not_negative, default=0.2, metavar="W", help="weight of the prior (0.2)"
-    )
-    parser.add_argument("--max-tokens", type=_at_least_two, default=512, metavar="T", help="tokens per sample (512)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic of the passes")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
+    parser.add_argument("--learning-rate", type=not_negative, default=2e-5, metavar="R", help="of the warm-up (2e-5)")
+    parser.add_argument("--warm-up", type=share_or_none, default=0.10, metavar="SHARE", help="of the pool (10%%)")
+    parser.add_argument("--lambda-prior", type=not_negative, default=0.2, metavar="W", help="weight of the prior (0.2)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -243,37 +234,3 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.advance(tasks[phase], count)
 
         yield advance
-
-
-def _share(text: str) -> float:
-    """`10%` or `0.1`, above none."""
-    share = _share_or_none(text)
-    if share == 0:
-        raise argparse.ArgumentTypeError(f"{text} is none at all; write a share above zero, as 10% or 0.1")
-    return share
-
-
-def _share_or_none(text: str) -> float:
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share; write it as 10% or 0.1")
-    return share
-
-
-def _at_least_two(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 2")
-    return int(text)
-
-
-def _not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text} is no number of at least 0")
-    return value
