@@ -103,6 +103,7 @@ class _Pages:
     status: Callable[[], dict[str, Any]]
 
     def respond(self, path: str, accept: str) -> _Response:
+        """The answer to GET `path`; `accept` is the request's header, which decides the format of the metrics."""
         match path:
             case "/metrics":
                 encode, content_type = choose_encoder(accept)
