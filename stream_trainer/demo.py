@@ -12,12 +12,10 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from gradient_selectors.capture import GradientCapture
@@ -133,7 +131,7 @@ def run_demo(args: argparse.Namespace) -> int:
     console = Console(soft_wrap=True, highlight=False)
     stop = threading.Event()
     with ExitStack() as stack:
-        received = stack.enter_context(_signals(stop))
+        received = stack.enter_context(service.stopping_on_signals(stop))
         directory = _directory(args.dir, stack)
         configure_logging(LogSettings(), stack.enter_context((directory / "service.log").open("w")))
         port = free_port()
@@ -161,24 +159,6 @@ def run_demo(args: argparse.Namespace) -> int:
         figures |= {"seconds": round(time.monotonic() - started, 1), "source": source.kind, "seed": args.seed}
         args.summary.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
-
-
-@contextmanager
-def _signals(stop: threading.Event) -> Iterator[list[signal.Signals]]:
-    """SIGTERM and SIGINT set `stop` and are listed; a second SIGINT interrupts at once."""
-    received: list[signal.Signals] = []
-
-    def handler(number: int, _frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
 
 
 def _directory(path: Path | None, stack: ExitStack) -> Path:

@@ -30,7 +30,6 @@ SOLVE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 PHASES = ("wait", "target", "score", "weigh", "update", "evaluate", "checkpoint")
 STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps")
 SOLVER_STATUSES = ("optimal", "fallback_failed", "fallback_timeout")
-EVALUATION_SETS = ("target", "retention")
 
 
 class State(StrEnum):
@@ -85,7 +84,6 @@ class Metrics:
         self.records_lost = self._counter(
             "records_lost_total", "Undecided records that were gone from the log and skipped."
         )
-        self.source_errors = self._counter("source_errors_total", "Reads that failed and were tried again.")
         self.lag = self._gauge(
             "lag_records", "Records (of a file: bytes) in the log behind the last decided one.", ("topic", "partition")
         )

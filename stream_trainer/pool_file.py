@@ -151,3 +151,12 @@ def _chunks(path: Path) -> Iterator[tuple[list[int], list[Record]]]:
                 numbers, records = [], []
     if records:
         yield numbers, records
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn a failure to write below `--out` into a SettingsError."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(f"--out={directory} cannot be written ({error}); name a writable directory") from error

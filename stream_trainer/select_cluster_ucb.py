@@ -19,10 +19,8 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from gradient_selectors.capture import GradientCapture, UnsupportedParameterError
@@ -38,7 +36,7 @@ from stream_trainer.batches import collate
 from stream_trainer.errors import SettingsError
 from stream_trainer.features import EmbeddingFeatures
 from stream_trainer.models import LoadedModel, load_model
-from stream_trainer.pool_file import PoolFile, read_pool, size_of
+from stream_trainer.pool_file import PoolFile, read_pool, size_of, writing
 from stream_trainer.records import Sample
 from stream_trainer.samples import Decoder, read_samples
 from stream_trainer.select_options import add_common_options, at_least, finite, share
@@ -77,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     pad_id = loaded.tokenizer.pad_token_id
     target = read_samples(args.target, decoder, MAX_TARGET, "--target")
     direction = _unit_gradient(mean_gradient(capture, target, pad_id))
-    with _writing(args.out), _progress() as bar:
+    with writing(args.out), _progress() as bar:
         args.out.mkdir(parents=True, exist_ok=True)
         reading = bar.add_task("reading", total=pool_bytes)
         pool = read_pool(
@@ -150,14 +148,6 @@ def _unit_gradient(gradient: Gradient) -> Gradient:
     if not (math.isfinite(length) and length > 0):
         raise SettingsError(f"--target: its gradient has length {length}; give samples the model can learn from")
     return {name: values / length for name, values in gradient.items()}
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SettingsError(f"--out={directory} cannot be written ({error}); name a writable directory") from error
 
 
 def _progress() -> Progress:

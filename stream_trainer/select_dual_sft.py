@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from gradient_selectors.capture import Batch, GradientCapture, UnsupportedParameterError
@@ -46,7 +45,7 @@ from stream_trainer.batches import collate
 from stream_trainer.errors import SettingsError
 from stream_trainer.manifest import sync
 from stream_trainer.models import load_model
-from stream_trainer.pool_file import PoolFile, read_pool, size_of
+from stream_trainer.pool_file import PoolFile, read_pool, size_of, writing
 from stream_trainer.records import Sample
 from stream_trainer.samples import Decoder, read_samples
 from stream_trainer.select_options import add_common_options, not_negative, share, share_or_none
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         capture = GradientCapture(loaded.model, loaded.autocast_dtype)
     except UnsupportedParameterError as error:
         raise SettingsError(f"--model={args.model}: {error}") from error
-    with _writing(args.out), _progress() as advance:
+    with writing(args.out), _progress() as advance:
         args.out.mkdir(parents=True, exist_ok=True)
         pool = read_pool(
             args.pool, decoder, args.out / "rejected.jsonl", lambda count: advance("reading", count, pool_bytes)
@@ -204,14 +203,6 @@ def _report(args: argparse.Namespace, pool: PoolFile, mask: dict[str, Tensor], r
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(pool.rejected.items()))
         where = args.out / "rejected.jsonl"
         print(f"rejected {pool.rejected.total()} lines ({reasons}), kept in {where}", file=sys.stderr)
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SettingsError(f"--out={directory} cannot be written ({error}); name a writable directory") from error
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class Summary:
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, `training.max_steps`, or the end of a finite stream. Returns the exit code."""
     stop = threading.Event()
-    with _stopping_on_signals(stop):
+    with stopping_on_signals(stop):
         serve(settings, stop)
     return 0
 
@@ -160,17 +160,19 @@ def _evaluation_sets(settings: Settings, decoder: Decoder) -> dict[str, list[Sam
 
 
 @contextmanager
-def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT ask the service to stop after the step in hand; a second SIGINT interrupts at once."""
+def stopping_on_signals(stop: threading.Event) -> Iterator[list[signal.Signals]]:
+    """SIGTERM and SIGINT set `stop` and are listed; a second SIGINT interrupts at once."""
+    received: list[signal.Signals] = []
 
     def handler(number: int, _frame: FrameType | None) -> None:
-        logger.info("received %s: stopping after this step", signal.Signals(number).name)
+        received.append(signal.Signals(number))
+        logger.info("received %s: stopping after this step", received[-1].name)
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield received
     finally:
         for number, old in previous.items():
             signal.signal(number, old)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from gradient_selectors.geometry import optimizer_steps
 
 from stream_trainer import __version__
 from stream_trainer.buffer import Buffer
@@ -202,11 +201,6 @@ class Trainer:
         logger.debug("step %d: %s, pool loss %.4f, chosen %s", self.step, report.result, losses.mean(), report.chosen)
         if self.on_step is not None:
             self.on_step(self.step, pool, report)
-
-    @property
-    def updates(self) -> int:
-        """Optimizer updates over the life of the model."""
-        return optimizer_steps(self.learner.optimizer)
 
 
 def observe_step(metrics: Metrics, pool: Sequence[Sample], report: StepReport, waited: float, seconds: float) -> None:
