@@ -33,15 +33,16 @@ class Buffer:
             self._tokens += sample.num_tokens
             self._changed.notify()
 
-    def take(self, n: int, wait_s: float, stopped: Callable[[], bool]) -> list[Sample]:
+    def take(self, n: int, wait_s: float, stopped: Callable[[], bool], *, or_none: bool = False) -> list[Sample]:
         """The oldest `n` samples.
 
         Fewer only if the stream has ended, if no more fit in, or if `wait_s` seconds have passed since there was one
-        to take. Empty only if `stopped()` turned true, or the stream has ended and all is taken. Raises what `fail`
-        was given.
+        to take. Empty only if `stopped()` turned true, or the stream has ended and all is taken. With `or_none` the
+        taker can do without: the wait begins at once, and what came by its end is enough, even nothing. Raises what
+        `fail` was given.
         """
         with self._changed:
-            deadline = None
+            deadline = time.monotonic() + wait_s if or_none else None
             while not stopped():
                 if self._error is not None:
                     raise self._error

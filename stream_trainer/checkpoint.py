@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gradient_selectors.masked_adamw import MaskedAdamW
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -203,6 +204,31 @@ def _optimized(loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def _restore_optimizer(path: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> None:
+    with safe_open(path, framework="pt") as file:
+        masked = any(key.endswith(".kept") for key in file.keys())  # noqa: SIM118
+        any_state = bool(file.keys())
+    if any_state and masked != isinstance(optimizer, MaskedAdamW):
+        made, remedy = ("with", "fixed or dual_sft") if masked else ("without", "none")
+        raise CheckpointError(
+            f"checkpoint {path.parent} was made {made} a mask; set selection.mask={remedy}, or another checkpoint.dir"
+        )
+    if isinstance(optimizer, MaskedAdamW):
+        _restore_masked(path, optimizer)
+    else:
+        _restore_dense(path, loaded, optimizer)
+
+
+def _restore_masked(path: Path, optimizer: MaskedAdamW) -> None:
+    try:
+        optimizer.load_tensors(load_file(path))
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit ({error}); restore the settings it was made with, or set another "
+            "checkpoint.dir"
+        ) from error
+
+
+def _restore_dense(path: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> None:
     parameters = _optimized(loaded, optimizer)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     # torch keeps the step on the CPU unless the whole update runs on the device.

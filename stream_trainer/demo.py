@@ -31,6 +31,7 @@ from stream_trainer.logs import configure_logging
 from stream_trainer.models import load_model
 from stream_trainer.produce import produce
 from stream_trainer.samples import Decoder, read_samples
+from stream_trainer.selection_settings import SelectionSettings
 from stream_trainer.settings import (
     CheckpointSettings,
     DeadLetterSettings,
@@ -41,7 +42,6 @@ from stream_trainer.settings import (
     ModelSettings,
     OptimizerSettings,
     SampleSettings,
-    SelectionSettings,
     ServerSettings,
     Settings,
     SourceSettings,

@@ -50,8 +50,8 @@ class Metrics:
     Attributes are prometheus_client objects; whoever observes something calls them directly.
     """
 
-    def __init__(self, reasons: Iterable[str] = ()) -> None:
-        """`reasons`: the closed set of dead-letter reasons."""
+    def __init__(self, reasons: Iterable[str] = (), arms: int = 0) -> None:
+        """`reasons`: the closed set of dead-letter reasons. `arms`: of the bandit that draws, if one does."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -59,9 +59,13 @@ class Metrics:
         self._stream()
         self._steps()
         self._selection()
+        self._stages()
         self._durability()
         for reason in reasons:
             self.dead_letters.labels(reason)
+        for arm in range(arms):
+            self.arm_reward.labels(str(arm))
+            self.arm_draws.labels(str(arm))
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
@@ -142,6 +146,21 @@ class Metrics:
         for status in SOLVER_STATUSES:
             self.solver_runs.labels(status)
         self.target_refreshes = self._counter("target_refreshes_total", "Refreshes of the target gradient.")
+
+    def _stages(self) -> None:
+        """Of what draws, routes and masks. Layers are known once the model is loaded."""
+        self.waiting_records = self._gauge("waiting_records", "Samples that wait for the bandit to draw them.")
+        self.arm_reward = self._gauge(
+            "arm_reward", "Discounted mean reward of a cluster, in units of all clusters' mean size.", ("arm",)
+        )
+        self.arm_draws = self._counter("arm_draws_total", "Samples drawn from a cluster.", ("arm",))
+        self.route_entropy = self._gauge(
+            "route_entropy_ratio", "How undecided a layer's draw is: 0 for one sample, 1 for all alike.", ("layer",)
+        )
+        self.mask_density = self._gauge("mask_density_ratio", "Share of the trainable weights that may move.")
+        self.mask_churn = self._gauge("mask_churn_ratio", "Share of the mask that the last refresh put in.")
+        self.mask_age = self._gauge("mask_age_steps", "Updates since the mask was chosen.")
+        self.mask_refreshes = self._counter("mask_refreshes_total", "Refreshes of the mask.")
 
     def _durability(self) -> None:
         self.checkpoint_seconds = self._histogram("checkpoint_seconds", "Time to write one checkpoint.", STEP_SECONDS)

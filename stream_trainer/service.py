@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 from gradient_selectors.capture import GradientCapture, UnsupportedParameterError
+from gradient_selectors.cluster_ucb import ClusterUcb
+from gradient_selectors.masked_adamw import MaskedAdamW
 
 from stream_trainer import __version__
 from stream_trainer.buffer import Buffer
@@ -24,17 +26,22 @@ from stream_trainer.checkpoint import load_latest, restore
 from stream_trainer.cursor import Cursor
 from stream_trainer.dead_letters import open_dead_letters
 from stream_trainer.errors import SettingsError
+from stream_trainer.features import EmbeddingFeatures
 from stream_trainer.ingest import Ingest
+from stream_trainer.masking import Anchors, Masking, make_dual_sft, start_from
 from stream_trainer.metrics import Metrics, State
 from stream_trainer.models import LoadedModel, load_model
+from stream_trainer.optimization import make_optimizer
 from stream_trainer.records import Outcome, Sample
 from stream_trainer.samples import REASONS, Decoder, read_samples
+from stream_trainer.selection import make_generators, make_gram_mode, make_selector, stream_options
 from stream_trainer.server import Health, Server
 from stream_trainer.settings import Settings
 from stream_trainer.sources import open_source
-from stream_trainer.step import Learner, make_optimizer, make_selector
+from stream_trainer.step import Learner
 from stream_trainer.target import Target
-from stream_trainer.trainer import OnStep, Trainer
+from stream_trainer.trainer import OnEvaluation, OnStep, Trainer
+from stream_trainer.waiting import ByClusters, Draws, InOrder
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +71,18 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def serve(settings: Settings, stop: threading.Event, on_step: OnStep | None = None) -> Summary:
+def serve(
+    settings: Settings,
+    stop: threading.Event,
+    on_step: OnStep | None = None,
+    on_evaluation: OnEvaluation | None = None,
+) -> Summary:
     """Train until `stop` is set or the work is done; ends in a checkpoint.
 
     Raises StreamTrainerError for whatever an operator can mend.
     """
-    metrics = Metrics(REASONS)
+    selection = settings.selection
+    metrics = Metrics(REASONS, arms=selection.cluster_ucb.clusters if selection.draw == "cluster_ucb" else 0)
     metrics.build.info({"version": __version__, "torch": torch.__version__, "transformers": transformers.__version__})
     status = _Status(settings, metrics)
     if settings.training.threads is not None:
@@ -82,7 +95,7 @@ def serve(settings: Settings, stop: threading.Event, on_step: OnStep | None = No
             logger.info("serving http://%s:%d/metrics", host, port)
         try:
             trainer = _build(settings, metrics, stop, stack)
-            trainer.on_step = on_step
+            trainer.on_step, trainer.on_evaluation = on_step, on_evaluation
             status.trainer = trainer
             if not stop.is_set():
                 trainer.run()
@@ -101,14 +114,15 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
     loaded = load_model(settings.model, settings.training.seed)
     decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions)
     sets = _evaluation_sets(settings, decoder)
-    learner = make_learner(settings, loaded, sets["target"])
+    learner = make_learner(settings, loaded, sets["target"], _anchors(settings, loaded, decoder))
+    buffer = Buffer(settings.buffer)
+    draws = make_draws(settings, buffer, loaded, sets["target"])
     checkpoint = load_latest(settings.checkpoint.dir)
     state = restore(checkpoint, loaded, learner.optimizer) if checkpoint is not None else None
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
     cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
     dead_letters = open_dead_letters(settings)
     stack.callback(dead_letters.close)
-    buffer = Buffer(settings.buffer)
     ingest = Ingest(open_source(settings.source), decoder, dead_letters, cursor, buffer, metrics)
     trainer = Trainer(
         settings=settings,
@@ -117,6 +131,7 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         evaluation_sets=sets,
         cursor=cursor,
         buffer=buffer,
+        draws=draws,
         ingest=ingest,
         dead_letters=dead_letters,
         metrics=metrics,
@@ -130,33 +145,75 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
     return trainer
 
 
-def make_learner(settings: Settings, loaded: LoadedModel, target_samples: list[Sample]) -> Learner:
-    """Everything a step needs. Raises SettingsError if a trainable parameter of the model is not covered exactly."""
+def make_learner(
+    settings: Settings, loaded: LoadedModel, target_samples: list[Sample], anchors: Anchors | None = None
+) -> Learner:
+    """Everything a step needs.
+
+    Raises SettingsError if a trainable parameter of the model is not covered exactly, or the mask's file does not fit.
+    """
+    selection, pad_id = settings.selection, loaded.tokenizer.pad_token_id
     try:
         capture = GradientCapture(loaded.model, loaded.autocast_dtype)
     except UnsupportedParameterError as error:
         raise SettingsError(f"model.name={settings.model.name}: {error}; or set model.lora") from error
-    pad_id = loaded.tokenizer.pad_token_id
-    steers = settings.selection.weigh in ("filter_then_weight", "top_k")
+    optimizer = make_optimizer(capture, settings.optimizer, selection)
+    masking = None
+    if isinstance(optimizer, MaskedAdamW):
+        if selection.mask == "dual_sft":
+            method = make_dual_sft(selection.dual_sft, settings.optimizer.learning_rate)
+            masking = Masking(method, optimizer, anchors)
+        if selection.mask_path is not None:
+            start_from(optimizer, selection.mask_path)
+    generators = make_generators(settings.training.seed)
     return Learner(
         capture=capture,
-        optimizer=make_optimizer(capture, settings.optimizer),
-        selector=make_selector(settings.selection),
-        target=Target(target_samples, settings.target.refresh_steps, pad_id) if steers else None,
-        selection=settings.selection,
+        optimizer=optimizer,
+        selector=make_selector(selection, generators),
+        gram_mode=make_gram_mode(selection, generators),
+        target=Target(target_samples, settings.target.refresh_steps, pad_id) if selection.needs_target else None,
+        masking=masking,
+        selection=selection,
         optimization=settings.optimizer,
         pad_id=pad_id,
-        generator=torch.Generator().manual_seed(settings.training.seed),
+        generators=generators,
+    )
+
+
+def make_draws(settings: Settings, buffer: Buffer, loaded: LoadedModel, target_samples: list[Sample]) -> Draws:
+    """What hands out the steps' pools. To be made before a checkpoint is restored: features stay as they are then."""
+    selection, wait_s = settings.selection, settings.buffer.wait_s
+    if selection.draw == "all":
+        return InOrder(buffer, selection.pool_size, wait_s)
+    features = EmbeddingFeatures.of_model(loaded.model)
+    bandit = ClusterUcb(stream_options(selection.cluster_ucb), settings.training.seed, features.centre(target_samples))
+    return ByClusters(
+        buffer=buffer,
+        bandit=bandit,
+        features=features,
+        pool_size=selection.pool_size,
+        capacity=selection.cluster_ucb.waiting,
+        intake=selection.cluster_ucb.intake,
+        wait_s=wait_s,
     )
 
 
 def _evaluation_sets(settings: Settings, decoder: Decoder) -> dict[str, list[Sample]]:
     sets = {"target": read_samples(settings.target.path, decoder, settings.target.max_samples, "target.path")}
-    retention = settings.evaluation.retention_path
-    if retention is not None:
-        limit = settings.evaluation.max_samples
-        sets["retention"] = read_samples(retention, decoder, limit, "evaluation.retention_path")
+    watched = {f"sets.{name}": (name, path) for name, path in settings.evaluation.sets.items()}
+    if settings.evaluation.retention_path is not None:
+        watched["retention_path"] = ("retention", settings.evaluation.retention_path)
+    for setting, (name, path) in watched.items():
+        sets[name] = read_samples(path, decoder, settings.evaluation.max_samples, f"evaluation.{setting}")
     return sets
+
+
+def _anchors(settings: Settings, loaded: LoadedModel, decoder: Decoder) -> Anchors | None:
+    dual_sft = settings.selection.dual_sft
+    if settings.selection.mask != "dual_sft" or dual_sft.anchor_path is None:
+        return None
+    setting = "selection.dual_sft.anchor_path"
+    return Anchors.of(loaded.model, read_samples(dual_sft.anchor_path, decoder, dual_sft.anchors, setting))
 
 
 @contextmanager

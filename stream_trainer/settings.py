@@ -7,21 +7,13 @@ Values come from a YAML file, then the environment (`STREAM_TRAINER_SOURCE__KAFK
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from stream_trainer.selection_settings import SelectionSettings
+from stream_trainer.settings_base import Count, NonNegative, Positive, Section, Share
+
 ENVIRONMENT_PREFIX = "STREAM_TRAINER_"
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A group of settings. Unknown names are errors; values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class KafkaSettings(Section):
@@ -196,39 +188,6 @@ class TargetSettings(Section):
     """Steps between refreshes of the target gradient; 1 recomputes it at every step."""
 
 
-class SelectionSettings(Section):
-    """Which candidates enter an update, and how much each counts."""
-
-    weigh: Literal["filter_then_weight", "uniform", "top_k", "full"] = "filter_then_weight"
-    """`filter_then_weight` solves for coefficients; `uniform`, `top_k` and `full` are baselines."""
-    pool_size: Count = 16
-    """Candidates N scored at each step."""
-    chosen: Count = 4
-    """Samples k that enter an update at most; `full` uses all candidates."""
-    survivors: Positive = 2.0
-    """The filter keeps at most this many times `chosen` for the quadratic program."""
-    ridge: NonNegative = 1e-3
-    """Regularisation of the quadratic program, relative to the mean of K's diagonal."""
-    max_coefficient: Positive | None = None
-    """Cap on a sample's coefficient, in units of the mean coefficient of those chosen."""
-    settle_steps: Annotated[int, Field(ge=1)] = 10
-    """Optimizer steps before Adam's second moment is trusted as geometry; plain inner products until then."""
-    when_none_helps: Literal["skip", "uniform"] = "skip"
-    """If no candidate points towards the target: make no update, or take `chosen` at random."""
-    solver_time_limit_s: Positive = 1.0
-    """Seconds the solver may take before the fallback runs."""
-
-    @model_validator(mode="after")
-    def _chosen_from_pool(self) -> Self:
-        if self.chosen > self.pool_size:
-            raise ValueError(
-                f"chosen={self.chosen} is more than pool_size={self.pool_size}; lower chosen or raise pool_size"
-            )
-        if self.survivors < 1:
-            raise ValueError(f"survivors={self.survivors} would leave fewer than chosen; set it to 1 or more")
-        return self
-
-
 class OptimizerSettings(Section):
     """AdamW and its learning rate."""
 
@@ -275,9 +234,18 @@ class EvaluationSettings(Section):
     every_steps: Count = 50
     """Steps between evaluations."""
     retention_path: Path | None = None
-    """JSONL file of material the model must not forget."""
+    """JSONL file of material the model must not forget; the set is called `retention`."""
+    sets: dict[str, Path] = Field(default={})
+    """More JSONL files whose loss is watched, by the names to export them under."""
     max_samples: Count = 64
-    """Samples of the retention file used, from the top of the file."""
+    """Samples used of each of these files, from its top."""
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        for taken in ("target", *(["retention"] if self.retention_path is not None else [])):
+            if taken in self.sets:
+                raise ValueError(f"sets.{taken} is the name of another set; choose another name")
+        return self
 
 
 class CheckpointSettings(Section):
@@ -359,9 +327,9 @@ class Settings(BaseSettings):
             )
         if self.dead_letters.kind == "topic" and self.dead_letters.topic == self.source.kafka.topic:
             raise ValueError(f"dead_letters.topic={self.dead_letters.topic} is the source's topic; name another one")
-        if self.selection.pool_size > self.buffer.max_records:
+        needs, wanted = self.selection.largest_take
+        if wanted > self.buffer.max_records:
             raise ValueError(
-                f"selection.pool_size={self.selection.pool_size} does not fit buffer.max_records="
-                f"{self.buffer.max_records}; raise buffer.max_records"
+                f"{needs}={wanted} does not fit buffer.max_records={self.buffer.max_records}; raise buffer.max_records"
             )
         return self

@@ -20,14 +20,17 @@ from stream_trainer.errors import CheckpointError, SourceError
 from stream_trainer.ingest import Ingest
 from stream_trainer.metrics import Metrics, State
 from stream_trainer.models import LoadedModel
+from stream_trainer.observing import expect_layers, observe_stages, observe_step
 from stream_trainer.records import Outcome, Partition, Sample
 from stream_trainer.settings import Settings
 from stream_trainer.step import Learner, StepReport, train_step
 from stream_trainer.target import mean_loss
+from stream_trainer.waiting import Draws
 
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, Sequence[Sample], StepReport], None]
+OnEvaluation = Callable[[int, Mapping[str, float], float], None]
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Trainer:
         evaluation_sets: fixed samples by name (`target`, `retention`) whose loss is watched.
         stopped: turns true when the service is told to stop.
         on_step: told of every step, for progress displays.
+        on_evaluation: told of every evaluation: step, loss by set, and the seconds it took.
         step: steps made over the life of the model, skipped ones included.
         losses: the last loss of each evaluation set, measured at `evaluated_step`.
     """
@@ -48,11 +52,13 @@ class Trainer:
     evaluation_sets: Mapping[str, Sequence[Sample]]
     cursor: Cursor
     buffer: Buffer
+    draws: Draws
     ingest: Ingest
     dead_letters: DeadLetters
     metrics: Metrics
     stopped: Callable[[], bool]
     on_step: OnStep | None = None
+    on_evaluation: OnEvaluation | None = None
     step: int = 0
     state: State = State.LOADING
     losses: dict[str, float] = field(default_factory=dict)
@@ -66,6 +72,7 @@ class Trainer:
         Raises what the ingest thread failed with, after a last checkpoint of what was learned before.
         """
         self._last_checkpoint_time, self._durable = time.monotonic(), (self.step, self.cursor.counts)
+        expect_layers(self.metrics, self.learner)
         self.evaluate()
         try:
             self._loop()
@@ -93,8 +100,9 @@ class Trainer:
             waited = time.perf_counter() - started
             report = train_step(self.learner, pool)
             self.step += 1
-            self._decide(pool, report)
-            self._observe(pool, report, waited, time.perf_counter() - started)
+            undrawn = self.draws.settle(report.utilities)
+            self._decide(pool, undrawn, report)
+            self._observe(pool, undrawn, report, waited, time.perf_counter() - started)
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()
             if self._checkpoint_is_due():
@@ -102,15 +110,15 @@ class Trainer:
 
     def _next_pool(self) -> list[Sample]:
         """Empty only when there is nothing left to do."""
-        if self.buffer.records == 0:
+        if self.buffer.records + self.draws.waiting == 0:
             self.enter(State.IDLE)
-        pool = self.buffer.take(self.settings.selection.pool_size, self.settings.buffer.wait_s, self.stopped)
+        pool = self.draws.pool(self.stopped)
         self.enter(State.CATCHING_UP if self.ingest.paused else State.TRAINING)
         return pool
 
-    def _decide(self, pool: Sequence[Sample], report: StepReport) -> None:
+    def _decide(self, pool: Sequence[Sample], undrawn: Sequence[Sample], report: StepReport) -> None:
         chosen = set(report.chosen)
-        for i, sample in enumerate(pool):
+        for i, sample in enumerate((*pool, *undrawn)):
             outcome = Outcome.TRAINED if i in chosen else Outcome.NOT_SELECTED
             self.cursor.decide(sample.partition, sample.offset, outcome)
             self.metrics.records.labels(outcome.value).inc()
@@ -126,6 +134,7 @@ class Trainer:
         if self.evaluated_step == self.step:
             return
         self.evaluated_step = self.step
+        began = time.perf_counter()
         for name, samples in self.evaluation_sets.items():
             if self.stopped():
                 return
@@ -136,6 +145,8 @@ class Trainer:
             self.metrics.evaluation_time.labels(name).set_to_current_time()
             self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - started)
             logger.info("step %d: %s loss %.4f", self.step, name, loss)
+        if self.on_evaluation is not None:
+            self.on_evaluation(self.step, dict(self.losses), time.perf_counter() - began)
 
     def _checkpoint_is_due(self) -> bool:
         settings = self.settings.checkpoint
@@ -173,64 +184,59 @@ class Trainer:
         self.ingest.request_commit(positions, saved.step)
 
     def _trainer_state(self, snapshot: dict[str, object]) -> TrainerState:
-        target = self.learner.target
-        gradient = target.gradient if target is not None and target.gradient is not None else {}
+        target, masking = self.learner.target, self.learner.masking
+        averages, counters = masking.method.state() if masking is not None else ({}, {})
+        parts = {
+            "target": target.gradient if target is not None and target.gradient is not None else {},
+            "draw": self.draws.state(),
+            "mask": averages,
+        }
         return TrainerState(
             step=self.step,
             cursor=snapshot,
             source_identity=dict(self.ingest.identity),
-            extra={"target_age": target.age if target is not None else 0, "version": __version__},
-            tensors={f"target.{name}": values for name, values in gradient.items()},
-            random={"step": self.learner.generator.get_state()},
+            extra={"target_age": target.age if target is not None else 0, "mask": counters, "version": __version__},
+            tensors={f"{part}.{name}": values for part, tensors in parts.items() for name, values in tensors.items()},
+            random={name: generator.get_state() for name, generator in self.learner.generators.items()},
         )
 
     def restore(self, state: TrainerState) -> None:
-        """Take up where a checkpoint left off; weights, optimizer and cursor are restored elsewhere."""
-        self.step = state.step
-        self.learner.generator.set_state(state.random["step"])
-        if self.learner.target is not None and state.tensors:
-            self.learner.target.age = state.extra["target_age"]
-            self.learner.target.gradient = {
-                name.removeprefix("target."): values.to(self.loaded.device) for name, values in state.tensors.items()
-            }
+        """Take up where a checkpoint left off; weights, optimizer and cursor are restored elsewhere.
 
-    def _observe(self, pool: Sequence[Sample], report: StepReport, waited: float, seconds: float) -> None:
+        A stage that is on now and was off then begins afresh. Raises CheckpointError if a stage's state does not fit.
+        """
+        self.step = state.step
+        for name, generator in self.learner.generators.items():
+            if name in state.random:
+                generator.set_state(state.random[name])
+        target, masking = self.learner.target, self.learner.masking
+        gradient = _part(state, "target")
+        if target is not None and gradient:
+            target.age = state.extra["target_age"]
+            target.gradient = {name: values.to(self.loaded.device) for name, values in gradient.items()}
+        if masking is not None and state.extra.get("mask"):
+            averages = {name: values.to(self.loaded.device) for name, values in _part(state, "mask").items()}
+            masking.method.load_state(averages, state.extra["mask"])
+        try:
+            self.draws.load_state(_part(state, "draw"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"selection.cluster_ucb.clusters={self.settings.selection.cluster_ucb.clusters}: {error}"
+            ) from error
+
+    def _observe(
+        self, pool: Sequence[Sample], undrawn: Sequence[Sample], report: StepReport, waited: float, seconds: float
+    ) -> None:
         self.last_progress, self.last_report = time.monotonic(), report
-        observe_step(self.metrics, pool, report, waited, seconds)
+        observe_step(self.metrics, pool, undrawn, report, waited, seconds)
+        observe_stages(self.metrics, self.learner, self.draws, report)
         losses = torch.tensor(report.losses)
         logger.debug("step %d: %s, pool loss %.4f, chosen %s", self.step, report.result, losses.mean(), report.chosen)
         if self.on_step is not None:
             self.on_step(self.step, pool, report)
 
 
-def observe_step(metrics: Metrics, pool: Sequence[Sample], report: StepReport, waited: float, seconds: float) -> None:
-    """Export what a step did."""
-    metrics.steps.labels(report.result).inc()
-    metrics.step_seconds.observe(seconds)
-    metrics.last_step.set_to_current_time()
-    metrics.phase_seconds.labels("wait").inc(waited)
-    for phase, spent in report.seconds.items():
-        metrics.phase_seconds.labels(phase).inc(spent)
-    metrics.tokens_scored.inc(sum(pool[i].num_tokens for i in report.candidates))
-    metrics.tokens_trained.inc(sum(pool[i].num_tokens for i in report.chosen))
-    metrics.loss.set(sum(report.losses) / len(report.losses))
-    chosen = [loss for loss, weight in zip(report.losses, report.weights, strict=True) if weight > 0]
-    if chosen:
-        metrics.trained_loss.set(sum(chosen) / len(chosen))
-        metrics.gradient_norm.set(report.gradient_norm)
-        metrics.learning_rate.set(report.learning_rate)
-    metrics.selected_ratio.set(len(chosen) / len(pool))
-    metrics.target_refreshes.inc(int(report.target_refreshed))
-    now = time.time()
-    for sample in pool:
-        if sample.timestamp is not None:
-            metrics.sample_age.observe(max(0.0, now - sample.timestamp))
-    decision = report.decision
-    metrics.effective_samples.set(decision.effective_samples)
-    if decision.num_positive is not None:
-        metrics.positive_ratio.set(decision.num_positive / len(report.candidates))
-    if decision.redundancy is not None:
-        metrics.redundancy_ratio.set(decision.redundancy)
-    if decision.solver is not None:
-        metrics.solver_seconds.observe(decision.solver.seconds)
-        metrics.solver_runs.labels(decision.solver.status).inc()
+def _part(state: TrainerState, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of one stage, by the names it gave them."""
+    prefix = f"{part}."
+    return {name.removeprefix(prefix): values for name, values in state.tensors.items() if name.startswith(prefix)}

@@ -10,9 +10,12 @@ from oracle import make_model
 from torch import nn
 
 from stream_trainer.batches import collate
+from stream_trainer.optimization import learning_rate, make_optimizer
 from stream_trainer.records import Partition, Sample
-from stream_trainer.settings import OptimizerSettings, SelectionSettings
-from stream_trainer.step import Learner, learning_rate, make_optimizer, make_selector, train_step
+from stream_trainer.selection import make_generators, make_gram_mode, make_selector
+from stream_trainer.selection_settings import SelectionSettings
+from stream_trainer.settings import OptimizerSettings
+from stream_trainer.step import Learner, train_step
 from stream_trainer.target import Target, mean_gradient, mean_loss
 
 PAD = 0
@@ -33,15 +36,18 @@ def make_learner(model: nn.Module, weigh: str = "filter_then_weight", **selectio
     settings = SelectionSettings(weigh=weigh, **selection)
     optimization = OptimizerSettings(learning_rate=1e-3, weight_decay=0.1, clip_norm=None)
     capture = GradientCapture(model)
+    generators = make_generators(0)
     return Learner(
         capture=capture,
-        optimizer=make_optimizer(capture, optimization),
-        selector=make_selector(settings),
-        target=Target(make_samples(5, seed=99), 2, PAD) if weigh in ("filter_then_weight", "top_k") else None,
+        optimizer=make_optimizer(capture, optimization, settings),
+        selector=make_selector(settings, generators),
+        gram_mode=make_gram_mode(settings, generators),
+        target=Target(make_samples(5, seed=99), 2, PAD) if settings.needs_target else None,
+        masking=None,
         selection=settings,
         optimization=optimization,
         pad_id=PAD,
-        generator=torch.Generator().manual_seed(0),
+        generators=generators,
     )
 
 

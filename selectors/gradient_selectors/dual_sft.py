@@ -162,6 +162,11 @@ class DualSft:
         """Whether it is time for a refresh."""
         return self._observed > 0 and (self._since_refresh is None or self._since_refresh >= self.refresh_steps)
 
+    @property
+    def age(self) -> int:
+        """Gradients observed since the last refresh; 0 before the first."""
+        return self._since_refresh or 0
+
     @torch.no_grad()
     def refresh(self, optimizer: MaskedAdamW, target: Gradient, prior: Gradient | None = None) -> MaskChange:
         """Choose a new mask and give it to `optimizer`, whose moments move with it. Call it between two steps.

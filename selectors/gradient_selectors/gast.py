@@ -14,6 +14,7 @@ coefficients that is the paper's mean over K. If K is no smaller than the number
 changes. The mean over K leans towards the target on purpose: it is no unbiased estimate of the mean over the pool.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -54,7 +55,18 @@ class Gast:
             return decision
         scores_LN = standardised(interaction.rows_by_layer_LN.cpu())
         drawn_LN = draw(scores_LN / self.temperature, may_enter_N, self.per_layer, self.rule, self.generator)
-        return replace(decision, layer_weights_LN=spread(decision.weights_N, drawn_LN))
+        return replace(
+            decision,
+            layer_weights_LN=spread(decision.weights_N, drawn_LN),
+            route_entropy_L=entropy(scores_LN[:, may_enter_N] / self.temperature),
+        )
+
+
+def entropy(scores_LN: Tensor) -> Tensor:
+    """Entropy of each layer's softmax as a share of the largest possible, (L,): 1 where all samples are alike."""
+    logs_LN = scores_LN.log_softmax(1)
+    nats_L = -(logs_LN.exp() * logs_LN.nan_to_num(neginf=0.0)).sum(1)
+    return nats_L / math.log(scores_LN.shape[1]) if scores_LN.shape[1] > 1 else torch.ones_like(nats_L)
 
 
 def standardised(rows_LN: Tensor) -> Tensor:

@@ -94,6 +94,7 @@ class Decision:
         redundancy: share of the objective's linear term that the pairs of chosen samples take away again.
         solver: how the coefficients were solved for, if they were.
         layer_weights_LN: coefficients for each of `PoolGradients.layers`, which then take the place of `weights_N`.
+        route_entropy_L: how undecided each layer's draw was, from 0 (one sample) to 1 (all alike), if layers drew.
     """
 
     weights_N: Tensor
@@ -101,6 +102,7 @@ class Decision:
     redundancy: float | None = None
     solver: SolverReport | None = None
     layer_weights_LN: Tensor | None = None
+    route_entropy_L: Tensor | None = None
 
     @property
     def chosen(self) -> list[int]:

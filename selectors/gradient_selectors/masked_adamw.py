@@ -89,6 +89,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         kept, joined, left = (sum(counts[name][i] * sizes[name] for name in counts) for i in range(3))
         return MaskChange(kept, joined, left)
 
+    @property
+    def density(self) -> float:
+        """Share of all weights that may move; 0 before the first mask."""
+        kept: int = sum(state["exp_avg"].numel() for state in self.state.values())
+        return kept / sum(parameter.numel() for parameter in self.parameters.values())
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of the kept weights, as torch's AdamW would make it; masked ones are not even read."""
