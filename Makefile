@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install lint test demo
+.PHONY: help venv install lint test demo bench-env bench-step-cost bench-scaling
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(BIN)/python ## Create the virtual environment
 
@@ -26,6 +26,16 @@ test: lint ## Check style and types, then run every test; this is what CI runs
 demo: $(VENV)/.installed-demo ## Broker, stream, training and report on this machine
 	$(BIN)/stream-trainer demo
 
+bench-env: .venv-opacus/.installed .venv-dattri/.installed ## Install the peers that benchmarks compare with
+
+bench-step-cost: $(VENV)/.installed ## Measure what a step costs, against plain training and peers
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.step_cost --json build/step_cost.json
+
+bench-scaling: $(VENV)/.installed ## Measure how the cost of a step grows with each of its dimensions
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.scaling --json build/scaling.json
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +46,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[demo]"
+	@touch $@
+
+.venv-opacus/.installed: PEER := opacus==1.6.0
+.venv-dattri/.installed: PEER := dattri-llm==0.1.0
+
+# A torchvision or torchaudio that does not fit our torch would keep transformers from being imported.
+.venv-opacus/.installed .venv-dattri/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	@echo '*' > $(@D)/.gitignore
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lora]" $(PEER)
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	@touch $@

@@ -2,17 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from functools import partial
 
 import torch
-from gradient_selectors.approximate import rank_one_gram, sketch_gram
 from gradient_selectors.baselines import Full, TopK
 from gradient_selectors.cluster_ucb import StreamOptions
 from gradient_selectors.coefficients import CoefficientSolver
 from gradient_selectors.filter_then_weight import FilterThenWeight
 from gradient_selectors.gast import Gast
 from gradient_selectors.geometry import Geometry, adam_geometry, optimizer_steps, plain
-from gradient_selectors.gradients import GramMode, PoolGradients
 from gradient_selectors.greedy import Greedy
 from gradient_selectors.interaction import Selector
 from gradient_selectors.masked_adamw import MaskedAdamW
@@ -61,15 +58,6 @@ def _make_weigher(settings: SelectionSettings) -> Selector:
     if settings.weigh == "greedy":
         return Greedy(settings.chosen, survivors)
     return TopK(settings.chosen) if settings.weigh == "top_k" else Full()
-
-
-def make_gram_mode(settings: SelectionSettings, generators: Mapping[str, torch.Generator]) -> GramMode:
-    """How the selectors' Gram matrices are computed."""
-    if settings.gram == "rank_one":
-        return rank_one_gram
-    if settings.gram == "sketch":
-        return partial(sketch_gram, generator=generators["sketch"], width=settings.sketch_width)
-    return PoolGradients.gram
 
 
 def stream_options(settings: ClusterUcbSettings) -> StreamOptions:

@@ -99,10 +99,11 @@ class SelectionSettings(Section):
     """Scale of the utilities under the metric `greats`."""
     normalisation: Literal["mean_one", "natural", "simplex"] = "mean_one"
     """`mean_one` steps as far as plain training does, `natural` as far as the target asks for; or `simplex`."""
-    gram: Literal["exact", "rank_one", "sketch"] = "exact"
-    """How the survivors' redundancy is computed: exactly, or cheaper from a rank-one fit of Adam's geometry."""
+    geometry: Literal["exact", "rank_one", "sketch"] = "exact"
+    """How utilities and redundancy are computed: `exact`; `rank_one` fits Adam's geometry for the redundancy; `sketch`
+    takes both from random projections, in a fraction of the time."""
     sketch_width: Annotated[int, Field(ge=2)] = 16
-    """Rows and columns that stand for a matrix under `gram: sketch`."""
+    """Rows and columns that stand for a matrix under `geometry: sketch`."""
     ridge: NonNegative = 1e-3
     """Regularisation of the quadratic program, relative to the mean of K's diagonal."""
     max_coefficient: Positive | None = None
@@ -138,6 +139,14 @@ class SelectionSettings(Section):
             )
         if self.survivors < 1:
             raise ValueError(f"survivors={self.survivors} would leave fewer than chosen; set it to 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _sketches_suit(self) -> Self:
+        if self.geometry == "sketch" and self.metric != "p_norm":
+            raise ValueError(
+                f"geometry=sketch knows the metric p_norm only, not {self.metric}; set metric=p_norm or geometry=exact"
+            )
         return self
 
     @model_validator(mode="after")

@@ -34,7 +34,7 @@ from stream_trainer.models import LoadedModel, load_model
 from stream_trainer.optimization import make_optimizer
 from stream_trainer.records import Outcome, Sample
 from stream_trainer.samples import REASONS, Decoder, read_samples
-from stream_trainer.selection import make_generators, make_gram_mode, make_selector, stream_options
+from stream_trainer.selection import make_generators, make_selector, stream_options
 from stream_trainer.server import Health, Server
 from stream_trainer.settings import Settings
 from stream_trainer.sources import open_source
@@ -170,7 +170,6 @@ def make_learner(
         capture=capture,
         optimizer=optimizer,
         selector=make_selector(selection, generators),
-        gram_mode=make_gram_mode(selection, generators),
         target=Target(target_samples, settings.target.refresh_steps, pad_id) if selection.needs_target else None,
         masking=masking,
         selection=selection,

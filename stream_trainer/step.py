@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from gradient_selectors.approximate import rank_one_gram
 from gradient_selectors.baselines import draw_uniform
 from gradient_selectors.capture import GradientCapture
 from gradient_selectors.geometry import optimizer_steps
-from gradient_selectors.gradients import Gradient, GramMode, PoolGradients
+from gradient_selectors.gradients import Gradient, PoolGradients
 from gradient_selectors.interaction import Decision, Interaction, Selector, equal_weights
 from gradient_selectors.masked_adamw import MaskedAdamW
+from gradient_selectors.sketches import Sketches
 from torch import Tensor
 
 from stream_trainer.batches import collate
@@ -34,7 +36,6 @@ class Learner:
         capture: hooks on the model.
         optimizer: over the capture's parameters; the masked one if weights are masked.
         selector: decides the coefficients, and the layers if it routes.
-        gram_mode: how the selector's Gram matrices are computed.
         target: None for methods that need no target gradient.
         masking: chooses the mask anew, or None if it stays as it is.
         generators: sources of every random choice, by stage (`selection.GENERATORS`).
@@ -43,7 +44,6 @@ class Learner:
     capture: GradientCapture
     optimizer: torch.optim.AdamW | MaskedAdamW
     selector: Selector
-    gram_mode: GramMode
     target: Target | None
     masking: Masking | None
     selection: SelectionSettings
@@ -99,9 +99,8 @@ def train_step(learner: Learner, pool: Sequence[Sample]) -> StepReport:
     if learner.target is not None:
         target, refreshed = learner.target.current(learner.capture)
     clock.lap("target")
-    gradients = learner.capture.run(collate(samples, learner.pad_id))
-    geometry = current_geometry(learner.optimizer, learner.capture.parameters, learner.selection.settle_steps)
-    interaction = Interaction(gradients, target, geometry, learner.gram_mode)
+    interaction = score(learner, samples, target)
+    gradients = interaction.gradients
     utilities = tuple(interaction.rows_N.tolist()) if learner.selection.draw == "cluster_ucb" else None
     clock.lap("score")
     decision = learner.selector.decide(interaction)
@@ -125,6 +124,19 @@ def train_step(learner: Learner, pool: Sequence[Sample]) -> StepReport:
         mask_refreshed=update.mask_refreshed,
         seconds=clock.seconds,
     )
+
+
+def score(learner: Learner, samples: Sequence[Sample], target: Gradient) -> Interaction:
+    """One forward and one backward pass over the samples, seen from the target as the settings ask."""
+    settings, capture = learner.selection, learner.capture
+    geometry = current_geometry(learner.optimizer, capture.parameters, settings.settle_steps)
+    batch = collate(samples, learner.pad_id)
+    if settings.geometry != "sketch":
+        gram = rank_one_gram if settings.geometry == "rank_one" else PoolGradients.gram
+        return Interaction(capture.run(batch), target, geometry, gram)
+    sketches = Sketches(target, geometry, learner.generators["sketch"], settings.sketch_width, capture.head)
+    gradients = capture.run(batch, sketches.head_probe)
+    return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
 
 
 def _draw(learner: Learner, num_samples: int) -> list[int]:

@@ -12,7 +12,7 @@ from torch import nn
 from stream_trainer.batches import collate
 from stream_trainer.optimization import learning_rate, make_optimizer
 from stream_trainer.records import Partition, Sample
-from stream_trainer.selection import make_generators, make_gram_mode, make_selector
+from stream_trainer.selection import make_generators, make_selector
 from stream_trainer.selection_settings import SelectionSettings
 from stream_trainer.settings import OptimizerSettings
 from stream_trainer.step import Learner, train_step
@@ -41,7 +41,6 @@ def make_learner(model: nn.Module, weigh: str = "filter_then_weight", **selectio
         capture=capture,
         optimizer=make_optimizer(capture, optimization, settings),
         selector=make_selector(settings, generators),
-        gram_mode=make_gram_mode(settings, generators),
         target=Target(make_samples(5, seed=99), 2, PAD) if settings.needs_target else None,
         masking=None,
         selection=settings,

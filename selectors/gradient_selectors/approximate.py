@@ -1,22 +1,16 @@
-"""Approximate Gram matrices, for where writing out the survivors' gradients is too dear.
+"""Gram matrices under the rank-one fit of P, for where writing out the survivors' gradients is too dear.
 
-Both ways take `P ~ x y^T` (`geometry.rank_one`) into the factors: with `b' = sqrt(x) b` and `a' = sqrt(y) a`, what
-holds for raw gradients holds for preconditioned ones.
+With `P ~ x y^T` (`geometry.rank_one`), `b' = sqrt(x) b` and `a' = sqrt(y) a`, what holds for raw gradients holds for
+preconditioned ones: exact products of the scaled factors, by pairs of tokens (ghost) or written out, whichever is
+cheaper for this call. Cheaper than the exact K for pools of short samples only; its error is that of the fit. For all
+others `sketches` is cheaper.
 
-- `rank_one_gram`: exact products of the scaled factors, by pairs of tokens (ghost) or written out, whichever is cheaper
-  for this call. Cheaper than the exact K for pools of short samples only; its error is that of the fit.
-- `sketch_gram`: both sides of the scaled factors under random signs, so that a k x k matrix stands for a gradient:
-  unbiased, and 4 to 6 times cheaper for these matrices than the exact K (8 samples of 32 to 256 tokens).
-
-Exact in both, whatever the mode: the linear term c, which is as cheap exact as approximate; vectors (biases, norms);
-LoRA's narrow matrices; parameters under a mask; and embeddings and heads, tied or not. Those hold most of K by
-themselves, and errors only average out over many matrices of equal weight: with a sketched head, K was off by 75 %
-where it is off by 4 % now (width 16, a small tied model after 120 steps; `fidelity` measures it for any other).
-
-The scale of an update found with an approximate K can be set right exactly: `filter_then_weight.line_search`.
+Exact all the same: the linear term c; vectors (biases, norms); LoRA's narrow matrices; parameters under a mask; and
+embeddings and heads, tied or not. The scale of an update found with an approximate K can be set right exactly:
+`filter_then_weight.line_search`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -31,25 +25,16 @@ from gradient_selectors.gradients import PoolGradients
 @torch.no_grad()
 def rank_one_gram(gradients: PoolGradients, samples: Sequence[int], geometry: Geometry) -> Tensor:
     """K under `P ~ x y^T`, (n, n) float64."""
-    return _gram(gradients, samples, geometry, _exact_products)
-
-
-def sketch_gram(
-    gradients: PoolGradients, samples: Sequence[int], geometry: Geometry, *, generator: torch.Generator, width: int = 16
-) -> Tensor:
-    """K from sketches of `width` x `width` numbers for each matrix, (n, n) float64.
-
-    New signs are drawn from `generator` (on the CPU) for every matrix at every call, so that errors neither add up over
-    matrices nor stay the same over steps. Matrices that are no larger than the sketch on one side are not sketched.
-    """
-
-    def products(factor: Outer) -> Tensor:
-        if min(factor.left_Rp.shape[1], factor.right_Rd.shape[1]) <= width:
-            return _exact_products(factor)
-        flat = _sketches(factor, width, generator).flatten(1)
-        return (flat @ flat.T).double()
-
-    return _gram(gradients, samples, geometry, products)
+    gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
+    for name, factors in gradients.factors.items():
+        preconditioner = geometry(name)
+        outers = [factor for factor in factors if isinstance(factor, Outer)]
+        scales = _scales(name, gradients.shapes[name], preconditioner) if len(outers) == len(factors) else None
+        if scales is None:
+            gram += gradients.gram_of(name, samples, preconditioner)
+        else:
+            gram += _exact_products(_scaled(outers, samples, *(scale.sqrt() for scale in scales)))
+    return gram
 
 
 def ghost_is_cheaper(num_rows: int, num_samples: int, shape: Sequence[int]) -> bool:
@@ -79,23 +64,6 @@ def ghost_gram(factor: Outer) -> Tensor:
     return gram
 
 
-@torch.no_grad()
-def _gram(
-    gradients: PoolGradients, samples: Sequence[int], geometry: Geometry, products: Callable[[Outer], Tensor]
-) -> Tensor:
-    """K, with `products` of the scaled factors of every matrix that may be approximated."""
-    gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
-    for name, factors in gradients.factors.items():
-        preconditioner = geometry(name)
-        outers = [factor for factor in factors if isinstance(factor, Outer)]
-        scales = _scales(name, gradients.shapes[name], preconditioner) if len(outers) == len(factors) else None
-        if scales is None:
-            gram += gradients.gram_of(name, samples, preconditioner)
-        else:
-            gram += products(_scaled(outers, samples, *(scale.sqrt() for scale in scales)))
-    return gram
-
-
 def _scales(name: str, shape: torch.Size, preconditioner: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """The scales x and y of a matrix that may be approximated, else None."""
     if len(shape) != 2 or ".lora_" in name:
@@ -120,16 +88,3 @@ def _exact_products(factor: Outer) -> Tensor:
     if ghost_is_cheaper(num_rows, num_samples, (p, d)):
         return ghost_gram(factor)
     return written.written_gram([factor], range(num_samples), p, d, None)
-
-
-def _sketches(factor: Outer, width: int, generator: torch.Generator) -> Tensor:
-    """`S^T g_i T` of each sample with random signs S and T over the root of the width, (n, k, k) float32."""
-    left_Rk, right_Rk = (
-        rows @ _signs(rows.shape[1], width, generator).to(rows) for rows in (factor.left_Rp, factor.right_Rd)
-    )
-    spans = [factor.segments.span(i) for i in range(factor.segments.num_samples)]
-    return torch.stack([left_Rk[span].float().T @ right_Rk[span].float() for span in spans])
-
-
-def _signs(size: int, width: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (size, width), generator=generator).float().mul_(2).sub_(1).div_(width**0.5)

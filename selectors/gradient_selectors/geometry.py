@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+NEVER_UPDATED = 0.01  # share of weights without any gradient yet, up to which a matrix is fitted all the same
+
 Geometry = Callable[[str], Tensor | None]
 """The preconditioner P of a parameter by name, in the parameter's shape; None stands for P = 1."""
 
@@ -76,14 +78,18 @@ def squared(geometry: Geometry) -> Geometry:
 
 
 def rank_one(preconditioner: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The fit `P ~ x y^T` of a matrix: x (p,) and y (d,), float32; None where P is not positive, as under a mask.
+    """The fit `P ~ x y^T` of a matrix: x (p,) and y (d,), float32; None where P is mostly zero, as under a mask.
 
     Adafactor's: with `v = P^-2`, `v_ij ~ (mean of row i) (mean of column j) / (mean of all)`, exact if v is of rank
-    one. Fitted to v and not to P, so that a few weights that never had a gradient do not stand out.
+    one. Fitted to v and not to P, so that a few weights that hardly had a gradient do not stand out; those that never
+    had one (P = 0, v = 0) count as such.
     """
-    if not bool((preconditioner > 0).all()):
-        return None
-    moment = preconditioner.float().pow(-2)
+    moment = preconditioner.float().reciprocal().square_()
+    if not bool(torch.isfinite(moment.sum())):
+        never = preconditioner == 0
+        if bool((never.float().mean() > NEVER_UPDATED) | never.all(0).any() | never.all(1).any()):
+            return None
+        moment.masked_fill_(never, 0.0)
     rows_p, columns_d = moment.mean(1), moment.mean(0)
     return rows_p.rsqrt(), columns_d.div_(rows_p.mean()).rsqrt_()
 

@@ -14,6 +14,7 @@ from gradient_selectors.geometry import Geometry
 # Of written-out gradients held at once: 16 MB in float32, which stays in the cache of the processor while it is scaled
 # and multiplied, and which the allocator reuses. Chunks four times as large took a third longer.
 CHUNK_ELEMENTS = 4_000_000
+BLOCK_COLUMNS = 4096
 BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 Gradient = Mapping[str, Tensor]
@@ -110,7 +111,21 @@ class PoolGradients:
 
 
 GramMode = Callable[[PoolGradients, Sequence[int], Geometry], Tensor]
-"""How K is computed: `PoolGradients.gram`, which is exact, or one of `approximate`."""
+"""How K is computed: `PoolGradients.gram`, which is exact, `approximate.rank_one_gram`, or `Sketches.gram`."""
+
+RowsMode = Callable[[PoolGradients, Gradient, Geometry], dict[str, Tensor]]
+"""How `c` within each parameter is computed from the target's gradient: `exact_rows`, or `Sketches.rows`."""
+
+
+def exact_rows(gradients: PoolGradients, target: Gradient, geometry: Geometry) -> dict[str, Tensor]:
+    """`<g_i, P G_target>` within each parameter, (N,) float32 each; as much work as a forward pass."""
+    return {name: gradients.dots_of(name, preconditioned(target, geometry, name)) for name in gradients.factors}
+
+
+def preconditioned(gradient: Gradient, geometry: Geometry, name: str) -> Tensor:
+    """`P * G` of one parameter."""
+    preconditioner, values = geometry(name), gradient[name]
+    return values if preconditioner is None else preconditioner * values
 
 
 @torch.no_grad()
@@ -131,10 +146,23 @@ def written_gram(
         if root is not None:
             written *= root[lo:hi]
         flat = written.flatten(1)
-        products = (flat @ flat.T).double()
+        products = _products(flat)
         gram = products if gram is None else gram.add_(products)
     assert gram is not None  # no parameter is empty
     return gram
+
+
+def _products(flat_nm: Tensor) -> Tensor:
+    """Inner products of a few very long rows, (n, n) float64.
+
+    In blocks: float32 products of few rows and millions of columns were off by 1e-4 to 2e-3 on CPU kernels.
+    """
+    length = flat_nm.shape[1]
+    whole = length - length % BLOCK_COLUMNS
+    rest = flat_nm[:, whole:].double()
+    blocks = flat_nm[:, :whole].view(len(flat_nm), -1, BLOCK_COLUMNS).transpose(0, 1) if whole else None
+    products = rest @ rest.T
+    return products if blocks is None else products.add_((blocks @ blocks.mT).double().sum(0))
 
 
 def _touched_rows(factors: Sequence[Factor], preconditioner: Tensor | None) -> tuple[list[Factor], Tensor | None, int]:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from gradient_selectors.geometry import Geometry
-from gradient_selectors.gradients import Gradient, GramMode, PoolGradients, layer_of
+from gradient_selectors.gradients import (
+    Gradient,
+    GramMode,
+    PoolGradients,
+    RowsMode,
+    exact_rows,
+    layer_of,
+    preconditioned,
+)
 
 
 @dataclass(frozen=True)
@@ -26,12 +34,14 @@ class Interaction:
         target: mean gradient of the target samples, by parameter name.
         geometry: the preconditioner P by parameter name.
         gram_mode: how `gram` is computed; exact unless told otherwise.
+        rows_mode: how the rows are computed; exact unless told otherwise.
     """
 
     gradients: PoolGradients
     target: Gradient
     geometry: Geometry
     gram_mode: GramMode = PoolGradients.gram
+    rows_mode: RowsMode = exact_rows
 
     @property
     def num_samples(self) -> int:
@@ -40,7 +50,7 @@ class Interaction:
     @cached_property
     def rows_by_parameter(self) -> dict[str, Tensor]:
         """Row sums of M within each parameter: `<u, g_i>`, (N,) float32 each."""
-        return {name: self.gradients.dots_of(name, self.direction(name)) for name in self.gradients.factors}
+        return self.rows_mode(self.gradients, self.target, self.geometry)
 
     @cached_property
     def rows_N(self) -> Tensor:
@@ -67,8 +77,7 @@ class Interaction:
 
     def direction(self, name: str) -> Tensor:
         """`u = P * G_target` of one parameter."""
-        preconditioner, values = self.geometry(name), self.target[name]
-        return values if preconditioner is None else preconditioner * values
+        return preconditioned(self.target, self.geometry, name)
 
     def gram(self, samples: Sequence[int]) -> Tensor:
         """`K_ij = <g_i, P g_j>` of the given samples, (n, n) float64: how much of their utility is the same."""

@@ -1,0 +1,163 @@
+"""What a whole step costs, against plain training and against other ways to the same work.
+
+    python -m benchmarks.step_cost --json step_cost.json [--workloads W1,W3] [--against plain_all,oracle] [--repeats 5]
+
+Measured is the service's own step (`service.make_learner`, `step.train_step`): refresh of the target's gradient, spread
+over the 8 steps that share it; scoring; quadratic program; update. Against it:
+
+    plain_all  transformers' forward, mean loss, backward, fused AdamW, on all N candidates; scores nothing
+    plain_k    the same on k samples, as many as a selection trains on
+    oracle     gradients from autograd one sample at a time, written out; K, program and update on them
+    vmap       the same with gradients from torch.func
+    opacus     the same with gradients from opacus' GradSampleModule
+    dattri     dattri-llm's DataSelectionCallback: drops half of the pool by plain inner products
+
+Every method runs in a process of its own, so that its peak memory is its own; repetitions are interleaved, the others
+waiting meanwhile. Before anything is timed, our scores, K and weighted gradient must equal autograd's to 1e-4, or
+nothing is; a peer that disagrees is reported with its error. What cannot be measured is reported with the reason.
+
+The processes of one workload are there at the same time, with weights and moments each (W2: about 2 GB); name fewer in
+`--against` where memory is short. `--workloads tiny` is done in two minutes. Ratios are of medians, ours over theirs:
+below 1 we are cheaper. Exit codes: 0 done, 1 our own step is wrong or cannot be measured, 2 a mistake in the options.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from math import isfinite
+from typing import Any
+
+from benchmarks.agreement import Agreement, DisagreementError
+from benchmarks.interleaving import Options, Result, measure
+from benchmarks.methods import AGAINST, OURS
+from benchmarks.processes import MissingError, start
+from benchmarks.reporting import OneLineParser, at_least_one, machine, names_of, say, table, writable_file, write_json
+from benchmarks.workloads import DEFAULT_WORKLOADS, WORKLOADS
+
+GEOMETRIES = {name.partition("/")[2]: name for name in OURS if "/" in name}
+DEFAULT_GEOMETRIES = ("exact", "sketch")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure as the command line says; returns the exit code."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.device == "cuda" and not _has_gpu():
+        parser.error("argument --device: torch sees no CUDA device; set it to cpu")
+    options = Options(
+        parsed.workloads,
+        (*(GEOMETRIES[name] for name in parsed.geometry), "top_k"),
+        parsed.against,
+        parsed.repeats,
+        parsed.threads,
+        parsed.device,
+    )
+    try:
+        result = measure(options, start)
+    except (DisagreementError, MissingError) as error:
+        say(f"error: {error}")
+        return 1
+    write_json(parsed.json, as_json(options, result))
+    print(report(options, result))
+    return 0
+
+
+def summarise(options: Options, result: Result) -> list[dict[str, Any]]:
+    """A row for each of our methods against each other one that was measured: ours over theirs."""
+    runs = {(run["workload"], run["method"]): run for run in result.runs}
+    rows = []
+    for workload in options.workloads:
+        for method in options.ours:
+            for against in options.against:
+                ours, theirs = runs[workload, method], runs.get((workload, against))
+                if theirs is None:
+                    continue
+                rows.append(
+                    {
+                        "workload": workload,
+                        "method": method,
+                        "against": against,
+                        "time_ratio": ours["median_s"] / theirs["median_s"],
+                        "memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
+                    }
+                )
+    return rows
+
+
+def as_json(options: Options, result: Result) -> dict[str, Any]:
+    """Everything that was found and on what."""
+    return {
+        "machine": machine(),
+        "options": asdict(options),
+        "versions": result.versions,
+        "workloads": {name: asdict(WORKLOADS[name]) for name in options.workloads},
+        "agreement": [_agreement(agreement) for agreement in result.agreements],
+        "summary": summarise(options, result),
+        "missing": result.missing,
+        "runs": result.runs,
+    }
+
+
+def _agreement(agreement: Agreement) -> dict[str, Any]:
+    errors = {name: error if isfinite(error) else None for name, error in agreement.errors.items()}
+    return {**asdict(agreement), "errors": errors, "agrees": agreement.agrees}
+
+
+def report(options: Options, result: Result) -> str:
+    """What people read at the end."""
+    seconds = [
+        (run["workload"], run["method"], f"{run['median_s']:.3f}", f"{run['peak_bytes'] / 1e6:.0f}")
+        for run in result.runs
+    ]
+    ratios = [
+        (row["workload"], row["method"], row["against"], f"{row['time_ratio']:.2f}", f"{row['memory_ratio']:.2f}")
+        for row in summarise(options, result)
+    ]
+    parts = [
+        table(("workload", "method", "seconds a step", "peak MB"), seconds),
+        table(("workload", "ours", "over", "time", "memory"), ratios),
+    ]
+    parts += [
+        f"{agreement.workload}: {agreement.method} disagrees with autograd, relative errors {agreement.errors}"
+        for agreement in result.agreements
+        if not agreement.agrees
+    ]
+    parts += [f"{m['workload']}: {m['against']} was not measured: {m['reason']}" for m in result.missing]
+    return "\n\n".join(parts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="python -m benchmarks.step_cost",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=writable_file, required=True, metavar="FILE", help="where the result is written")
+    for name, known, default in (
+        ("--workloads", tuple(WORKLOADS), DEFAULT_WORKLOADS),
+        ("--against", tuple(AGAINST), tuple(AGAINST)),
+        ("--geometry", tuple(GEOMETRIES), DEFAULT_GEOMETRIES),
+    ):
+        parser.add_argument(
+            name,
+            type=partial(names_of, known=known),
+            default=default,
+            metavar="A,B",
+            help=f"of {', '.join(known)} (default: {','.join(default)})",
+        )
+    parser.add_argument("--repeats", type=at_least_one, default=5, metavar="R", help="interleaved repetitions (5)")
+    parser.add_argument("--threads", type=at_least_one, default=2, help="CPU threads of each method (2)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models are (cpu)")
+    return parser
+
+
+def _has_gpu() -> bool:
+    import torch  # not needed on the CPU, and a matter of seconds
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
