@@ -13,7 +13,7 @@ from gradient_selectors.approximate import ghost_gram, ghost_is_cheaper, rank_on
 from gradient_selectors.capture import GradientCapture
 from gradient_selectors.coefficients import CoefficientSolver
 from gradient_selectors.factors import Outer, Segments
-from gradient_selectors.fidelity import fidelity
+from gradient_selectors.fidelity import fidelity, seen_as
 from gradient_selectors.geometry import Geometry, plain, rank_one
 from gradient_selectors.gradients import PoolGradients
 from gradient_selectors.interaction import Interaction
@@ -167,7 +167,12 @@ def test_fidelity_falls_as_the_moments_leave_rank_one() -> None:
     pool, dense_rows = outer_pool({"a.0.weight": (24, 32), "a.1.weight": (32, 24)}, LENGTHS)
     target = {name: rows.mean(0) for name, rows in dense_rows.items()}
     exact = [Interaction(pool, target, noisy_geometry(pool, spread)) for spread in (0.0, 0.5, 2.0)]
-    reports = [fidelity(view, replace(view, gram_mode=rank_one_gram), range(4), CoefficientSolver()) for view in exact]
+    reports = [
+        fidelity(
+            seen_as(view, range(4)), seen_as(replace(view, gram_mode=rank_one_gram), range(4)), CoefficientSolver()
+        )
+        for view in exact
+    ]
     assert reports[0].gram_error < 1e-5
     assert abs(reports[0].utility_lost) < 1e-6
     assert reports[0].rank_correlation == pytest.approx(1.0)
@@ -183,7 +188,7 @@ def test_the_line_search_takes_an_error_of_scale_out() -> None:
     pool, dense_rows = outer_pool({"a.0.weight": (24, 32)}, LENGTHS)
     interaction = Interaction(pool, {name: rows.mean(0) for name, rows in dense_rows.items()}, plain)
     scaled = replace(interaction, gram_mode=lambda g, s, p: 3 * g.gram(s, p))
-    report = fidelity(interaction, scaled, range(4), CoefficientSolver())
+    report = fidelity(seen_as(interaction, range(4)), seen_as(scaled, range(4)), CoefficientSolver())
     assert report.gram_error == pytest.approx(2.0)
     assert report.utility_lost == pytest.approx(4 / 9, abs=1e-3)  # a third of the best step
     assert abs(report.utility_lost_rescaled) < 1e-6

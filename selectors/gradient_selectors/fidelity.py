@@ -29,33 +29,35 @@ class Fidelity:
     utility_lost_rescaled: float
 
 
-def fidelity(
-    exact: Interaction, approximate: Interaction, samples: Sequence[int], solver: CoefficientSolver, ridge: float = 1e-3
-) -> Fidelity:
-    """Compare two views of one pool on `samples`, of which at least one must point towards the target in both."""
-    gram, near_gram = _matrix(exact.gram(samples)), _matrix(approximate.gram(samples))
-    linear, near_linear = _linear(exact, samples), _linear(approximate, samples)
-    hessian = with_ridge(gram, ridge)
-    best = solver.solve(gram, linear, ridge).weights
-    weights = solver.solve(near_gram, near_linear, ridge).weights
-    optimum = _utility(hessian, linear, best)
-    alpha = max(0.0, float(linear @ weights)) / float(weights @ hessian @ weights)
+@dataclass(frozen=True)
+class Seen:
+    """What a view of a pool said: c of all its samples, and c and K of some of them."""
+
+    rows_N: Tensor
+    linear: Vector
+    gram: Matrix
+
+
+def seen_as(interaction: Interaction, samples: Sequence[int]) -> Seen:
+    """Compute what is compared, so that the pool's factors need not be kept."""
+    rows_N = interaction.rows_N.cpu()
+    gram: Matrix = interaction.gram(samples).cpu().numpy()
+    return Seen(rows_N, rows_N[list(samples)].double().numpy(), gram)
+
+
+def fidelity(exact: Seen, approximate: Seen, solver: CoefficientSolver, ridge: float = 1e-3) -> Fidelity:
+    """Compare two views of the same samples, of which at least one must point towards the target in both."""
+    hessian = with_ridge(exact.gram, ridge)
+    best = solver.solve(exact.gram, exact.linear, ridge).weights
+    weights = solver.solve(approximate.gram, approximate.linear, ridge).weights
+    optimum = _utility(hessian, exact.linear, best)
+    alpha = max(0.0, float(exact.linear @ weights)) / float(weights @ hessian @ weights)
     return Fidelity(
         rank_correlation=_spearman(exact.rows_N, approximate.rows_N),
-        gram_error=float(np.linalg.norm(near_gram - gram) / np.linalg.norm(gram)),
-        utility_lost=1 - _utility(hessian, linear, weights) / optimum,
-        utility_lost_rescaled=1 - _utility(hessian, linear, alpha * weights) / optimum,
+        gram_error=float(np.linalg.norm(approximate.gram - exact.gram) / np.linalg.norm(exact.gram)),
+        utility_lost=1 - _utility(hessian, exact.linear, weights) / optimum,
+        utility_lost_rescaled=1 - _utility(hessian, exact.linear, alpha * weights) / optimum,
     )
-
-
-def _matrix(gram: Tensor) -> Matrix:
-    matrix: Matrix = gram.cpu().numpy()
-    return matrix
-
-
-def _linear(interaction: Interaction, samples: Sequence[int]) -> Vector:
-    linear: Vector = interaction.rows_N[list(samples)].cpu().double().numpy()
-    return linear
 
 
 def _utility(hessian: Matrix, linear: Vector, weights: Vector) -> float:

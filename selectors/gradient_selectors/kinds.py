@@ -59,7 +59,7 @@ def recognise(module: nn.Module) -> MakeFactors | None:
         return None
     with torch.no_grad():
         if weight.ndim == 1:
-            return partial(_scale_factors, module) if _is_scale(module, weight) else None
+            return _recognise_scale(module, weight)
         if weight.ndim != 2:
             return None
         if isinstance(module, nn.Embedding):
@@ -135,27 +135,32 @@ def _lookup_factors(padding_idx: int | None, scale: float, ids: Tensor, grad: Te
     return {"weight": Lookup(ids_R, grads_Rd, segments)}
 
 
-def _is_scale(module: nn.Module, weight: Tensor) -> bool:
-    """Whether the output is affine in the weight, element by element: y(w) = y(0) + w * (y(1) - y(0))."""
+def _recognise_scale(module: nn.Module, weight: Tensor) -> MakeFactors | None:
+    """A scale if the output is affine in the weight, element by element: y(w) = y(0) + w * (y(1) - y(0))."""
     x = _probe_input(2, 3, weight.shape[0], like=weight)
     at = {value: _try_call(module, x, {"weight": torch.full_like(weight, value)}) for value in (0.0, 1.0)}
     zero, one = at[0.0], at[1.0]
     if zero is None or one is None or zero.shape != x.shape:
-        return False
+        return None
     probe = _probe_input(weight.shape[0], like=weight)
     bias = getattr(module, "bias", None)
     shifted = {} if bias is None else {"bias": bias + 1.0}
-    return _close(_try_call(module, x, {"weight": probe}), zero + probe * (one - zero)) and (
+    is_affine = _close(_try_call(module, x, {"weight": probe}), zero + probe * (one - zero)) and (
         bias is None or _close(_try_call(module, x, {"weight": probe, **shifted}), zero + probe * (one - zero) + 1.0)
     )
+    return partial(_scale_factors, module, bool(zero.any())) if is_affine else None
 
 
-def _scale_factors(module: nn.Module, x: Tensor, grad: Tensor, rows: Rows) -> Factors:
-    """The derivative with respect to w is y(1) - y(0): the normalised input, whatever the module calls it."""
+def _scale_factors(module: nn.Module, has_offset: bool, x: Tensor, grad: Tensor, rows: Rows) -> Factors:
+    """The derivative with respect to w is y(1) - y(0): the normalised input, whatever the module calls it.
+
+    Without an offset y(0), as in most RMSNorms, half of the work is left out.
+    """
     weight = module.get_parameter("weight")
     with torch.no_grad():
-        ones = functional_call(module, {"weight": torch.ones_like(weight)}, (x,))
-        normalised = ones - functional_call(module, {"weight": torch.zeros_like(weight)}, (x,))
+        normalised = functional_call(module, {"weight": torch.ones_like(weight)}, (x,))
+        if has_offset:
+            normalised = normalised - functional_call(module, {"weight": torch.zeros_like(weight)}, (x,))
     products = (normalised.float() * grad.float()).reshape(rows.num_samples, -1, grad.shape[-1])
     factors: dict[str, Factor] = {"weight": Written(products.sum(1))}
     if getattr(module, "bias", None) is not None:

@@ -1,0 +1,223 @@
+"""The material of `benchmarks.learning`: the files of a directory, and seeded streams mixed from them.
+
+Streams, by name:
+
+    mixture     each hundred records holds exactly the stated share of the target's domain, the rest in equal parts
+    drift       the same share, but the others are role-play in the first half and tool use in the second
+    duplicates  each hundred: 50 clean records as in `mixture`, 15 exact and 15 near copies of one of the last 16 clean
+                ones (a tenth of the words dropped), 20 with the words of the answer in random order
+    copies      each sixteen: one record of the target's domain four times, and 12 as in `mixture`
+
+A domain whose records are used up starts over in another order. Three of four records of a file are for streams, the
+fourth is for warming a model up. What is written holds no domain, so that no method can read it: the labels stay here
+and are looked up by id, for the plots.
+"""
+
+import hashlib
+import json
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+from stream_trainer.errors import SettingsError
+
+TARGET, OTHERS = "math", ("roleplay", "tools")
+DOMAINS = (TARGET, *OTHERS)
+STREAMS = ("mixture", "drift", "duplicates", "copies")
+CLEAN, COPY, NEAR, CORRUPTED = "clean", "copy", "near_copy", "corrupted"
+DUPLICATES = {CLEAN: 50, COPY: 15, NEAR: 15, CORRUPTED: 20}  # records of each hundred
+RECENT = 16  # clean records that may be copied: copies then meet in a pool
+BLOCK, COPIES = 16, 4
+DROPPED = 0.1  # share of the words that a near copy lacks
+WARM_UP_EVERY = 4
+
+Record = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a record is, for the plots."""
+
+    domain: str
+    kind: str = CLEAN
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Records in order, and what each is by its id."""
+
+    records: tuple[Record, ...]
+    labels: Mapping[str, Label]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a directory holds.
+
+    Attributes:
+        stream: records by domain, for streams.
+        warm_up: records by domain, for warming a model up.
+        target, test, retention: fixed sets; the last two are only ever measured on.
+        fingerprint: SHA-256 of all files.
+    """
+
+    stream: Mapping[str, Sequence[Record]]
+    warm_up: Mapping[str, Sequence[Record]]
+    target: Sequence[Record]
+    test: Sequence[Record]
+    retention: Sequence[Record]
+    fingerprint: str
+
+
+def read_data(directory: Path) -> Data:
+    """Read the files that `--data` names. Raises SettingsError for one that is missing or holds anything else."""
+    digest = hashlib.sha256()
+    streams = {domain: _read(directory / "stream" / f"{domain}.jsonl", digest) for domain in DOMAINS}
+    target, test, retention = (
+        _read(directory / name, digest) for name in ("target/math.jsonl", "test/math.jsonl", "test/roleplay.jsonl")
+    )
+    return Data(
+        stream={d: [r for i, r in enumerate(rs) if i % WARM_UP_EVERY] for d, rs in streams.items()},
+        warm_up={domain: records[::WARM_UP_EVERY] for domain, records in streams.items()},
+        target=target,
+        test=test,
+        retention=retention,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _read(path: Path, digest: "hashlib._Hash") -> list[Record]:
+    try:
+        content = path.read_bytes()
+        lines = [json.loads(line) for line in content.splitlines() if line.strip()]
+        records: list[Record] = [{name: str(line[name]) for name in ("id", "prompt", "response")} for line in lines]
+    except OSError as error:
+        raise SettingsError(f"--data: {path} cannot be read ({error.strerror}); name a directory that has it") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"--data: {path} is not one object with id, prompt and response a line ({type(error).__name__}); correct it"
+        ) from None
+    if len(records) <= WARM_UP_EVERY:
+        raise SettingsError(f"--data: {path} holds {len(records)} records; add some more")
+    digest.update(content)
+    return records
+
+
+def write_records(path: Path, records: Sequence[Record], prompt_chars: int) -> None:
+    """As JSON lines. Of each prompt its last characters remain: short samples have to keep room for an answer."""
+    lines = [json.dumps({**record, "prompt": record["prompt"][-prompt_chars:]}) for record in records]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def make_stream(name: str, source: Mapping[str, Sequence[Record]], share: int, count: int, seed: int) -> Stream:
+    """`count` records of one of `STREAMS`; `share` in percent.
+
+    A longer stream begins as a shorter one does, but for `drift`, whose change stays in the middle.
+    """
+    rng = random.Random(f"{name} {share} {seed}")
+    supply = _Supply(source, rng)
+    if name == "drift":
+        early, late = _mixed(share, OTHERS[:1], rng.random()), _mixed(share, OTHERS[1:], rng.random())
+        domains = [*islice(early, count // 2), *islice(late, count - count // 2)]
+        return _stream([(supply.take(domain), Label(domain)) for domain in domains])
+    mixed = _mixed(share, OTHERS, rng.random())
+    if name == "duplicates":
+        return _stream(_duplicates(supply, mixed, count, rng))
+    if name == "copies":
+        return _stream(_copies(supply, mixed, count, rng))
+    return _stream([(supply.take(domain), Label(domain)) for domain in islice(mixed, count)])
+
+
+def even_stream(source: Mapping[str, Sequence[Record]], count: int, seed: int) -> Stream:
+    """Every domain in turn, to warm a model up."""
+    supply = _Supply(source, random.Random(f"even {seed}"))
+    return _stream([(supply.take(domain), Label(domain)) for domain in islice(cycle(DOMAINS), count)])
+
+
+def _stream(labelled: Sequence[tuple[Record, Label]]) -> Stream:
+    return Stream(tuple(record for record, _ in labelled), {record["id"]: label for record, label in labelled})
+
+
+class _Supply:
+    """Records of each domain in a seeded order, over and over. Their ids are unique."""
+
+    def __init__(self, source: Mapping[str, Sequence[Record]], rng: random.Random) -> None:
+        # Each domain has an order of its own, whatever is taken of the others.
+        self._endless = {domain: _over_and_over(records, rng.random()) for domain, records in source.items()}
+        self._number = 0
+
+    def take(self, domain: str) -> Record:
+        return self.named(next(self._endless[domain]))
+
+    def named(self, record: Record) -> Record:
+        """The record under a new id."""
+        self._number += 1
+        return {**record, "id": f"{record['id'].partition('~')[0]}~{self._number}"}
+
+
+def _over_and_over(records: Sequence[Record], seed: float) -> Iterator[Record]:
+    rng, order = random.Random(seed), list(records)
+    while True:
+        rng.shuffle(order)
+        yield from order
+
+
+def _mixed(share: int, others: Sequence[str], seed: float) -> Iterator[str]:
+    """Domains without end; each hundred holds the share exactly."""
+    rng = random.Random(seed)
+    while True:
+        hundred = [TARGET] * share + [others[i % len(others)] for i in range(100 - share)]
+        rng.shuffle(hundred)
+        yield from hundred
+
+
+def _duplicates(supply: _Supply, domains: Iterator[str], count: int, rng: random.Random) -> list[tuple[Record, Label]]:
+    recent: deque[tuple[Record, str]] = deque(maxlen=RECENT)
+    labelled: list[tuple[Record, Label]] = []
+    while len(labelled) < count:
+        kinds = [kind for kind, number in DUPLICATES.items() for _ in range(number)]
+        rng.shuffle(kinds)
+        if not recent:  # nothing is there to be copied yet
+            kinds.insert(0, kinds.pop(kinds.index(CLEAN)))
+        for kind in kinds[: count - len(labelled)]:
+            if kind in (CLEAN, CORRUPTED):
+                domain = next(domains)
+                record = supply.take(domain)
+            else:
+                record, domain = rng.choice(recent)
+                record = supply.named(record)
+            if kind == CLEAN:
+                recent.append((record, domain))
+            labelled.append((_spoiled(record, kind, rng), Label(domain, kind)))
+    return labelled
+
+
+def _spoiled(record: Record, kind: str, rng: random.Random) -> Record:
+    if kind == NEAR:
+        return {"id": record["id"], **{name: _thinned(record[name], rng) for name in ("prompt", "response")}}
+    if kind == CORRUPTED:
+        words = record["response"].split()
+        return {**record, "response": " ".join(rng.sample(words, len(words)))}
+    return record
+
+
+def _thinned(text: str, rng: random.Random) -> str:
+    words = text.split()
+    if len(words) < 2:
+        return text
+    dropped = set(rng.sample(range(len(words)), max(1, round(DROPPED * len(words)))))
+    return " ".join(word for i, word in enumerate(words) if i not in dropped)
+
+
+def _copies(supply: _Supply, domains: Iterator[str], count: int, rng: random.Random) -> list[tuple[Record, Label]]:
+    labelled: list[tuple[Record, Label]] = []
+    while len(labelled) < count:
+        block = [(supply.take(domain), Label(domain)) for domain in islice(domains, BLOCK - COPIES)]
+        repeated = supply.take(TARGET)
+        block += [(supply.named(repeated), Label(TARGET, COPY)) for _ in range(COPIES)]
+        rng.shuffle(block)
+        labelled += block
+    return labelled[:count]
