@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install lint test demo bench-env bench-step-cost bench-scaling
+.PHONY: help venv install lint test demo \
+	bench-env bench-step-cost bench-scaling bench-learning bench-fidelity bench-ingest
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +37,19 @@ bench-scaling: $(VENV)/.installed ## Measure how the cost of a step grows with e
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.scaling --json build/scaling.json
 
+# The rest reads real data: DATA names a directory with stream/, target/ and test/, the ingest a broker at KAFKA_HOME.
+bench-learning: $(VENV)/.installed-bench ## Measure what selection buys on DATA, for hours; finished runs are kept
+	@mkdir -p build
+	TQDM_DISABLE=1 $(BIN)/python -m benchmarks.learning --data $(DATA) --json build/learning.json --plots build/learning
+
+bench-fidelity: $(VENV)/.installed-bench ## Measure what the cheaper geometries cost a real model's choices on DATA
+	@mkdir -p build
+	TQDM_DISABLE=1 $(BIN)/python -m benchmarks.fidelity --data $(DATA) --json build/fidelity.json
+
+bench-ingest: $(VENV)/.installed-bench ## Measure how fast records come in
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.ingest --json build/ingest.json
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +60,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(INSTALL) -e ".[bench]"
 	@touch $@
 
 .venv-opacus/.installed: PEER := opacus==1.6.0

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 
 from stream_trainer.chat import Piece, chat_pieces
+from stream_trainer.encoding import Encode, byte_encoder
 from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.fields import Fields, parse_fields, text_of
 from stream_trainer.records import Partition, Record, Sample
@@ -82,8 +83,11 @@ class Decoder:
     max_positions: int | None = None
     _plain: Tokenizer = field(init=False, repr=False)
     _native: Tokenizer = field(init=False, repr=False)
+    _bytes: Encode | None = field(init=False, repr=False)
     _control: dict[int, str] = field(init=False, repr=False)
     _start: list[int] = field(init=False, repr=False)
+    _end: list[int] = field(init=False, repr=False)
+    _limit: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raises SettingsError if the tokenizer has no fast form."""
@@ -92,12 +96,17 @@ class Decoder:
                 f"model.tokenizer={self.tokenizer.name_or_path} has no fast (tokenizer.json) form; name one that has"
             )
         added = self.tokenizer.added_tokens_decoder.items()
-        start = self.tokenizer.bos_token_id
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         adds_start = start is not None and self.tokenizer("")["input_ids"][:1] == [start]
+        limit = min(self.settings.max_tokens, self.max_positions or self.settings.max_tokens)
+        only_first = limit if self.settings.too_long == "truncate" else None  # else the length counts
         object.__setattr__(self, "_plain", _backend(self.tokenizer, plain=True))
         object.__setattr__(self, "_native", _backend(self.tokenizer, plain=False))
         object.__setattr__(self, "_control", {number: token.content for number, token in added if token.special})
+        object.__setattr__(self, "_bytes", byte_encoder(self._plain, only_first))
         object.__setattr__(self, "_start", [start] if adds_start else [])
+        object.__setattr__(self, "_end", [] if end is None else [end])
+        object.__setattr__(self, "_limit", limit)
 
     def decode(self, record: Record) -> Sample | None:
         """The sample, or None for a tombstone (a record without a value). Raises SampleError and nothing else."""
@@ -137,28 +146,33 @@ class Decoder:
     def _encode(self, drafts: Sequence[_Draft]) -> list[list[list[int]]]:
         """Token ids of every piece of every draft."""
         pieces = [piece for draft in drafts for piece in draft.pieces]
-        plain = iter(self._plain.encode_batch_fast([p.text for p in pieces if p.plain], add_special_tokens=False))
+        plain = iter(self._encode_plain([piece.text for piece in pieces if piece.plain]))
         native = iter(self._native.encode_batch_fast([p.text for p in pieces if not p.plain], add_special_tokens=False))
-        return [[next(plain if piece.plain else native).ids for piece in draft.pieces] for draft in drafts]
+        return [[next(plain) if piece.plain else next(native).ids for piece in draft.pieces] for draft in drafts]
+
+    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
+        if self._bytes is not None:
+            return self._bytes(texts)
+        return [found.ids for found in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _assemble(self, draft: _Draft, encoded: list[list[int]]) -> Sample:
         """The sample of a draft whose pieces have these token ids."""
-        record, fields = draft.record, draft.fields
+        record, fields, limit = draft.record, draft.fields, self._limit
         framed = "messages" not in fields.form  # a chat template writes its own start and end tokens
         ids = list(self._start) if framed else []
         labels = [NO_LOSS] * len(ids)
         for piece, piece_ids in zip(draft.pieces, encoded, strict=True):
-            if piece.plain:
+            if piece.plain and self._bytes is None:
                 self._check_control(piece_ids)
             ids += piece_ids
             labels += piece_ids if piece.loss else [NO_LOSS] * len(piece_ids)
-        if framed and self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
-            labels.append(self.tokenizer.eos_token_id)
-        limit = min(self.settings.max_tokens, self.max_positions or self.settings.max_tokens)
+        if framed:
+            ids += self._end
+            labels += self._end
         if len(ids) > limit and self.settings.too_long == "dead_letter":
             raise SampleError("too_long", f"{len(ids)} tokens are more than {limit}")
-        if all(label == NO_LOSS for label in labels[1:limit]):
+        predicted = labels[1:limit]
+        if predicted.count(NO_LOSS) == len(predicted):
             raise SampleError("no_loss_tokens", f"none of the first {limit} tokens carries loss")
         return Sample(
             input_ids=tuple(ids[:limit]),

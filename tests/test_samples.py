@@ -167,6 +167,25 @@ def test_control_tokens_cannot_be_injected(token: str) -> None:
     assert sample.labels == (*[NO_LOSS] * len(f"user: {text}\nassistant: "), *f"{text}".encode(), EOS, *b"\n")
 
 
+@pytest.mark.parametrize("too_long", ["truncate", "dead_letter"])
+def test_encoding_bytes_ourselves_changes_no_outcome(too_long: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SampleSettings(max_tokens=12, too_long=too_long, max_bytes=5000)
+    texts = ["the rain", "in Spain the rain ", "  in\n", "p" * 30, "</s> a <unk>"]
+    good = [json.dumps({"prompt": a, "response": b}).encode() for a in texts for b in texts]
+    batch = [record(value) for value in (*good, *(value for _, value in malformed_values(max_bytes=5000)))]
+    ours = Decoder(TOKENIZER, settings)
+    monkeypatch.setattr("stream_trainer.samples.byte_encoder", lambda *_: None)
+    backend = Decoder(TOKENIZER, settings)
+    assert ours._bytes is not None
+    assert backend._bytes is None
+    for found, expected in zip(ours.decode_batch(batch), backend.decode_batch(batch), strict=True):
+        if isinstance(expected, SampleError):
+            assert isinstance(found, SampleError)
+            assert (found.reason, str(found)) == (expected.reason, str(expected))
+        else:
+            assert found == expected
+
+
 def test_a_vocabulary_that_builds_control_tokens_from_text_is_caught() -> None:
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), ("a", -1.0)], unk_id=0))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
