@@ -36,7 +36,7 @@ from stream_trainer.settings import Settings
 from stream_trainer.step import Learner, train_step
 
 SURVIVORS = 8
-WIDTHS = (8, 16, 32)
+WIDTHS = (16, 32, 64)
 POOL = 16
 
 
@@ -53,13 +53,10 @@ def measure(learner: Learner, pools: Sequence[Sequence[Sample]]) -> dict[str, di
         survivors = positive_samples(usable_rows(whole))[:SURVIVORS]
         seen = {"exact": seen_as(whole, survivors)}
         seen["rank_one"] = seen_as(replace(whole, gram_mode=rank_one_gram), survivors)
-        del whole  # the factors of one pass at a time
         for width in WIDTHS:
             sketches = Sketches(target, geometry, torch.Generator().manual_seed(seed), width, capture.head)
-            gradients = capture.run(batch, sketches.head_probe)
-            view = Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
+            view = replace(whole, gram_mode=sketches.gram, rows_mode=sketches.rows)
             seen[f"sketch {width}"] = seen_as(view, survivors)
-            del gradients, view
         for name, what in seen.items():
             found.setdefault(name, []).append(fidelity(seen["exact"], what, CoefficientSolver()))
     return {name: _means(values) for name, values in found.items()}

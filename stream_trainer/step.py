@@ -130,13 +130,12 @@ def score(learner: Learner, samples: Sequence[Sample], target: Gradient) -> Inte
     """One forward and one backward pass over the samples, seen from the target as the settings ask."""
     settings, capture = learner.selection, learner.capture
     geometry = current_geometry(learner.optimizer, capture.parameters, settings.settle_steps)
-    batch = collate(samples, learner.pad_id)
-    if settings.geometry != "sketch":
-        gram = rank_one_gram if settings.geometry == "rank_one" else PoolGradients.gram
-        return Interaction(capture.run(batch), target, geometry, gram)
-    sketches = Sketches(target, geometry, learner.generators["sketch"], settings.sketch_width, capture.head)
-    gradients = capture.run(batch, sketches.head_probe)
-    return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
+    gradients = capture.run(collate(samples, learner.pad_id))
+    if settings.geometry == "sketch":
+        sketches = Sketches(target, geometry, learner.generators["sketch"], settings.sketch_width, capture.head)
+        return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
+    gram = rank_one_gram if settings.geometry == "rank_one" else PoolGradients.gram
+    return Interaction(gradients, target, geometry, gram)
 
 
 def _draw(learner: Learner, num_samples: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gradient_selectors.geometry import adam_geometry, adam_preconditioner, optimizer_steps
+from gradient_selectors.geometry import adam_geometry, adam_preconditioner, anticipated, optimizer_steps
 
 BETAS, EPS, RATE = (0.9, 0.99), 1e-8, 1e-2
 
@@ -51,6 +51,35 @@ def test_weights_without_any_gradient_yet_have_no_geometry() -> None:
     scale = adam_preconditioner(torch.tensor([[0.0, 0.0], [4e-6, 1e-6]]), 5, RATE, BETAS, EPS)
     assert scale[0].tolist() == [0, 0]
     assert float(scale[1, 1] / scale[1, 0]) == pytest.approx(2, rel=1e-4)
+
+
+def test_the_anticipated_moment_is_that_after_a_gradient_of_the_usual_size() -> None:
+    """Against torch's AdamW, given that gradient."""
+    steps, beta2 = 20, BETAS[1]
+    weight, optimizer, _ = trained(steps)
+    second = optimizer.state[weight]["exp_avg_sq"].clone()
+    usual = (second / (1 - beta2**steps)).mean().sqrt()
+    found = anticipated(second, steps, beta2)
+    weight.grad = torch.full_like(weight, usual)
+    optimizer.step()
+    after = optimizer.state[weight]["exp_avg_sq"] / (1 - beta2 ** (steps + 1))
+    torch.testing.assert_close(found.double() / (1 - beta2**steps), after, rtol=1e-5, atol=0)
+
+
+def test_a_weight_that_hardly_had_a_gradient_does_not_rule_the_geometry() -> None:
+    """Frozen at its own moment, its P would be a million times the others'; AdamW's real update is a few times theirs."""
+    second = torch.full((8, 8), 1e-6)
+    second[3, 4] = 1e-18
+    frozen, found = (adam_preconditioner(v, 100, RATE, BETAS, EPS) for v in (second, anticipated(second, 100, 0.99)))
+    assert float(frozen[3, 4] / frozen[0, 0]) > 1e4
+    assert float(found[3, 4] / found[0, 0]) == pytest.approx(((1 - 0.99**100) / 0.01 / 1.0) ** 0.5, rel=0.02)
+    torch.testing.assert_close(found[0, 0], frozen[0, 0], rtol=0.02, atol=0)
+
+
+def test_anticipation_leaves_weights_without_a_gradient_out() -> None:
+    second = torch.tensor([[0.0, 0.0], [4e-6, 4e-6]])
+    assert anticipated(second, 5, 0.99)[0].tolist() == [0, 0]
+    torch.testing.assert_close(anticipated(second, 5, 0.99)[1], anticipated(second[1], 5, 0.99))
 
 
 def test_parameters_without_state_are_plain() -> None:

@@ -70,7 +70,9 @@ class DenseInteraction:
         }
 
     def _preconditioner(self, name: str) -> Tensor:
-        """P of Adam's next update, relative to the learning rate; zero where there has been no gradient yet."""
+        """P of Adam's next update, relative to the learning rate, with a gradient of the usual size; zero where there
+        has been none yet.
+        """
         parameter = self._bench.parameters[name]
         state = self._bench.optimizer.state.get(parameter)
         if not state:
@@ -78,7 +80,9 @@ class DenseInteraction:
         (beta1, beta2), eps = self._bench.settings.optimizer.betas, self._bench.settings.optimizer.eps
         step, moment = int(state["step"]), state["exp_avg_sq"].to(self._dtype)
         scale = (1 - beta1) / (1 - beta1 ** (step + 1))
-        values = scale / ((moment / (1 - beta2**step)).sqrt() + eps)
+        usual = moment[moment != 0].mean() / (1 - beta2**step)
+        after = (beta2 * moment + (1 - beta2) * usual) / (1 - beta2 ** (step + 1))
+        values = scale / (after.sqrt() + eps)
         return torch.where(moment == 0, 0.0, values)
 
 

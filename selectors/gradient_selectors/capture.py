@@ -114,13 +114,12 @@ class GradientCapture:
 
     @property
     def head(self) -> str | None:
-        """Name of the head's weight, if it is trainable and captured on its own path: what a probe is for."""
+        """Name of the head's weight, if it is trainable and captured on its own path."""
         return None if self._head_module is None else self._names.get(id(self._head_module.weight))
 
-    def run(self, batch: Batch, head_probe: Tensor | None = None) -> PoolGradients:
+    def run(self, batch: Batch) -> PoolGradients:
         """One forward and one backward pass. Weights and their `.grad` are left as they are.
 
-        `head_probe`: (V, k), multiplied with the head's output gradients while they are there (`Sketches`).
         Raises ValueError if a sample has no label after its first token.
         """
         batch = batch.to(self._device)
@@ -130,10 +129,7 @@ class GradientCapture:
         self._rows = _rows_of(batch)
         try:
             with self._frozen(), torch.enable_grad():
-                if self._head_module is None:
-                    losses_N = self._through_logits(batch)
-                else:
-                    losses_N = self._through_chunked_head(batch, head_probe)
+                losses_N = self._through_chunked_head(batch) if self._head_module else self._through_logits(batch)
             return PoolGradients(losses_N, dict(self._factors), {n: p.shape for n, p in self.parameters.items()})
         finally:
             self._rows = None
@@ -148,15 +144,14 @@ class GradientCapture:
             head = Head(self._head_module.weight, self._head_module.bias)
             return head_losses(head, self._hidden(batch), batch.labels_NT)
 
-    def _through_chunked_head(self, batch: Batch, probe_Vk: Tensor | None) -> Tensor:
+    def _through_chunked_head(self, batch: Batch) -> Tensor:
         module = self._head_module
         assert module is not None
         with self._autocasting():
             hidden_NTd = self._hidden(batch)
             head = Head(module.weight, module.bias)
             with torch.no_grad():
-                hidden = hidden_NTd.detach()
-                losses_N, grad_NTd, rows = head_forward_backward(head, hidden, batch.labels_NT, probe_Vk)
+                losses_N, grad_NTd, rows = head_forward_backward(head, hidden_NTd.detach(), batch.labels_NT)
         if hidden_NTd.requires_grad:
             torch.autograd.backward([hidden_NTd], [grad_NTd])
         weight = HeadWeight(head, rows, self._autocast)

@@ -159,9 +159,9 @@ def _products(flat_nm: Tensor) -> Tensor:
     """
     length = flat_nm.shape[1]
     whole = length - length % BLOCK_COLUMNS
-    rest = flat_nm[:, whole:].double()
+    rest = flat_nm[:, whole:]
     blocks = flat_nm[:, :whole].view(len(flat_nm), -1, BLOCK_COLUMNS).transpose(0, 1) if whole else None
-    products = rest @ rest.T
+    products = (rest @ rest.T).double()
     return products if blocks is None else products.add_((blocks @ blocks.mT).double().sum(0))
 
 

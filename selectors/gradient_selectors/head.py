@@ -6,7 +6,7 @@ instead of being kept: that costs one more matmul for each use and holds R + chu
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,8 +39,6 @@ class HeadRows:
         labels_R: the token each of them predicts.
         scale_R: one over the number of such positions in the sample: the loss of a sample is its mean.
         normaliser_R: log of the sum of the exponentials of the logits.
-        probed_Rk: the output gradients times a probe, if one was given: known during the pass without computing them
-            again.
     """
 
     hidden_Rd: Tensor
@@ -48,7 +46,6 @@ class HeadRows:
     scale_R: Tensor
     normaliser_R: Tensor
     segments: Segments
-    probed_Rk: Tensor | None = None
 
     def chunks(self, vocabulary: int) -> Iterator[slice]:
         step = max(1, CHUNK_ELEMENTS // vocabulary)
@@ -78,12 +75,8 @@ def head_losses(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> Tensor:
     return _mean_within_samples(token_loss_R, rows)
 
 
-def head_forward_backward(
-    head: Head, hidden_NTd: Tensor, labels_NT: Tensor, probe_Vk: Tensor | None = None
-) -> tuple[Tensor, Tensor, HeadRows]:
+def head_forward_backward(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> tuple[Tensor, Tensor, HeadRows]:
     """Losses, the gradient of their sum with respect to the hidden states, and what weight gradients need later.
-
-    `probe_Vk`: what the output gradients are multiplied with for `HeadRows.probed_Rk`.
 
     Returns:
         losses_N: mean loss of each sample (nats per token), float32; NaN for a sample without any label.
@@ -93,7 +86,6 @@ def head_forward_backward(
     rows = _head_rows(hidden_NTd, labels_NT)
     token_loss_R = torch.empty_like(rows.scale_R)
     grad_Rd = torch.empty_like(rows.hidden_Rd)
-    probed: list[Tensor] = []
     for chunk in rows.chunks(head.weight.shape[0]):
         logits_RV = head.logits(rows.hidden_Rd[chunk])
         rows.normaliser_R[chunk] = torch.logsumexp(logits_RV, dim=1)
@@ -101,12 +93,8 @@ def head_forward_backward(
         token_loss_R[chunk] = rows.normaliser_R[chunk] - picked_R
         errors_RV = _errors(logits_RV, rows, chunk)
         grad_Rd[chunk] = F.linear(errors_RV, head.weight.T).to(grad_Rd.dtype)
-        if probe_Vk is not None:
-            probed.append(errors_RV @ probe_Vk)
     grad_NTd = torch.zeros_like(hidden_NTd)
     grad_NTd[loss_rows(labels_NT)[0]] = grad_Rd
-    if probed:
-        rows = replace(rows, probed_Rk=torch.cat(probed))
     return _mean_within_samples(token_loss_R, rows), grad_NTd, rows
 
 

@@ -147,9 +147,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         top_rate = max(g["lr"] for g in self.param_groups) or 1.0
         (beta1, beta2), rate = group["betas"], (group["lr"] / top_rate if group["lr"] else 1.0)
         scale_m1 = _per_unit(state, rate * (1 - beta1) / (1 - beta1 ** (ages_c + 1)))
-        settled_m1 = _per_unit(state, 1 - beta2 ** ages_c.clamp(min=1))
-        values = scale_m1 / ((state["exp_avg_sq"].float() / settled_m1).sqrt_() + group["eps"])
-        moved_m = _per_unit(state, ages_c).expand(len(values), 1).squeeze(1) > 0
+        moved_m = _per_unit(state, ages_c).expand(len(state["kept"]), 1).squeeze(1) > 0
+        # As `geometry.anticipated` has it: with one more gradient of the usual size.
+        second = state["exp_avg_sq"].float()
+        usual = (second / _per_unit(state, 1 - beta2 ** ages_c.clamp(min=1)))[moved_m].mean()
+        after = (second * beta2 + (1 - beta2) * usual) / _per_unit(state, 1 - beta2 ** (ages_c + 1))
+        values = scale_m1 / (after.sqrt_() + group["eps"])
         values[~moved_m] = values[moved_m].mean()
         return _spread(parameter, state, values, 0.0)
 

@@ -9,12 +9,14 @@ is unbiased for the *exact* `c = <g, P G_target>`, for the scales cancel: the fi
 stands in for P, so K carries the error of the fit as well. A width of k costs `2 R k (p + d)` operations for R tokens
 where the exact c costs `2 R p d`, and the exact K of n samples `2 R d p + 2 n^2 d p`.
 
-The head's output gradients exist during the pass only. They are projected there (`Sketches.head_probe`), instead of
-being computed again: at a vocabulary of 49,152 that alone saves a fifth of the step.
+The head is left out of c and K, and with it a table that is tied to it. It is one large matrix, whose error no others
+average out: with it sketched, the order of c was lost (rank correlation 0 to 0.3 on SmolLM2), while it makes up 4 % of
+c. Its output gradients would have to be computed again, too, a tenth of the step at a vocabulary of 8,192. It is kept,
+and exact, where nothing else can be sketched.
 
-Exact in a sketch, too: vectors (biases, norms), LoRA's narrow matrices, tables of embeddings by themselves, parameters
-under a mask, and a head that was not probed. Signs are drawn anew for every matrix and pool, so that errors neither add
-up over matrices nor stay the same over steps.
+Exact in a sketch: vectors (biases, norms), LoRA's narrow matrices, tables of embeddings by themselves, parameters
+under a mask. Signs are drawn anew for every matrix and pool, so that errors neither add up over matrices nor stay the
+same over steps.
 """
 
 from collections.abc import Sequence
@@ -23,10 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradient_selectors.factors import Factor, Lookup, Outer, Segments
+from gradient_selectors.factors import Factor, Outer, Segments
 from gradient_selectors.geometry import Geometry, rank_one
 from gradient_selectors.gradients import Gradient, PoolGradients, preconditioned
-from gradient_selectors.head import HeadWeight
 
 
 @dataclass(frozen=True)
@@ -52,37 +53,26 @@ class Sketches:
         target: Gradient,
         geometry: Geometry,
         generator: torch.Generator,
-        width: int = 16,
+        width: int = 32,
         head: str | None = None,
-        head_width: int = 64,
     ) -> None:
-        """Projects the target; `generator` (on the CPU) gives the signs.
-
-        `head`: name of the head's weight, if the pass is going to probe it; it has a `head_width` of its own, for it
-        holds much of K by itself, and errors only average out over many matrices.
-        """
-        self._target, self._geometry, self._head = target, geometry, head
+        """Projects the target; `generator` (on the CPU) gives the signs. `head`: name of the weight to leave out."""
+        self._geometry = geometry
         self._projections: dict[str, _Projection] = {}
         self._sketches: dict[str, Tensor] | None = None
         for name, values in target.items():
-            size = head_width if name == head else width
-            if values.ndim == 2 and min(values.shape) > size and ".lora_" not in name:
-                projection = _project(values, geometry(name), size, generator)
+            if values.ndim == 2 and min(values.shape) > width and ".lora_" not in name and name != head:
+                projection = _project(values, geometry(name), width, generator)
                 if projection is not None:
                     self._projections[name] = projection
-
-    @property
-    def head_probe(self) -> Tensor | None:
-        """What `GradientCapture.run` is to multiply the head's output gradients with, (V, k), or None."""
-        projection = self._projections.get(self._head or "")
-        return None if projection is None else projection.left_pk
+        self._left_out = {head} if self._projections else set()
 
     @torch.no_grad()
     def rows(self, gradients: PoolGradients, target: Gradient, geometry: Geometry) -> dict[str, Tensor]:
         """`c_i` within each parameter, (N,) float32 each."""
         assert geometry is self._geometry, "sketches belong to one geometry"
         rows = {}
-        for name in gradients.factors:
+        for name in self._covered(gradients):
             flat_NK = self._of_pool(gradients).get(name)
             if flat_NK is None:
                 rows[name] = gradients.dots_of(name, preconditioned(target, geometry, name))
@@ -95,7 +85,7 @@ class Sketches:
         """K of some samples, (n, n) float64."""
         assert geometry is self._geometry, "sketches belong to one geometry"
         gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
-        for name in gradients.factors:
+        for name in self._covered(gradients):
             flat_NK = self._of_pool(gradients).get(name)
             if flat_NK is None:
                 gram += gradients.gram_of(name, samples, geometry(name))
@@ -103,6 +93,9 @@ class Sketches:
                 flat_nK = flat_NK[list(samples)]
                 gram += (flat_nK @ flat_nK.T).double()
         return gram
+
+    def _covered(self, gradients: PoolGradients) -> list[str]:
+        return [name for name in gradients.factors if name not in self._left_out]
 
     def _of_pool(self, gradients: PoolGradients) -> dict[str, Tensor]:
         """Each sample's sketch of every parameter that has one, (N, k k) float32; computed once."""
@@ -131,10 +124,8 @@ def _project(
 
 
 def _can_be_sketched(factors: Sequence[Factor]) -> bool:
-    """A table by itself is cheaper exact, by index; a head must have been probed."""
-    probed = all(factor.rows.probed_Rk is not None for factor in factors if isinstance(factor, HeadWeight))
-    known = all(isinstance(factor, Outer | Lookup | HeadWeight) for factor in factors)
-    return probed and known and not all(isinstance(factor, Lookup) for factor in factors)
+    """A table of embeddings by itself is cheaper exact, by index."""
+    return all(isinstance(factor, Outer) for factor in factors)
 
 
 def _sketch(factors: Sequence[Factor], projection: _Projection) -> Tensor:
@@ -145,16 +136,13 @@ def _sketch(factors: Sequence[Factor], projection: _Projection) -> Tensor:
 
 def _projected(factor: Factor, projection: _Projection) -> tuple[Tensor, Tensor, Segments]:
     """Both sides of a contribution, (R, k) each."""
-    left_pk, right_dk = projection.left_pk, projection.right_dk
-    if isinstance(factor, HeadWeight):
-        assert factor.rows.probed_Rk is not None
-        hidden_Rd = factor.rows.hidden_Rd
-        return factor.rows.probed_Rk, hidden_Rd @ right_dk.to(hidden_Rd.dtype), factor.rows.segments
-    if isinstance(factor, Lookup):
-        return left_pk[factor.ids_R], factor.grads_Rd @ right_dk.to(factor.grads_Rd.dtype), factor.segments
     assert isinstance(factor, Outer)
     left_Rp, right_Rd = factor.left_Rp, factor.right_Rd
-    return left_Rp @ left_pk.to(left_Rp.dtype), right_Rd @ right_dk.to(right_Rd.dtype), factor.segments
+    left_Rk, right_Rk = (
+        left_Rp @ projection.left_pk.to(left_Rp.dtype),
+        right_Rd @ projection.right_dk.to(right_Rd.dtype),
+    )
+    return left_Rk, right_Rk, factor.segments
 
 
 def _contract(left_Rk: Tensor, right_Rk: Tensor, segments: Segments) -> Tensor:
