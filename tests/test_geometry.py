@@ -67,7 +67,7 @@ def test_the_anticipated_moment_is_that_after_a_gradient_of_the_usual_size() -> 
 
 
 def test_a_weight_that_hardly_had_a_gradient_does_not_rule_the_geometry() -> None:
-    """Frozen at its own moment, its P would be a million times the others'; AdamW's real update is a few times theirs."""
+    """Frozen at its own moment, its P would be 10,000 times the others'; AdamW's real update is a few times theirs."""
     second = torch.full((8, 8), 1e-6)
     second[3, 4] = 1e-18
     frozen, found = (adam_preconditioner(v, 100, RATE, BETAS, EPS) for v in (second, anticipated(second, 100, 0.99)))

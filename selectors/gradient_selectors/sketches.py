@@ -138,11 +138,8 @@ def _projected(factor: Factor, projection: _Projection) -> tuple[Tensor, Tensor,
     """Both sides of a contribution, (R, k) each."""
     assert isinstance(factor, Outer)
     left_Rp, right_Rd = factor.left_Rp, factor.right_Rd
-    left_Rk, right_Rk = (
-        left_Rp @ projection.left_pk.to(left_Rp.dtype),
-        right_Rd @ projection.right_dk.to(right_Rd.dtype),
-    )
-    return left_Rk, right_Rk, factor.segments
+    left_pk, right_dk = projection.left_pk.to(left_Rp.dtype), projection.right_dk.to(right_Rd.dtype)
+    return left_Rp @ left_pk, right_Rd @ right_dk, factor.segments
 
 
 def _contract(left_Rk: Tensor, right_Rk: Tensor, segments: Segments) -> Tensor:
