@@ -102,7 +102,7 @@ class SelectionSettings(Section):
     geometry: Literal["exact", "rank_one", "sketch"] = "exact"
     """How utilities and redundancy are computed: `exact`; `rank_one` fits Adam's geometry for the redundancy; `sketch`
     takes both from random projections and leaves the head out, in a fraction of the time."""
-    sketch_width: Annotated[int, Field(ge=2)] = 32
+    sketch_width: Annotated[int, Field(ge=2)] = 64
     """Rows and columns that stand for a matrix under `geometry: sketch`."""
     ridge: NonNegative = 1e-3
     """Regularisation of the quadratic program, relative to the mean of K's diagonal."""

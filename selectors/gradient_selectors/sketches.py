@@ -7,7 +7,8 @@ target's direction. Both under the scales of the rank-one fit `P ~ x y^T`:
 
 is unbiased for the *exact* `c = <g, P G_target>`, for the scales cancel: the fit only keeps the error small. For K it
 stands in for P, so K carries the error of the fit as well. A width of k costs `2 R k (p + d)` operations for R tokens
-where the exact c costs `2 R p d`, and the exact K of n samples `2 R d p + 2 n^2 d p`.
+where the exact c costs `2 R p d`, and the exact K of n samples `2 R d p + 2 n^2 d p`. The order of c needs the width of
+64: `benchmarks.fidelity` has the figures.
 
 The head is left out of c and K, and with it a table that is tied to it. It is one large matrix, whose error no others
 average out: with it sketched, the order of c was lost (rank correlation 0 to 0.3 on SmolLM2), while it makes up 4 % of
@@ -53,7 +54,7 @@ class Sketches:
         target: Gradient,
         geometry: Geometry,
         generator: torch.Generator,
-        width: int = 32,
+        width: int = 64,
         head: str | None = None,
     ) -> None:
         """Projects the target; `generator` (on the CPU) gives the signs. `head`: name of the weight to leave out."""
