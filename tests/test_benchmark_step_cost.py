@@ -14,13 +14,14 @@ from benchmarks import scaling, step_cost
 from benchmarks.agreement import TOLERANCE, DisagreementError
 from benchmarks.interleaving import Options, measure
 from benchmarks.methods import AGAINST, OURS, UNCHECKED, make_method
+from benchmarks.methods.ours import Ours
 from benchmarks.methods.per_sample import Oracle
 from benchmarks.processes import Job, MissingError, start
 from benchmarks.reporting import table
-from benchmarks.step_cost import GRAMS, as_json, report, summarise
+from benchmarks.step_cost import GEOMETRIES, as_json, report, summarise
 from benchmarks.workloads import REFRESH_STEPS, WORKLOADS, pools
 
-EXACT, SKETCH = GRAMS["exact"], GRAMS["sketch"]
+EXACT, SKETCH = GEOMETRIES["exact"], GEOMETRIES["sketch"]
 IN_PROCESS = [name for name in (*OURS, *AGAINST) if name not in ("opacus", "dattri")]
 OPTIONS = Options(("tiny",), (EXACT, SKETCH), ("plain_all", "oracle", "opacus"), repeats=3, threads=1, device="cpu")
 SECONDS = {EXACT: 2.0, SKETCH: 1.0, "top_k": 1.0, "plain_all": 4.0, "oracle": 8.0, "opacus": 10.0}
@@ -148,10 +149,10 @@ def test_our_answers_are_those_of_autograd(workload: str) -> None:
             assert error <= TOLERANCE, (name, key)
 
 
-def test_a_gram_mode_that_is_asked_for_is_the_one_that_is_measured() -> None:
-    found = make_method(SKETCH, WORKLOADS["tiny"], "cpu").answers()
-    assert found is not None
+def test_a_geometry_that_is_asked_for_is_the_one_that_is_measured() -> None:
+    found = Ours(WORKLOADS["tiny"], "cpu", weigh="filter_then_weight", geometry="sketch", sketch_width=4).answers()
     assert not torch.equal(found["approximate_gram_NN"], found["gram_NN"])
+    assert not torch.equal(found["approximate_rows_N"], found["exact_rows_N"])
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's, about vmap
@@ -208,7 +209,16 @@ def test_the_command_writes_everything(
 ) -> None:
     monkeypatch.setattr(step_cost, "start", FakeStart(missing=("opacus",)))
     path = tmp_path / "cost.json"
-    arguments = ["--json", str(path), "--workloads", "tiny", "--against", "plain_all,opacus", "--gram", "exact,sketch"]
+    arguments = [
+        "--json",
+        str(path),
+        "--workloads",
+        "tiny",
+        "--against",
+        "plain_all,opacus",
+        "--geometry",
+        "exact,sketch",
+    ]
     assert step_cost.main(arguments) == 0
     written = json.loads(path.read_text())
     assert {"machine", "options", "versions", "workloads", "agreement", "summary", "missing", "runs"} == set(written)
@@ -272,7 +282,7 @@ def test_a_bad_option_ends_in_one_line(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--workloads", "W9"], ["--against", "plain_all,nobody"], ["--gram", "exact,rough"], ["--device", "tpu"]],
+    [["--workloads", "W9"], ["--against", "plain_all,nobody"], ["--geometry", "exact,rough"], ["--device", "tpu"]],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
