@@ -24,7 +24,7 @@ from gradient_selectors.coefficients import CoefficientSolver
 from gradient_selectors.fidelity import Fidelity, fidelity, seen_as
 from gradient_selectors.filter_then_weight import positive_samples, usable_rows
 from gradient_selectors.interaction import Interaction
-from gradient_selectors.sketches import Sketches
+from gradient_selectors.sketches import Sketches, project
 
 from stream_trainer.batches import collate
 from stream_trainer.models import load_model
@@ -54,7 +54,8 @@ def measure(learner: Learner, pools: Sequence[Sequence[Sample]]) -> dict[str, di
         seen = {"exact": seen_as(whole, survivors)}
         seen["rank_one"] = seen_as(replace(whole, gram_mode=rank_one_gram), survivors)
         for width in WIDTHS:
-            sketches = Sketches(target, geometry, torch.Generator().manual_seed(seed), width, capture.head)
+            generator = torch.Generator().manual_seed(seed)
+            sketches = Sketches(project(target, geometry, generator, width, capture.head), geometry, capture.head)
             view = replace(whole, gram_mode=sketches.gram, rows_mode=sketches.rows)
             seen[f"sketch {width}"] = seen_as(view, survivors)
         for name, what in seen.items():

@@ -13,7 +13,7 @@ from gradient_selectors.geometry import optimizer_steps
 from gradient_selectors.gradients import Gradient, PoolGradients
 from gradient_selectors.interaction import Decision, Interaction, Selector, equal_weights
 from gradient_selectors.masked_adamw import MaskedAdamW
-from gradient_selectors.sketches import Sketches
+from gradient_selectors.sketches import Projection, Sketches, project
 from torch import Tensor
 
 from stream_trainer.batches import collate
@@ -39,6 +39,8 @@ class Learner:
         target: None for methods that need no target gradient.
         masking: chooses the mask anew, or None if it stays as it is.
         generators: sources of every random choice, by stage (`selection.GENERATORS`).
+        projections: of the target for `geometry: sketch`; made anew with the target's gradient, with the mask, and when
+            the second moment has settled.
     """
 
     capture: GradientCapture
@@ -50,6 +52,7 @@ class Learner:
     optimization: OptimizerSettings
     pad_id: int
     generators: Mapping[str, torch.Generator]
+    projections: dict[str, Projection] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def train_step(learner: Learner, pool: Sequence[Sample]) -> StepReport:
     refreshed = False
     if learner.target is not None:
         target, refreshed = learner.target.current(learner.capture)
+        if refreshed:
+            learner.projections = None
     clock.lap("target")
     interaction = score(learner, samples, target)
     gradients = interaction.gradients
@@ -132,7 +137,10 @@ def score(learner: Learner, samples: Sequence[Sample], target: Gradient) -> Inte
     geometry = current_geometry(learner.optimizer, capture.parameters, settings.settle_steps)
     gradients = capture.run(collate(samples, learner.pad_id))
     if settings.geometry == "sketch":
-        sketches = Sketches(target, geometry, learner.generators["sketch"], settings.sketch_width, capture.head)
+        if learner.projections is None or optimizer_steps(learner.optimizer) == settings.settle_steps:
+            generator = learner.generators["sketch"]
+            learner.projections = project(target, geometry, generator, settings.sketch_width, capture.head)
+        sketches = Sketches(learner.projections, geometry, capture.head)
         return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
     gram = rank_one_gram if settings.geometry == "rank_one" else PoolGradients.gram
     return Interaction(gradients, target, geometry, gram)
@@ -192,6 +200,8 @@ def _update(learner: Learner, gradients: PoolGradients, weights: Tensor, target:
             if not math.isfinite(norm):
                 return _Update(SKIPPED_NONFINITE, norm)
             mask_refreshed = _follow(learner, target)
+            if mask_refreshed:
+                learner.projections = None
             learner.optimizer.mask_gradients()
         limit = learner.optimization.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), limit))

@@ -17,7 +17,7 @@ from gradient_selectors.fidelity import fidelity, seen_as
 from gradient_selectors.geometry import Geometry, plain, rank_one
 from gradient_selectors.gradients import PoolGradients
 from gradient_selectors.interaction import Interaction
-from gradient_selectors.sketches import Sketches
+from gradient_selectors.sketches import Sketches, project
 from oracle import dense, make_batch, make_model, random_like, relative_error
 from pools import outer_factor, outer_pool, per_sample
 from torch import Tensor
@@ -33,7 +33,7 @@ def seeded(seed: int) -> torch.Generator:
 def sketch_gram(gradients: PoolGradients, samples: Sequence[int], geometry: Geometry, width: int, seed: int) -> Tensor:
     """K of a pool from sketches, of a head only if it was probed."""
     target = {name: torch.zeros(shape) for name, shape in gradients.shapes.items()}
-    return Sketches(target, geometry, seeded(seed), width).gram(gradients, samples, geometry)
+    return Sketches(project(target, geometry, seeded(seed), width), geometry).gram(gradients, samples, geometry)
 
 
 def of_rank_one(capture: GradientCapture) -> dict[str, Tensor]:

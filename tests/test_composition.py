@@ -108,27 +108,36 @@ def test_all_four_at_once_cost_one_forward_and_one_backward_over_the_pool(
     assert all(report.decision.layer_weights_LN is not None for report in reports)
 
 
-def run_all_on(folder: Path, last_step: int | None, **sections: Any) -> list[Step]:
+def run_all_on(folder: Path, last_step: int | None, selection: dict[str, Any], **sections: Any) -> list[Step]:
     config = configuration(
         folder,
         jsonl(folder / "stream.jsonl"),
-        selection=ALL_ON,
+        selection=ALL_ON | selection,
         checkpoint={"dir": str(folder / "checkpoints"), "every_steps": 7},
         **sections,
     )
     return serve_until(config, last_step)[1]
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_resumed_runs_make_the_same_next_ten_decisions(tmp_path: Path, lora: bool) -> None:
-    """Bandit, routes, mask and its statistics go through the checkpoint: ids, losses and coefficients are equal."""
-    sections = {"model": {"lora": {"rank": 2}}} if lora else {}
+@pytest.mark.parametrize(
+    ("selection", "sections"),
+    [
+        ({}, {}),
+        ({}, {"model": {"lora": {"rank": 2}}}),
+        ({"mask": "none", "geometry": "sketch", "sketch_width": 4}, {"target": {"refresh_steps": 8}}),
+    ],
+    ids=["full", "lora", "sketch"],
+)
+def test_resumed_runs_make_the_same_next_ten_decisions(
+    tmp_path: Path, selection: dict[str, Any], sections: dict[str, Any]
+) -> None:
+    """Bandit, routes, mask, its statistics and projections go through the checkpoint: every decision is equal."""
     runs = {}
     for name, stops in {"whole": [21], "resumed": [4, 11, 21]}.items():
         folder = tmp_path / name
         folder.mkdir()
         write_lines(folder / "stream.jsonl", goods(400))
-        runs[name] = [step for stop in stops for step in run_all_on(folder, stop, **sections)]
+        runs[name] = [step for stop in stops for step in run_all_on(folder, stop, selection, **sections)]
     assert [step.number for step in runs["resumed"]] == list(range(1, 22))
     assert runs["resumed"] == runs["whole"]
     assert sum(step.result == "applied" for step in runs["whole"][11:]) == 10
@@ -223,6 +232,17 @@ def test_a_stage_that_was_off_begins_afresh(tmp_path: Path) -> None:
     assert [step.number for step in steps] == [3, 4, 5]
     _, steps = serve_until(configuration(tmp_path, source), 7)
     assert [step.number for step in steps] == [6, 7]
+
+
+def test_projections_are_kept_for_as_long_as_the_targets_gradient(tmp_path: Path) -> None:
+    _, learner = learner_of(tmp_path, {"geometry": "sketch", "sketch_width": 4, "pool_size": 8, "settle_steps": 3})
+    seen = []
+    for seed in range(6):
+        train_step(learner, make_samples(8, seed=seed))
+        seen.append(learner.projections)
+    assert learner.projections
+    # The target is refreshed before steps 1 and 5; before step 4 the second moment has settled.
+    assert [seen[i] is seen[i + 1] for i in range(5)] == [True, True, False, False, True]
 
 
 def test_natural_coefficients_are_applied_as_they_are(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from gradient_selectors.capture import GradientCapture
 from gradient_selectors.geometry import Geometry, plain
 from gradient_selectors.gradients import _products
 from gradient_selectors.interaction import Interaction
-from gradient_selectors.sketches import Sketches
+from gradient_selectors.sketches import Sketches, project
 from oracle import dense, make_batch, make_model, random_like, relative_error
 from pools import outer_pool
 from torch import Tensor
@@ -19,7 +19,8 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def sketched(capture: GradientCapture, geometry: Geometry, target: dict[str, Tensor], seed: int) -> Interaction:
-    sketches = Sketches(target, geometry, seeded(seed), width=8, head=capture.head)
+    projections = project(target, geometry, seeded(seed), width=8, head=capture.head)
+    sketches = Sketches(projections, geometry, capture.head)
     return Interaction(capture.run(make_batch(LENGTHS)), target, geometry, sketches.gram, sketches.rows)
 
 
@@ -68,8 +69,8 @@ def test_unequal_and_equal_lengths_are_contracted_alike() -> None:
     for lengths in ((6, 6, 6), (4, 9, 5)):
         pool, rows = outer_pool(shapes, lengths)
         target = {"a.0.weight": torch.randn(24, 32, generator=seeded(1))}
-        sketches = Sketches(target, plain, seeded(2), width=16)
-        projection = sketches._projections["a.0.weight"]
+        projections = project(target, plain, seeded(2), width=16)
+        sketches, projection = Sketches(projections, plain), projections["a.0.weight"]
         projected = projection.left_pk.T @ rows["a.0.weight"] @ projection.right_dk
         expected_N = projected.flatten(1) @ projection.target_kk.flatten()
         torch.testing.assert_close(sketches.rows(pool, target, plain)["a.0.weight"], expected_N, rtol=1e-4, atol=1e-4)
@@ -81,7 +82,7 @@ def test_under_a_mask_everything_is_exact() -> None:
     target = {"a.0.weight": torch.randn(24, 32, generator=seeded(1))}
     mask = {"a.0.weight": (torch.rand(24, 32, generator=seeded(3)) < 0.05).float()}
     geometry = mask.__getitem__
-    sketches = Sketches(target, geometry, seeded(2), width=4)
+    sketches = Sketches(project(target, geometry, seeded(2), width=4), geometry)
     exact = Interaction(pool, target, geometry)
     torch.testing.assert_close(sketches.rows(pool, target, geometry), exact.rows_by_parameter)
     torch.testing.assert_close(sketches.gram(pool, [0, 1], geometry), exact.gram([0, 1]))
@@ -99,7 +100,7 @@ def test_adapters_and_vectors_are_exact() -> None:
 def test_sketches_of_one_geometry_are_not_taken_for_another() -> None:
     pool, _ = outer_pool({"a.0.weight": (24, 32)}, (5, 7))
     target = {"a.0.weight": torch.ones(24, 32)}
-    sketches = Sketches(target, plain, seeded(2), width=4)
+    sketches = Sketches(project(target, plain, seeded(2), width=4), plain)
     with pytest.raises(AssertionError):
         sketches.rows(pool, target, target.__getitem__)
 

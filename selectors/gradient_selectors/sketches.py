@@ -16,11 +16,12 @@ c. Its output gradients would have to be computed again, too, a tenth of the ste
 and exact, where nothing else can be sketched.
 
 Exact in a sketch: vectors (biases, norms), LoRA's narrow matrices, tables of embeddings by themselves, parameters
-under a mask. Signs are drawn anew for every matrix and pool, so that errors neither add up over matrices nor stay the
-same over steps.
+under a mask. Signs are drawn anew for every matrix, so that errors do not add up. Projections may be kept for as long
+as the target's gradient is: P hardly changes in some steps, and computing it anew for 135 million weights takes longer
+than sketching six samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ from gradient_selectors.gradients import Gradient, PoolGradients, preconditioned
 
 
 @dataclass(frozen=True)
-class _Projection:
+class Projection:
     """How one parameter (p, d) is projected.
 
     Attributes:
@@ -46,27 +47,31 @@ class _Projection:
     target_kk: Tensor
 
 
-class Sketches:
-    """Projections of one pool's gradients and of the target, under one geometry."""
+@torch.no_grad()
+def project(
+    target: Gradient, geometry: Geometry, generator: torch.Generator, width: int = 64, head: str | None = None
+) -> dict[str, Projection]:
+    """Projections of every parameter that can be sketched; `generator` (on the CPU) gives the signs.
 
-    def __init__(
-        self,
-        target: Gradient,
-        geometry: Geometry,
-        generator: torch.Generator,
-        width: int = 64,
-        head: str | None = None,
-    ) -> None:
-        """Projects the target; `generator` (on the CPU) gives the signs. `head`: name of the weight to leave out."""
-        self._geometry = geometry
-        self._projections: dict[str, _Projection] = {}
+    `head`: name of the weight to leave out.
+    """
+    projections = {}
+    for name, values in target.items():
+        if values.ndim == 2 and min(values.shape) > width and ".lora_" not in name and name != head:
+            projection = _project(values, geometry(name), width, generator)
+            if projection is not None:
+                projections[name] = projection
+    return projections
+
+
+class Sketches:
+    """One pool's gradients under projections; what has none is exact under the geometry."""
+
+    def __init__(self, projections: Mapping[str, Projection], geometry: Geometry, head: str | None = None) -> None:
+        """`head`: name of the weight that was left out."""
+        self._projections, self._geometry = projections, geometry
         self._sketches: dict[str, Tensor] | None = None
-        for name, values in target.items():
-            if values.ndim == 2 and min(values.shape) > width and ".lora_" not in name and name != head:
-                projection = _project(values, geometry(name), width, generator)
-                if projection is not None:
-                    self._projections[name] = projection
-        self._left_out = {head} if self._projections else set()
+        self._left_out = {head} if projections else set()
 
     @torch.no_grad()
     def rows(self, gradients: PoolGradients, target: Gradient, geometry: Geometry) -> dict[str, Tensor]:
@@ -111,17 +116,17 @@ class Sketches:
 
 def _project(
     target: Tensor, preconditioner: Tensor | None, width: int, generator: torch.Generator
-) -> _Projection | None:
+) -> Projection | None:
     """The projection of a parameter, or None where P has no rank-one fit, as under a mask."""
     left_pk, right_dk = (_signs(size, width, generator).to(target.device) for size in target.shape)
     if preconditioner is None:
-        return _Projection(left_pk, right_dk, left_pk.T @ target @ right_dk)
+        return Projection(left_pk, right_dk, left_pk.T @ target @ right_dk)
     scales = rank_one(preconditioner)
     if scales is None:
         return None
     x_p1, y_d1 = (scale.sqrt_().unsqueeze(1) for scale in scales)
     target_kk = (left_pk / x_p1).T @ (preconditioner * target) @ (right_dk / y_d1)
-    return _Projection(left_pk * x_p1, right_dk * y_d1, target_kk)
+    return Projection(left_pk * x_p1, right_dk * y_d1, target_kk)
 
 
 def _can_be_sketched(factors: Sequence[Factor]) -> bool:
@@ -129,13 +134,13 @@ def _can_be_sketched(factors: Sequence[Factor]) -> bool:
     return all(isinstance(factor, Outer) for factor in factors)
 
 
-def _sketch(factors: Sequence[Factor], projection: _Projection) -> Tensor:
+def _sketch(factors: Sequence[Factor], projection: Projection) -> Tensor:
     """`S^T g_i T` of each sample, summed over the contributions to a parameter, (N, k, k) float32."""
     parts = [_contract(*_projected(factor, projection)) for factor in factors]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def _projected(factor: Factor, projection: _Projection) -> tuple[Tensor, Tensor, Segments]:
+def _projected(factor: Factor, projection: Projection) -> tuple[Tensor, Tensor, Segments]:
     """Both sides of a contribution, (R, k) each."""
     assert isinstance(factor, Outer)
     left_Rp, right_Rd = factor.left_Rp, factor.right_Rd
