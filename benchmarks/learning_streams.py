@@ -6,6 +6,7 @@ Streams, by name:
     drift       the same share, but the others are role-play in the first half and tool use in the second
     duplicates  each hundred: 50 clean records as in `mixture`, 15 exact and 15 near copies of one of the last 16 clean
                 ones (a tenth of the words dropped), 20 with the words of the answer in random order
+    narrow      as in `mixture`, without role-play: what is forgotten is in the stream no more
     copies      each sixteen: one record of the target's domain four times, and 12 as in `mixture`
 
 A domain whose records are used up starts over in another order. Three of four records of a file are for streams, the
@@ -26,7 +27,7 @@ from stream_trainer.errors import SettingsError
 
 TARGET, OTHERS = "math", ("roleplay", "tools")
 DOMAINS = (TARGET, *OTHERS)
-STREAMS = ("mixture", "drift", "duplicates", "copies")
+STREAMS = ("mixture", "drift", "duplicates", "copies", "narrow")
 CLEAN, COPY, NEAR, CORRUPTED = "clean", "copy", "near_copy", "corrupted"
 DUPLICATES = {CLEAN: 50, COPY: 15, NEAR: 15, CORRUPTED: 20}  # records of each hundred
 RECENT = 16  # clean records that may be copied: copies then meet in a pool
@@ -123,7 +124,7 @@ def make_stream(name: str, source: Mapping[str, Sequence[Record]], share: int, c
         early, late = _mixed(share, OTHERS[:1], rng.random()), _mixed(share, OTHERS[1:], rng.random())
         domains = [*islice(early, count // 2), *islice(late, count - count // 2)]
         return _stream([(supply.take(domain), Label(domain)) for domain in domains])
-    mixed = _mixed(share, OTHERS, rng.random())
+    mixed = _mixed(share, OTHERS[1:] if name == "narrow" else OTHERS, rng.random())
     if name == "duplicates":
         return _stream(_duplicates(supply, mixed, count, rng))
     if name == "copies":

@@ -4,7 +4,8 @@ For every seed, the level is the test loss with which uniform ended on that stre
 at which its curve first falls to the level, between two evaluations by a straight line; the ratio is that over what
 uniform itself needed, read off its curve in the same way. Of the seeds' ratios the median counts, and a seed that never
 reached the level counts as infinite: if that makes the median infinite, it is None. So is a ratio without a reference,
-and one to a uniform that ended no better than it began.
+and one to a uniform that ended no better than it began. The loss on the retention file is read at the same level, too:
+what is forgotten compares at equal test loss only.
 """
 
 import math
@@ -86,10 +87,21 @@ def _row(group: Sequence[Curve], references: Mapping[tuple[Any, ...], Curve]) ->
         "seeds": len(group),
         "final_loss": fmean(end["test"] for end in ends),
         "retention_loss": fmean(end["retention"] for end in ends),
+        "retention_at_level": _mean([_retention_at_level(curve, reference) for curve, reference in compared]),
         **ratios,
         "steps": median(end["step"] for end in ends),
         "reached": sum(math.isfinite(value) for value in reached),
     }
+
+
+def _retention_at_level(curve: Curve, reference: Curve) -> float | None:
+    return needed(curve["points"], "retention", reference["points"][-1]["test"])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if a seed has none."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def _median(values: Sequence[float]) -> float | None:

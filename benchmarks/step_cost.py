@@ -1,6 +1,7 @@
 """What a whole step costs, against plain training and against other ways to the same work.
 
     python -m benchmarks.step_cost --json step_cost.json [--workloads W1,W3] [--against plain_all,oracle] [--repeats 5]
+        [--plot step_cost.svg]
 
 Measured is the service's own step (`service.make_learner`, `step.train_step`): refresh of the target's gradient, spread
 over the 8 steps that share it; scoring; quadratic program; update. Against it:
@@ -32,9 +33,12 @@ from typing import Any
 from benchmarks.agreement import Agreement, DisagreementError
 from benchmarks.interleaving import Options, Result, measure
 from benchmarks.methods import AGAINST, OURS
+from benchmarks.plotting import need_matplotlib, svg_file
 from benchmarks.processes import MissingError, start
 from benchmarks.reporting import OneLineParser, at_least_one, machine, names_of, say, table, writable_file, write_json
+from benchmarks.step_cost_plot import draw
 from benchmarks.workloads import DEFAULT_WORKLOADS, WORKLOADS
+from stream_trainer.errors import SettingsError
 
 GEOMETRIES = {name.partition("/")[2]: name for name in OURS if "/" in name}
 DEFAULT_GEOMETRIES = ("exact", "sketch")
@@ -55,12 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.device,
     )
     try:
+        if parsed.plot is not None:
+            need_matplotlib("--plot", parsed.plot)  # now rather than after an hour
         result = measure(options, start)
+        write_json(parsed.json, as_json(options, result))
+        print(report(options, result))
+        if parsed.plot is not None:
+            draw(summarise(options, result), parsed.plot, parsed.geometry[0])
     except (DisagreementError, MissingError) as error:
         say(f"error: {error}")
         return 1
-    write_json(parsed.json, as_json(options, result))
-    print(report(options, result))
+    except SettingsError as error:
+        say(f"error: {error}")
+        return error.exit_code
     return 0
 
 
@@ -135,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=writable_file, required=True, metavar="FILE", help="where the result is written")
+    parser.add_argument(
+        "--plot",
+        type=svg_file,
+        metavar="FILE",
+        help="write a picture there, as SVG, of the first geometry (needs the extra bench)",
+    )
     for name, known, default in (
         ("--workloads", tuple(WORKLOADS), DEFAULT_WORKLOADS),
         ("--against", tuple(AGAINST), tuple(AGAINST)),

@@ -15,7 +15,7 @@ from typing import Any
 from stream_trainer.records import Partition, Sample
 from stream_trainer.settings import Settings
 
-REFRESH_STEPS = 8  # steps between refreshes of the target's gradient, the service's default
+REFRESH_STEPS = 8  # steps between refreshes of the target's gradient
 NUM_POOLS = 8
 TARGET_SEED = 1000
 MANDELBROT = 2.7  # the usual offset of ranks for words
@@ -34,7 +34,7 @@ class Workload:
         tokens: T of every sample.
         dtype: float32, or bfloat16 for passes under autocast.
         lora_rank: rank of the adapters, or None to train everything.
-        target: samples of the target.
+        target: samples of the target that a refresh takes, as many as half of the pool.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Workload:
     tokens: int = 128
     dtype: str = "float32"
     lora_rank: int | None = None
-    target: int = 16
+    target: int = 8
 
 
 _ALL = (
     Workload("W1"),
     Workload("W2", layers=30, dtype="bfloat16"),
     Workload("W3", lora_rank=8),
-    Workload("W4", pool=4, chosen=1, tokens=1024),  # k = N / 4, as in the others
+    Workload("W4", pool=4, chosen=1, tokens=1024, target=2),  # k = N / 4, as in the others
     Workload("W5", vocabulary=49152),
     Workload("tiny", 2, 32, 64, 4, 2, vocabulary=320, pool=8, chosen=2, tokens=12, target=4),
     Workload("tiny_lora", 2, 32, 64, 4, 2, vocabulary=320, pool=8, chosen=2, tokens=12, target=4, lora_rank=2),
@@ -94,7 +94,11 @@ def settings_of(workload: Workload, device: str, **selection: Any) -> Settings:
         {
             "source": {"kind": "jsonl", "jsonl": {"path": "-"}},
             "model": model,
-            "target": {"path": "made-here.jsonl", "refresh_steps": REFRESH_STEPS},
+            "target": {
+                "path": "made-here.jsonl",
+                "refresh_steps": REFRESH_STEPS,
+                "refresh_samples": workload.target,
+            },
             "selection": {"settle_steps": 1, "when_none_helps": "uniform", **shape, **selection},
         }
     )

@@ -108,8 +108,9 @@ class SelectionSettings(Section):
     """Regularisation of the quadratic program, relative to the mean of K's diagonal."""
     max_coefficient: Positive | None = None
     """Cap on a sample's coefficient, in units of the mean coefficient of those chosen."""
-    settle_steps: Annotated[int, Field(ge=1)] = 10
-    """Optimizer steps before Adam's second moment is trusted as geometry; plain inner products until then."""
+    settle_steps: Annotated[int, Field(ge=1)] = 1
+    """Optimizer steps before Adam's second moment is trusted as geometry; plain inner products until then. Raise it to
+    10 or more for a model that starts from random weights."""
     when_none_helps: Literal["skip", "uniform"] = "skip"
     """If no candidate points towards the target: make no update, or take `chosen` at random."""
     solver_time_limit_s: Positive = 1.0

@@ -39,7 +39,7 @@ from stream_trainer.server import Health, Server
 from stream_trainer.settings import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.step import Learner
-from stream_trainer.target import Target
+from stream_trainer.target import make_target
 from stream_trainer.trainer import OnEvaluation, OnStep, Trainer
 from stream_trainer.waiting import ByClusters, Draws, InOrder
 
@@ -170,7 +170,7 @@ def make_learner(
         capture=capture,
         optimizer=optimizer,
         selector=make_selector(selection, generators),
-        target=Target(target_samples, settings.target.refresh_steps, pad_id) if selection.needs_target else None,
+        target=make_target(settings.target, target_samples, pad_id) if selection.needs_target else None,
         masking=masking,
         selection=selection,
         optimization=settings.optimizer,

@@ -184,8 +184,12 @@ class TargetSettings(Section):
     """JSONL file of samples in the stream's format. They steer the selection and are never trained on."""
     max_samples: Count = 64
     """Samples used, from the top of the file."""
-    refresh_steps: Count = 8
-    """Steps between refreshes of the target gradient; 1 recomputes it at every step."""
+    refresh_steps: Count = 4
+    """Steps between refreshes of the target's gradient; 1 refreshes it at every step."""
+    refresh_samples: Count = 8
+    """Samples of each refresh, taken in turn from all of the target; as many as that computes the whole anew."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """What the gradient counts for at the next refresh, if that takes fewer samples than there are."""
 
 
 class OptimizerSettings(Section):

@@ -67,6 +67,7 @@ class StepReport:
             skipped.
         decision: what the selector said; its weights are of before `sample.weight` and a skip.
         utilities: `c_i` of each candidate, if the draw learns from them.
+        new_geometry: whether they are the first under Adam's second moment: in another unit than those before.
         gradient_norm: length of the gradient before clipping.
         seconds: time by phase.
     """
@@ -77,6 +78,7 @@ class StepReport:
     weights: tuple[float, ...]
     decision: Decision
     utilities: tuple[float, ...] | None = None
+    new_geometry: bool = False
     gradient_norm: float = math.nan
     learning_rate: float = math.nan
     target_refreshed: bool = False
@@ -104,6 +106,7 @@ def train_step(learner: Learner, pool: Sequence[Sample]) -> StepReport:
         if refreshed:
             learner.projections = None
     clock.lap("target")
+    new_geometry = _geometry_is_new(learner)
     interaction = score(learner, samples, target)
     gradients = interaction.gradients
     utilities = tuple(interaction.rows_N.tolist()) if learner.selection.draw == "cluster_ucb" else None
@@ -123,6 +126,7 @@ def train_step(learner: Learner, pool: Sequence[Sample]) -> StepReport:
         weights=tuple(weights_N.tolist()),
         decision=decision,
         utilities=utilities,
+        new_geometry=new_geometry,
         gradient_norm=update.gradient_norm,
         learning_rate=update.learning_rate,
         target_refreshed=refreshed,
@@ -137,13 +141,18 @@ def score(learner: Learner, samples: Sequence[Sample], target: Gradient) -> Inte
     geometry = current_geometry(learner.optimizer, capture.parameters, settings.settle_steps)
     gradients = capture.run(collate(samples, learner.pad_id))
     if settings.geometry == "sketch":
-        if learner.projections is None or optimizer_steps(learner.optimizer) == settings.settle_steps:
+        if learner.projections is None or _geometry_is_new(learner):
             generator = learner.generators["sketch"]
             learner.projections = project(target, geometry, generator, settings.sketch_width, capture.head)
         sketches = Sketches(learner.projections, geometry, capture.head)
         return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
     gram = rank_one_gram if settings.geometry == "rank_one" else PoolGradients.gram
     return Interaction(gradients, target, geometry, gram)
+
+
+def _geometry_is_new(learner: Learner) -> bool:
+    """Whether the second moment has settled with the last update."""
+    return optimizer_steps(learner.optimizer) == learner.selection.settle_steps
 
 
 def _draw(learner: Learner, num_samples: int) -> list[int]:

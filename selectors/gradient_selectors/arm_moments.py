@@ -46,6 +46,12 @@ class ArmMoments:
         self.counts_K = self.counts_K * factor
         self.squares_K = self.squares_K * factor
 
+    def limit(self, count: float) -> None:
+        """Let what was seen of an arm count as `count` rewards at most. Means and spreads stay as they are."""
+        share_K = np.minimum(1.0, count / np.maximum(self.counts_K, 1e-12))
+        self.counts_K = self.counts_K * share_K
+        self.squares_K = self.squares_K * share_K
+
     @property
     def variances_K(self) -> Vector:
         """Population variance; 0 without rewards."""

@@ -283,6 +283,15 @@ class ClusterUcb:
         self.moments.discount(discount)
         self.moments.add(arms_n.cpu()[usable_n].numpy(), rewards_n)
 
+    def forget(self) -> None:
+        """Utilities have a new unit: take their scale anew, and let what each arm has shown count as its prior does.
+
+        With the old scale, all rewards under Adam's geometry (1e4 times those under the plain one on SmolLM2) were cut
+        to the same for some 20 steps.
+        """
+        self._size_sum, self._size_count = 0.0, 0.0
+        self.moments.limit(self._options.prior)
+
     def learn(self, features_Nd: Tensor) -> None:
         """Let the clusters follow the samples that have left. An arm whose cluster is founded anew starts again."""
         if len(features_Nd):

@@ -12,9 +12,11 @@ Metrics, each of one scale for `c` and `K`, so that redundancy neither vanishes 
 - `greats`: `c = gamma <g, P G>`, `K = <P g, P g>`, with the curvature `1 / gamma` in units of the learning rate. Gamma
   scales all coefficients alike, so it shows under the `natural` normalisation and in the `simplex` only.
 
-Before Adam's second moment has settled (about 100 steps from scratch) P is wrong by up to the whole update. Pass the
+From scratch, P is wrong by up to the whole update until Adam's second moment has settled (about 100 steps). Pass the
 `plain` geometry then: the three metrics become one, the match of raw gradients, and the rest works as it does later.
-Under `mean_one` the change from one to the other does not show in the size of the steps.
+Under `mean_one` the change from one to the other does not show in the size of the steps. A pretrained model does better
+under Adam's geometry from its second step on: of the 64 samples chosen in 16 steps of SmolLM2, 50 were of the target's
+kind and not 39, since plain inner products favour short answers.
 """
 
 from dataclasses import dataclass, replace
