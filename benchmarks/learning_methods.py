@@ -9,7 +9,7 @@
     ...+cluster_ucb               by sketches; a bandit draws 6 of 256 that wait; 128 come in for each step
     ...+gast                      each layer draws 2 of the chosen; three controls draw at random or take the best
     ...+dual_sft                  5 % of the weights may move
-    ...+dual_sft/prior            the same, chosen so that answers to 16 role-play prompts stay as they are
+    ...+dual_sft/prior            20 % may move, chosen so that answers to 16 role-play prompts stay as they are
     everything                    filter_then_weight+cluster_ucb+gast+dual_sft
     ...+equal_weights             selection.max_coefficient 1: of the same survivors, none may count more than the mean
     ...+plain_geometry            inner products of gradients, never under Adam's second moment
@@ -68,7 +68,9 @@ METHODS: dict[str, Method] = {
     f"{FTW}+sketch": Method({"weigh": FTW, "geometry": "sketch"}),
     f"{FTW}+gast": Method({"weigh": FTW, **GAST}),
     f"{FTW}+dual_sft": Method({"weigh": FTW, **MASK}),
-    f"{FTW}+cluster_ucb+dual_sft/prior": Method({"weigh": FTW, **BANDIT, **MASK}, anchored=True),
+    f"{FTW}+cluster_ucb+dual_sft/prior": Method(
+        {"weigh": FTW, **BANDIT, **MASK, "dual_sft": {"density": 0.2, "lambda_prior": 1.0}}, anchored=True
+    ),
     f"{FTW}+equal_weights": Method({"weigh": FTW, "max_coefficient": 1.0}),
     f"{FTW}+plain_geometry": Method({"weigh": FTW, "settle_steps": NEVER}),
     "shuffled_target": Method({"weigh": FTW}, shuffled_target=True),

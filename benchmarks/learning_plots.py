@@ -6,8 +6,8 @@ FILEs are what `benchmarks.learning --json` wrote; where two have the same run, 
 
 `learning-...svg` has the test loss against samples trained on and against time, `chosen-...svg` the share of the
 target's domain among the samples that were trained on. Lines are medians over seeds, as far as every seed got, with a
-dot where they end; thin ones are single seeds. Of more than eight methods the ablations are in pictures of their own,
-`learning-ablations-...svg` and `chosen-ablations-...svg`. Exit codes: 0 done, 2 a mistake in the options.
+dot for each evaluation; thin ones are single seeds. Of more than eight methods the ablations are in pictures of their
+own, `learning-ablations-...svg` and `chosen-ablations-...svg`. Exit codes: 0 done, 2 a mistake in the options.
 """
 
 import argparse
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 AXES = {"trained": "samples trained on", "seconds": "seconds (evaluations not counted)"}
 MOST = 8  # methods that one picture can hold
 COLUMNS = 3  # of the legend
+KEYS = ("tier", "stream", "target_share", "method", "seed", "points")  # of a curve
 NAMES = {
     FTW: "filter-then-weight",
     f"{FTW}+cluster_ucb": "filter-then-weight + ClusterUCB",
@@ -43,6 +44,7 @@ NAMES = {
     f"{FTW}+sketch": "filter-then-weight, sketch",
     f"{FTW}+gast": "filter-then-weight + GAST",
     f"{FTW}+dual_sft": "filter-then-weight + DualSFT",
+    f"{FTW}+cluster_ucb+dual_sft/prior": "ClusterUCB + guarded DualSFT",
     f"{FTW}+equal_weights": "filter-then-weight, equal weights",
     f"{FTW}+plain_geometry": "filter-then-weight, plain geometry",
     "shuffled_target": "shuffled target",
@@ -51,6 +53,9 @@ NAMES = {
     f"{FTW}+gast/top_k_per_layer": "GAST's control: best, by layer",
 }
 COLOURS = ("#0072B2", "#D55E00", "#7F7F7F", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C564B")
+STROKES = ("-", "--", ":")
+THICK: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markersize": 3.5}
+THIN: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.4}
 
 Case = tuple[str, str, int]
 Groups = Mapping[str, Sequence[Curve]]
@@ -91,10 +96,9 @@ def _learning(case: Case, groups: Groups) -> "Figure":
     for panel, (amount, label) in zip(panels, AXES.items(), strict=True):
         for method, group in groups.items():
             for curve in group if len(group) > 1 else ():
-                _line(panel, method, [(p[amount], p["test"]) for p in curve["points"]], linewidth=0.8, alpha=0.4)
+                _line(panel, method, [(p[amount], p["test"]) for p in curve["points"]], **THIN)
             points = [(p[amount], p["test"]) for p in middle_points(group)]
-            _line(panel, method, points, label=NAMES.get(method, method), linewidth=1.8)
-            panel.plot(*points[-1], "o", color=_style(method)["color"], markersize=4)
+            _line(panel, method, points, label=NAMES.get(method, method), **THICK)
         if REFERENCE in groups:
             end = middle_points(groups[REFERENCE])[-1]["test"]
             panel.axhline(end, color="black", linestyle="--", linewidth=0.9, label=f"where uniform ends: {end:.3f}")
@@ -109,7 +113,7 @@ def _chosen(case: Case, groups: Groups) -> "Figure":
     panel = figure.subplots()
     for method, group in groups.items():
         points = [(p["step"], 100 * p["share"]) for p in middle_points(group)[1:] if p["share"] is not None]
-        _line(panel, method, points, label=NAMES.get(method, method), linewidth=1.8)
+        _line(panel, method, points, label=NAMES.get(method, method), **THICK)
     panel.axhline(case[2], color="black", linestyle=":", linewidth=0.9, label=f"in the stream: {case[2]} %")
     panel.set_ylim(0, 102)
     _frame(panel, "step")
@@ -134,12 +138,12 @@ def _line(panel: "Axes", method: str, points: Sequence[tuple[float, float]], **s
 
 
 def _style(method: str) -> dict[str, Any]:
-    """Uniform is black; each other method has its colour in every picture, those beyond the first eight dashed."""
+    """Uniform is black; each other method looks the same in every picture: the first eight solid, the next dashed."""
     others = [name for name in METHODS if name != REFERENCE]
     if method not in others:
         return {"color": "black"}
-    at = others.index(method)
-    return {"color": COLOURS[at % len(COLOURS)], "linestyle": "-" if at < len(COLOURS) else (0, (4, 1.5))}
+    round_, at = divmod(others.index(method), len(COLOURS))
+    return {"color": COLOURS[at], "linestyle": STROKES[round_ % len(STROKES)]}
 
 
 def _frame(panel: "Axes", label: str) -> None:
@@ -181,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         need_matplotlib("--plots", args.plots)
-        written = draw(read_rows(args.files, "curves"), args.plots)
+        written = draw(read_rows(args.files, "curves", KEYS), args.plots)
     except StreamTrainerError as error:
         say(f"error: {error}")
         return error.exit_code

@@ -161,7 +161,7 @@ def prepare(bench: Bench, run: Run, stream: Stream, work: Path) -> Settings:
     selection = selection_of(method)
     if method.anchored:
         sets["anchors"] = data.warm_up["roleplay"][: tier.retention]
-        selection["dual_sft"] = {"anchor_path": work / "anchors.jsonl"}
+        selection["dual_sft"] = {**selection["dual_sft"], "anchor_path": work / "anchors.jsonl"}
     for name, records in sets.items():
         write_records(work / f"{name}.jsonl", records, tier.prompt_chars)
     model = tier.model

@@ -34,14 +34,21 @@ def svg_file(text: str) -> Path:
     return writable_file(text)
 
 
-def read_rows(paths: Sequence[Path], part: str) -> list[dict[str, Any]]:
-    """The list of that name from each result, one after the other. Raises SettingsError if a file does not hold it."""
+def read_rows(paths: Sequence[Path], part: str, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The list `part` of each result, one after the other; its rows have these keys.
+
+    Raises SettingsError if a file does not hold it.
+    """
     rows: list[dict[str, Any]] = []
     for path in paths:
         try:
             found = json.loads(path.read_text())[part]
+            if not all(set(keys) <= set(row) for row in found):
+                raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
-            raise SettingsError(f"{path} is not a result with {part}; name a file that --json wrote") from None
+            raise SettingsError(
+                f"{path} is not a result with {part} of {', '.join(keys)}; name a file that --json wrote"
+            ) from None
         rows += found
     return rows
 

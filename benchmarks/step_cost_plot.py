@@ -34,8 +34,10 @@ COLOUR = "#0072B2"
 ROW, FRAME = 0.22, 1.25  # inches: of a bar or a heading, and of all that is above and below them
 GAP = 0.4  # rows between workloads
 
+KEYS = ("workload", "method", "against", "time_ratio")
+
 Row = Mapping[str, Any]
-"""A row of a result's `summary`: `workload`, `method` (ours), `against`, `time_ratio`."""
+"""A row of a result's `summary`: it has `KEYS`; `method` is ours."""
 
 
 def draw(summary: Iterable[Row], path: Path, geometry: str = "exact") -> None:
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         need_matplotlib("--plot", args.plot)
-        draw(read_rows(args.files, "summary"), args.plot, args.geometry)
+        draw(read_rows(args.files, "summary", KEYS), args.plot, args.geometry)
     except StreamTrainerError as error:
         say(f"error: {error}")
         return error.exit_code

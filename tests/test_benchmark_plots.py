@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import learning_plots, plotting, step_cost, step_cost_plot
+from benchmarks.interleaving import Result
 from benchmarks.learning_methods import METHODS, REFERENCE
 from benchmarks.learning_streams import TARGET
 from benchmarks.methods import AGAINST
@@ -56,7 +57,7 @@ def bars(panel: Any) -> list[float]:
 
 
 def labels(panel: Any) -> list[str]:
-    return panel.get_legend_handles_labels()[1]
+    return [str(label) for label in panel.get_legend_handles_labels()[1]]
 
 
 def test_a_bar_is_a_ratio_of_the_stated_geometry(drawn: list[Any]) -> None:
@@ -85,6 +86,17 @@ def test_of_the_same_pair_the_later_file_counts(tmp_path: Path, drawn: list[Any]
     second = result(tmp_path / "2.json", summary=[ratio("plain_all", 1.0), ratio("opacus", 0.3, "W2")])
     assert step_cost_plot.main([first, second, "--plot", str(tmp_path / "cost.svg")]) == 0
     assert bars(drawn[0].axes[0]) == [1.0, 0.4, 0.3]
+
+
+def test_the_command_draws_the_first_geometry_that_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[Any]
+) -> None:
+    seconds = {f"{step_cost_plot.OURS}/sketch": 1.0, EXACT: 3.0, "top_k": 2.0, "plain_all": 4.0}
+    runs = [{"workload": "W1", "method": name, "median_s": s, "peak_bytes": 1} for name, s in seconds.items()]
+    monkeypatch.setattr(step_cost, "measure", lambda *_: Result(runs=runs))
+    arguments = [f"--json={tmp_path / 'cost.json'}", f"--plot={tmp_path / 'cost.svg'}", "--workloads=W1"]
+    assert step_cost.main([*arguments, "--geometry=sketch,exact"]) == 0
+    assert bars(drawn[0].axes[0]) == [0.25]
 
 
 def test_every_other_method_but_one_has_a_name_in_the_picture() -> None:
@@ -168,7 +180,7 @@ LEARNING: tuple[Main, str] = (learning_plots.main, "--plots=plots")
 
 
 @pytest.mark.parametrize(("main", "option"), [COST, LEARNING])
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"runs": []}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"runs": []}', '{"summary": [{}], "curves": [{}]}'])
 def test_a_file_that_is_no_result_is_named(
     main: Main, option: str, content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
