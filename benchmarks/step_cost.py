@@ -13,6 +13,8 @@ over the 8 steps that share it; scoring; quadratic program; update. Against it:
     opacus     the same with gradients from opacus' GradSampleModule
     dattri     dattri-llm's DataSelectionCallback: drops half of the pool by plain inner products
 
+Our step is measured by `--geometry`; with `exact` comes `top_k`, the same scores without redundancy and program.
+
 Every method runs in a process of its own, so that its peak memory is its own; repetitions are interleaved, the others
 waiting meanwhile. Before anything is timed, our scores, K and weighted gradient must equal autograd's to 1e-4, or
 nothing is; a peer that disagrees is reported with its error. What cannot be measured is reported with the reason.
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("argument --device: torch sees no CUDA device; set it to cpu")
     options = Options(
         parsed.workloads,
-        (*(GEOMETRIES[name] for name in parsed.geometry), "top_k"),
+        (*(GEOMETRIES[name] for name in parsed.geometry), *(("top_k",) if "exact" in parsed.geometry else ())),
         parsed.against,
         parsed.repeats,
         parsed.threads,
