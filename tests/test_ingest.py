@@ -272,9 +272,17 @@ def test_the_generator_of_malformed_values_has_a_line_for_each() -> None:
     assert not any(b"\n" in value for _, value in values)
 
 
+class SlowSource(ListSource):
+    """Lets other threads have their turn between two polls: one that never waits may be done before they look."""
+
+    def poll(self, timeout_s: float) -> list[Record]:
+        time.sleep(0.01)
+        return super().poll(timeout_s)
+
+
 def test_nothing_is_decided_after_reading_has_stopped() -> None:
     """A snapshot taken then is the last word: no record is dead-lettered again after a restart."""
-    source = ListSource(records_of([b"{"] * 5000), batch=10, finite=False)
+    source = SlowSource(records_of([b"{"] * 5000), batch=10, finite=False)
     with running(Service(source)) as service:
         wait_for(lambda: service.cursor.counts[Outcome.DEAD_LETTERED] > 0)
         service.ingest.stop_reading()
