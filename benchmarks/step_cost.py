@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks.agreement import Agreement, DisagreementError
 from benchmarks.interleaving import Options, Result, measure
-from benchmarks.methods import AGAINST, OURS
+from benchmarks.methods import AGAINST, GEOMETRIES
 from benchmarks.plotting import need_matplotlib, svg_file
 from benchmarks.processes import MissingError, start
 from benchmarks.reporting import OneLineParser, at_least_one, machine, names_of, say, table, writable_file, write_json
@@ -42,7 +42,6 @@ from benchmarks.step_cost_plot import draw
 from benchmarks.workloads import DEFAULT_WORKLOADS, WORKLOADS
 from stream_trainer.errors import SettingsError
 
-GEOMETRIES = {name.partition("/")[2]: name for name in OURS if "/" in name}
 DEFAULT_GEOMETRIES = ("exact", "sketch")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.methods import GEOMETRIES
 from benchmarks.plotting import SMALL, need_matplotlib, new_figure, read_rows, save, svg_file
 from benchmarks.reporting import OneLineParser, say
 from benchmarks.workloads import WORKLOADS, Workload
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("files", type=Path, nargs="+", metavar="FILE", help="results of benchmarks.step_cost")
     add("--plot", type=svg_file, required=True, metavar="OUT", help="where to write the picture, as SVG")
-    add("--geometry", choices=("exact", "rank_one", "sketch"), default="exact", help="of our step (exact)")
+    add("--geometry", choices=tuple(GEOMETRIES), default="exact", help="of our step (exact)")
     args = parser.parse_args(arguments)
     try:
         need_matplotlib("--plot", args.plot)

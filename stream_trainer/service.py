@@ -39,7 +39,7 @@ from stream_trainer.server import Health, Server
 from stream_trainer.settings import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.step import Learner
-from stream_trainer.target import make_target
+from stream_trainer.target import Target
 from stream_trainer.trainer import OnEvaluation, OnStep, Trainer
 from stream_trainer.waiting import ByClusters, Draws, InOrder
 
@@ -166,11 +166,13 @@ def make_learner(
         if selection.mask_path is not None:
             start_from(optimizer, selection.mask_path)
     generators = make_generators(settings.training.seed)
+    refresh = settings.target
+    target = Target(target_samples, refresh.refresh_steps, pad_id, refresh.refresh_samples, refresh.decay)
     return Learner(
         capture=capture,
         optimizer=optimizer,
         selector=make_selector(selection, generators),
-        target=make_target(settings.target, target_samples, pad_id) if selection.needs_target else None,
+        target=target if selection.needs_target else None,
         masking=masking,
         selection=selection,
         optimization=settings.optimizer,

@@ -103,10 +103,10 @@ def train_step(learner: Learner, pool: Sequence[Sample]) -> StepReport:
     refreshed = False
     if learner.target is not None:
         target, refreshed = learner.target.current(learner.capture)
-        if refreshed:
-            learner.projections = None
+    new_geometry = optimizer_steps(learner.optimizer) == learner.selection.settle_steps
+    if refreshed or new_geometry:
+        learner.projections = None
     clock.lap("target")
-    new_geometry = _geometry_is_new(learner)
     interaction = score(learner, samples, target)
     gradients = interaction.gradients
     utilities = tuple(interaction.rows_N.tolist()) if learner.selection.draw == "cluster_ucb" else None
@@ -141,18 +141,13 @@ def score(learner: Learner, samples: Sequence[Sample], target: Gradient) -> Inte
     geometry = current_geometry(learner.optimizer, capture.parameters, settings.settle_steps)
     gradients = capture.run(collate(samples, learner.pad_id))
     if settings.geometry == "sketch":
-        if learner.projections is None or _geometry_is_new(learner):
+        if learner.projections is None:
             generator = learner.generators["sketch"]
             learner.projections = project(target, geometry, generator, settings.sketch_width, capture.head)
         sketches = Sketches(learner.projections, geometry, capture.head)
         return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
     gram = rank_one_gram if settings.geometry == "rank_one" else PoolGradients.gram
     return Interaction(gradients, target, geometry, gram)
-
-
-def _geometry_is_new(learner: Learner) -> bool:
-    """Whether the second moment has settled with the last update."""
-    return optimizer_steps(learner.optimizer) == learner.selection.settle_steps
 
 
 def _draw(learner: Learner, num_samples: int) -> list[int]:

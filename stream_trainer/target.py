@@ -10,7 +10,6 @@ from torch import Tensor
 
 from stream_trainer.batches import micro_batches
 from stream_trainer.records import Sample
-from stream_trainer.settings import TargetSettings
 
 MICRO_BATCH = 16  # samples in one pass; bounds the memory, the result does not depend on it
 
@@ -82,8 +81,3 @@ class Target:
             return fresh
         share = max(1 - self.decay, 1 / (self.refreshes + 1))
         return {name: values.lerp_(fresh[name], share) for name, values in self.gradient.items()}
-
-
-def make_target(settings: TargetSettings, samples: Sequence[Sample], pad_id: int) -> Target:
-    """A target without a gradient yet."""
-    return Target(samples, settings.refresh_steps, pad_id, settings.refresh_samples, settings.decay)

@@ -13,12 +13,12 @@ from safetensors.numpy import save_file
 from benchmarks import scaling, step_cost
 from benchmarks.agreement import TOLERANCE, DisagreementError
 from benchmarks.interleaving import Options, measure
-from benchmarks.methods import AGAINST, OURS, UNCHECKED, make_method
+from benchmarks.methods import AGAINST, GEOMETRIES, OURS, UNCHECKED, make_method
 from benchmarks.methods.ours import Ours
 from benchmarks.methods.per_sample import Oracle
 from benchmarks.processes import Job, MissingError, start
 from benchmarks.reporting import table
-from benchmarks.step_cost import GEOMETRIES, as_json, report, summarise
+from benchmarks.step_cost import as_json, report, summarise
 from benchmarks.workloads import REFRESH_STEPS, WORKLOADS, pools
 
 EXACT, SKETCH = GEOMETRIES["exact"], GEOMETRIES["sketch"]

@@ -17,6 +17,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "filter_then_weight/sketch": ("ours.Ours", {"weigh": "filter_then_weight", "geometry": "sketch"}),
     "top_k": ("ours.Ours", {"weigh": "top_k"}),
 }
+GEOMETRIES = {name.partition("/")[2]: name for name in OURS if "/" in name}
 AGAINST: dict[str, tuple[str, dict[str, Any]]] = {
     "plain_all": ("plain.Plain", {"share": "pool"}),
     "plain_k": ("plain.Plain", {"share": "chosen"}),
