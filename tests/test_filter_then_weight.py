@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import cvxpy as cp
 import numpy as np
@@ -15,9 +16,10 @@ from gradient_selectors.filter_then_weight import (
     FilterThenWeight,
     Metric,
     Normalisation,
+    eliminate,
     line_search,
     matching_pursuit,
-    solve_on_simplex,
+    on_simplex,
     with_ridge,
 )
 from gradient_selectors.geometry import plain
@@ -59,6 +61,32 @@ def test_redundancy_moves_the_choice_away_from_top_k() -> None:
     assert decision.weights_N[0] == pytest.approx(float(decision.weights_N[1]), rel=1e-3)
     assert decision.redundancy is not None
     assert decision.redundancy > 0.05
+
+
+def test_copies_leave_their_places_to_what_they_would_hide() -> None:
+    """By `c_i w_i` both places went to copies, which share a coefficient, and the update knew one direction only."""
+    copies, others = [[3.0, 0, 0, 0]] * 4, [[0, 0.8, 0.1, 0], [0, 0.4, 0, 0.1]]
+    decision = method(chosen=2, survivors=6).decide(pool([*copies, *others]))
+    assert len([i for i in decision.chosen if i < 4]) == 1
+    assert len(decision.chosen) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_elimination_is_close_to_the_best_of_all_subsets(seed: int) -> None:
+    """Against every subset of four, each solved: near copies among the candidates, directions of unequal length."""
+    rng, solver = np.random.default_rng(seed), CoefficientSolver()
+    target = rng.normal(size=30)
+    rows = (rng.normal(size=(6, 30)) + 0.4 * target) * rng.uniform(0.3, 2.0, size=(6, 1))
+    rows = np.concatenate([rows, rows[[0]], rows[[0]] + 0.05 * rng.normal(size=(2, 30))])
+    hessian, linear = with_ridge(rows @ rows.T, 1e-3), rows @ target
+
+    def utility(subset: Sequence[int]) -> float:
+        part, reward = hessian[np.ix_(subset, subset)], linear[list(subset)]
+        weights = solver.solve(part, reward).weights
+        return float(reward @ weights - 0.5 * weights @ part @ weights)
+
+    kept = eliminate(hessian, linear, np.flatnonzero(solver.solve(hessian, linear).weights > 0), 4)
+    assert utility(kept.tolist()) >= 0.97 * max(utility(subset) for subset in combinations(range(9), 4))
 
 
 def test_at_most_k_are_chosen_and_weights_sum_to_one() -> None:
@@ -240,11 +268,11 @@ def test_the_simplex_is_solved_under_its_constraint(seed: int) -> None:
     rng = np.random.default_rng(seed)
     gradients = rng.normal(size=(5, 6)) * np.exp(rng.normal(size=(5, 1)))
     hessian, linear = gradients @ gradients.T, gradients @ (rng.normal(size=6) + 0.5)
-    weights = solve_on_simplex(CoefficientSolver(), hessian, linear, None).weights
+    weights = CoefficientSolver().solve(*on_simplex(hessian, linear)).weights
+    weights /= weights.sum()
     best = cp.Variable(5, nonneg=True)
     objective = 0.5 * cp.sum_squares(gradients.T @ best) - linear @ best
     cp.Problem(cp.Minimize(objective), [cp.sum(best) == 1]).solve(solver=cp.CLARABEL)
-    assert weights.sum() == pytest.approx(1)
     ours = 0.5 * weights @ hessian @ weights - linear @ weights
     assert ours <= objective.value + 1e-6 * abs(objective.value)
     assert (weights >= 0).all()

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,6 +34,8 @@ from gradient_selectors.interaction import Decision, Interaction, SolverReport
 Filter = Literal["first_order", "cosine", "nn_omp"]
 Metric = Literal["p_norm", "update", "greats"]
 Normalisation = Literal["mean_one", "natural", "simplex"]
+
+Indices = npt.NDArray[np.intp]
 
 PURSUIT_TOLERANCE = 1e-6  # of the first candidate's score
 
@@ -122,18 +125,23 @@ class FilterThenWeight:
         return [usable[i] for i in picked], gram[np.ix_(picked, picked)]
 
     def _weigh(self, gram: Matrix, linear: Vector) -> tuple[list[int], Solution]:
-        """Solve on all survivors, keep the k that carry most of the utility `c_i w_i`, and solve again on those."""
-        solution = self._solve(gram, linear)
-        kept = [i for i in np.argsort(-linear * solution.weights, kind="stable") if solution.weights[i] > 0]
-        if len(kept) <= self.chosen:
-            return sorted(kept), _restrict(solution, sorted(kept))
-        kept = sorted(kept[: self.chosen])
-        return kept, self._solve(gram[np.ix_(kept, kept)], linear[kept])
+        """Solve on all survivors, drop the most dispensable until k are left, and solve again on those."""
+        hessian, reward = self._program(gram, linear)
+        solution = self._solve(hessian, reward)
+        kept = eliminate(hessian, reward, np.flatnonzero(solution.weights > 0), self.chosen)
+        if (solution.weights > 0).sum() > len(kept):
+            solution = self._solve(hessian[np.ix_(kept, kept)], reward[kept])
+        else:
+            solution = replace(solution, weights=solution.weights[kept])
+        return kept.tolist(), solution
 
-    def _solve(self, gram: Matrix, linear: Vector) -> Solution:
-        if self.normalisation == "simplex":
-            return solve_on_simplex(self.solver, with_ridge(gram, self.ridge), linear, self.cap)
-        return self.solver.solve(gram, linear, self.ridge, self.cap)
+    def _program(self, gram: Matrix, linear: Vector) -> tuple[Matrix, Vector]:
+        """H and c of the program over non-negative coefficients."""
+        hessian = with_ridge(gram, self.ridge)
+        return on_simplex(hessian, linear) if self.normalisation == "simplex" else (hessian, linear)
+
+    def _solve(self, hessian: Matrix, linear: Vector) -> Solution:
+        return self.solver.solve(hessian, linear, cap=self.cap)
 
 
 def _sound(samples: list[int], gram: Matrix) -> tuple[list[int], Matrix]:
@@ -166,17 +174,31 @@ def matching_pursuit(gram: Matrix, linear: Vector, size: int, solver: Coefficien
     return picked
 
 
-def solve_on_simplex(solver: CoefficientSolver, hessian: Matrix, linear: Vector, cap: float | None) -> Solution:
-    """`min 1/2 w^T H w - c^T w` over `w >= 0` with a sum of 1.
+def on_simplex(hessian: Matrix, linear: Vector) -> tuple[Matrix, Vector]:
+    """The program whose solution, divided by its sum, is that of `min 1/2 w^T H w - c^T w` over `w >= 0` of sum 1.
 
     There, the objective is half of `w^T (H - c 1^T - 1 c^T + s 1 1^T) w` but for a constant. The shortest vector of a
     cone's section is found without the constraint: solve for the same matrix and a linear term of ones, then divide by
     the sum. Any s from `c^T H^-1 c` on keeps the matrix positive.
     """
     offset = 2 * linear @ np.linalg.lstsq(hessian, linear, rcond=None)[0]
-    shifted = hessian - linear[:, None] - linear[None, :] + offset
-    solution = solver.solve(shifted, np.ones(len(linear)), cap=cap)
-    return replace(solution, weights=solution.weights / solution.weights.sum())
+    return hessian - linear[:, None] - linear[None, :] + offset, np.ones(len(linear))
+
+
+def eliminate(hessian: Matrix, linear: Vector, candidates: Indices, size: int) -> Indices:
+    """Of `candidates`, the `size` that remain when again and again the one goes that is missed least.
+
+    Without candidate i, the others answering, the utility `c^T w - 1/2 w^T H w` is lower by half of
+    `w_i^2 / (H^-1)_ii` (Hassibi and Stork 1993, equation 5); one whose own coefficient has become negative goes first.
+    Of duplicates all but one go at no loss, where ranking by `c_i w_i` kept them and dropped what they hide.
+    """
+    kept = candidates
+    while len(kept) > size:
+        inverse = np.linalg.inv(hessian[np.ix_(kept, kept)])
+        weights = inverse @ linear[kept]
+        losses = np.where(weights > 0, weights**2 / np.diag(inverse), -np.inf)
+        kept = np.delete(kept, int(np.argmin(losses)))
+    return kept
 
 
 def line_search(quadratic: Interaction, rows_N: Tensor, weights_N: Tensor) -> float:
@@ -217,7 +239,3 @@ def redundancy(gram: Matrix, linear: Vector, weights: Vector) -> float:
 def _matrix(gram: Tensor) -> Matrix:
     matrix: Matrix = gram.cpu().numpy()
     return matrix
-
-
-def _restrict(solution: Solution, kept: list[int]) -> Solution:
-    return Solution(solution.weights[kept], solution.status, solution.seconds, solution.residual)
