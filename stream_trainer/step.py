@@ -139,15 +139,17 @@ def score(learner: Learner, samples: Sequence[Sample], target: Gradient) -> Inte
     """One forward and one backward pass over the samples, seen from the target as the settings ask."""
     settings, capture = learner.selection, learner.capture
     geometry = current_geometry(learner.optimizer, capture.parameters, settings.settle_steps)
-    gradients = capture.run(collate(samples, learner.pad_id))
+    batch = collate(samples, learner.pad_id)
     if settings.geometry == "sketch":
         if learner.projections is None:
             generator = learner.generators["sketch"]
             learner.projections = project(target, geometry, generator, settings.sketch_width, capture.head)
-        sketches = Sketches(learner.projections, geometry, capture.head)
+        head = learner.projections.get(capture.head or "")
+        gradients = capture.run(batch, None if head is None else head.direction)
+        sketches = Sketches(learner.projections, geometry)
         return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
     gram = rank_one_gram if settings.geometry == "rank_one" else PoolGradients.gram
-    return Interaction(gradients, target, geometry, gram)
+    return Interaction(capture.run(batch), target, geometry, gram)
 
 
 def _draw(learner: Learner, num_samples: int) -> list[int]:

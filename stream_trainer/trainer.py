@@ -7,10 +7,10 @@ random states durable together. What happened since the last checkpoint is recom
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
-from gradient_selectors.sketches import Projection
+from gradient_selectors.sketches import from_tensors, to_tensors
 
 from stream_trainer import __version__
 from stream_trainer.buffer import Buffer
@@ -191,7 +191,7 @@ class Trainer:
             "target": target.gradient if target is not None and target.gradient is not None else {},
             "draw": self.draws.state(),
             "mask": averages,
-            "sketch": _flat(self.learner.projections or {}),
+            "sketch": to_tensors(self.learner.projections or {}),
         }
         return TrainerState(
             step=self.step,
@@ -224,7 +224,8 @@ class Trainer:
         if masking is not None and state.extra.get("mask"):
             averages = {name: values.to(self.loaded.device) for name, values in _part(state, "mask").items()}
             masking.method.load_state(averages, state.extra["mask"])
-        self.learner.projections = _projections(_part(state, "sketch"), self.loaded.device)
+        sketch = {name: values.to(self.loaded.device) for name, values in _part(state, "sketch").items()}
+        self.learner.projections = from_tensors(sketch) or None  # without any they are made anew
         try:
             self.draws.load_state(_part(state, "draw"))
         except ValueError as error:
@@ -248,21 +249,3 @@ def _part(state: TrainerState, part: str) -> dict[str, torch.Tensor]:
     """The tensors of one stage, by the names it gave them."""
     prefix = f"{part}."
     return {name.removeprefix(prefix): values for name, values in state.tensors.items() if name.startswith(prefix)}
-
-
-def _flat(projections: Mapping[str, Projection]) -> dict[str, torch.Tensor]:
-    """Projections as tensors by `<field>.<parameter name>`."""
-    return {
-        f"{field.name}.{name}": getattr(projection, field.name)
-        for name, projection in projections.items()
-        for field in fields(Projection)
-    }
-
-
-def _projections(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Projection] | None:
-    """Inverse of `_flat`; None without any, so that they are made anew."""
-    names = [name.partition(".")[2] for name in tensors if name.startswith("target_kk.")]
-    return {
-        name: Projection(*(tensors[f"{field.name}.{name}"].to(device) for field in fields(Projection)))
-        for name in names
-    } or None

@@ -1,4 +1,4 @@
-"""Sketches: unbiased for the exact utilities under any preconditioner, heads projected during the pass, rest exact."""
+"""Sketches: exact utilities where the target has the rank, heads by the way of the pass, unbiased redundancy."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from gradient_selectors.capture import GradientCapture
 from gradient_selectors.geometry import Geometry, plain
 from gradient_selectors.gradients import _products
 from gradient_selectors.interaction import Interaction
-from gradient_selectors.sketches import Sketches, project
+from gradient_selectors.sketches import Sketches, from_tensors, low_rank, project, to_tensors
 from oracle import dense, make_batch, make_model, random_like, relative_error
 from pools import outer_pool
 from torch import Tensor
@@ -20,25 +20,74 @@ def seeded(seed: int) -> torch.Generator:
 
 def sketched(capture: GradientCapture, geometry: Geometry, target: dict[str, Tensor], seed: int) -> Interaction:
     projections = project(target, geometry, seeded(seed), width=8, head=capture.head)
-    sketches = Sketches(projections, geometry, capture.head)
-    return Interaction(capture.run(make_batch(LENGTHS)), target, geometry, sketches.gram, sketches.rows)
+    sketches = Sketches(projections, geometry)
+    head = projections.get(capture.head or "")
+    gradients = capture.run(make_batch(LENGTHS), None if head is None else head.direction)
+    return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
+
+
+def of_low_rank(like: dict[str, Tensor], rank: int, seed: int) -> dict[str, Tensor]:
+    """Every matrix of a low rank, vectors as they are."""
+    generator = seeded(seed)
+    return {
+        name: torch.randn(len(values), rank, generator=generator)
+        @ torch.randn(rank, values.shape[1], generator=generator)
+        if values.ndim == 2
+        else values
+        for name, values in like.items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2_tied", "gpt2", "gemma2_capped"])
-def test_utilities_are_unbiased_under_a_preconditioner_of_any_rank(kind: str) -> None:
-    """The fit of P has the wrong values; its mean error still vanishes, for the target is scaled the other way.
-
-    A head that is captured on its own path is left out.
-    """
+def test_utilities_are_exact_where_the_direction_has_the_rank(kind: str) -> None:
+    """Against dense gradients; P of rank one leaves the direction's rank as it is. Heads count, tied ones too."""
     model = make_model(kind)
     capture = GradientCapture(model)
-    preconditioner, target = random_like(capture, 5), random_like(capture, 6)
+    target = of_low_rank(random_like(capture, 6), 3, 6)
+    scales = {name: values.abs() + 0.1 for name, values in of_low_rank(random_like(capture, 5), 1, 5).items()}
+    preconditioner = {
+        n: v.abs().mean(1, keepdim=True) * v.abs().mean(0) if v.ndim == 2 else v for n, v in scales.items()
+    }
     oracle = dense(model, make_batch(LENGTHS))
-    covered = {name: values * float(name != capture.head) for name, values in target.items()}
-    exact_N = oracle.gradients.double() @ (oracle.flat(preconditioner) * oracle.flat(covered)).double()
-    draws = torch.stack([sketched(capture, preconditioner.__getitem__, target, seed).rows_N for seed in range(80)])
-    error = (draws - exact_N).norm(dim=1).mean()
-    assert (draws.double().mean(0) - exact_N).norm() < 0.25 * error
+    exact_N = oracle.gradients.double() @ (oracle.flat(preconditioner) * oracle.flat(target)).double()
+    found = sketched(capture, preconditioner.__getitem__, target, 0)
+    assert relative_error(found.rows_N.double(), exact_N) < 1e-3
+    assert found.rows_by_parameter.keys() == set(capture.parameters)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_tied"])
+def test_the_head_is_the_same_whether_the_pass_knew_its_direction(kind: str) -> None:
+    capture = GradientCapture(make_model(kind))
+    target = random_like(capture, 6)
+    projections = project(target, plain, seeded(0), width=8, head=capture.head)
+    sketches = Sketches(projections, plain)
+    assert capture.head is not None
+    batch, direction = make_batch(LENGTHS), projections[capture.head].direction
+    during, after = (sketches.rows(capture.run(batch, d), target, plain) for d in (direction, None))
+    torch.testing.assert_close(during, after, rtol=1e-4, atol=1e-6)
+    other = project(target, plain, seeded(1), width=8, head=capture.head)
+    stale = Sketches(other, plain).rows(capture.run(batch, direction), target, plain)
+    fresh = Sketches(other, plain).rows(capture.run(batch), target, plain)
+    torch.testing.assert_close(stale, fresh, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
+def test_the_direction_is_almost_the_best_of_its_rank(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=seeded(0)) @ torch.diag(0.9 ** torch.arange(shape[1]).float())
+    found = low_rank(matrix, 10, seeded(1))
+    best = float(torch.linalg.svdvals(matrix)[10:].norm())
+    assert float((found.left_pr @ found.right_dr.T - matrix).norm()) < 1.25 * best
+
+
+def test_projections_come_back_from_a_checkpoint() -> None:
+    capture = GradientCapture(make_model("qwen2_tied"))
+    target = random_like(capture, 6)
+    projections = project(target, plain, seeded(0), width=8, head=capture.head)
+    again = from_tensors({name: values.clone() for name, values in to_tensors(projections).items()})
+    gradients = capture.run(make_batch(LENGTHS))
+    before, after = Sketches(projections, plain), Sketches(again, plain)
+    torch.testing.assert_close(after.rows(gradients, target, plain), before.rows(gradients, target, plain))
+    torch.testing.assert_close(after.gram(gradients, [0, 2], plain), before.gram(gradients, [0, 2], plain))
 
 
 def test_the_head_is_left_out_of_the_gram_matrix_too() -> None:
@@ -70,10 +119,12 @@ def test_unequal_and_equal_lengths_are_contracted_alike() -> None:
         pool, rows = outer_pool(shapes, lengths)
         target = {"a.0.weight": torch.randn(24, 32, generator=seeded(1))}
         projections = project(target, plain, seeded(2), width=16)
-        sketches, projection = Sketches(projections, plain), projections["a.0.weight"]
-        projected = projection.left_pk.T @ rows["a.0.weight"] @ projection.right_dk
-        expected_N = projected.flatten(1) @ projection.target_kk.flatten()
-        torch.testing.assert_close(sketches.rows(pool, target, plain)["a.0.weight"], expected_N, rtol=1e-4, atol=1e-4)
+        projection = projections["a.0.weight"]
+        assert projection.left_pk is not None
+        assert projection.right_dk is not None
+        projected = (projection.left_pk.T @ rows["a.0.weight"] @ projection.right_dk)[[0, 2]].flatten(1)
+        found = Sketches(projections, plain).gram(pool, [0, 2], plain)
+        torch.testing.assert_close(found, (projected @ projected.T).double(), rtol=1e-4, atol=1e-4)
 
 
 def test_under_a_mask_everything_is_exact() -> None:

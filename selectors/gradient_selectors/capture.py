@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from gradient_selectors.factors import Factor, Segments
+from gradient_selectors.factors import Factor, LowRank, Segments
 from gradient_selectors.gradients import PoolGradients
 from gradient_selectors.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses, loss_rows
 from gradient_selectors.kinds import TOLERANCE, MakeFactors, Rows, recognise
@@ -117,9 +117,10 @@ class GradientCapture:
         """Name of the head's weight, if it is trainable and captured on its own path."""
         return None if self._head_module is None else self._names.get(id(self._head_module.weight))
 
-    def run(self, batch: Batch) -> PoolGradients:
+    def run(self, batch: Batch, head_direction: LowRank | None = None) -> PoolGradients:
         """One forward and one backward pass. Weights and their `.grad` are left as they are.
 
+        `head_direction`: a direction of `head` along which products are to be cheap: they are taken during the pass.
         Raises ValueError if a sample has no label after its first token.
         """
         batch = batch.to(self._device)
@@ -129,7 +130,11 @@ class GradientCapture:
         self._rows = _rows_of(batch)
         try:
             with self._frozen(), torch.enable_grad():
-                losses_N = self._through_chunked_head(batch) if self._head_module else self._through_logits(batch)
+                losses_N = (
+                    self._through_chunked_head(batch, head_direction)
+                    if self._head_module
+                    else self._through_logits(batch)
+                )
             return PoolGradients(losses_N, dict(self._factors), {n: p.shape for n, p in self.parameters.items()})
         finally:
             self._rows = None
@@ -144,14 +149,14 @@ class GradientCapture:
             head = Head(self._head_module.weight, self._head_module.bias)
             return head_losses(head, self._hidden(batch), batch.labels_NT)
 
-    def _through_chunked_head(self, batch: Batch) -> Tensor:
+    def _through_chunked_head(self, batch: Batch, direction: LowRank | None) -> Tensor:
         module = self._head_module
         assert module is not None
         with self._autocasting():
             hidden_NTd = self._hidden(batch)
             head = Head(module.weight, module.bias)
             with torch.no_grad():
-                losses_N, grad_NTd, rows = head_forward_backward(head, hidden_NTd.detach(), batch.labels_NT)
+                losses_N, grad_NTd, rows = head_forward_backward(head, hidden_NTd.detach(), batch.labels_NT, direction)
         if hidden_NTd.requires_grad:
             torch.autograd.backward([hidden_NTd], [grad_NTd])
         weight = HeadWeight(head, rows, self._autocast)

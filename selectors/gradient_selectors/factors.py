@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,22 @@ class Factor(Protocol):
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         """Rows `lo:hi` of the chosen samples' gradients, (n, hi - lo, ...) float32: the caller's to overwrite."""
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity: what was computed for one is valid for that one only
+class LowRank:
+    """A direction of a matrix's shape as `left right^T`, float32."""
+
+    left_pr: Tensor
+    right_dr: Tensor
+
+
+@runtime_checkable
+class MatrixFactor(Factor, Protocol):
+    """A contribution to a matrix, which knows a cheaper product with a direction of low rank."""
+
+    def along(self, direction: LowRank) -> Tensor:
+        """`<left right^T, g_i>` for each sample, (N,) float32: `2 R r (p + d)` operations for R rows and rank r."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,11 @@ class Outer:
             products_R = torch.linalg.vecdot((self.left_Rp @ u).float(), self.right_Rd.float())
         return self.segments.sum(products_R)
 
+    def along(self, direction: LowRank) -> Tensor:
+        left_Rr = self.left_Rp @ direction.left_pr.to(self.left_Rp.dtype)
+        right_Rr = self.right_Rd @ direction.right_dr.to(self.right_Rd.dtype)
+        return self.segments.sum(torch.linalg.vecdot(left_Rr.float(), right_Rr.float()))
+
     def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
         samples = nonzero_samples(weights_N)
         left = self.segments.gather(self.left_Rp, samples)
@@ -140,6 +161,10 @@ class Lookup:
 
     def dot(self, u: Tensor) -> Tensor:
         return self.segments.sum(torch.linalg.vecdot(u[self.ids_R].float(), self.grads_Rd.float()))
+
+    def along(self, direction: LowRank) -> Tensor:
+        right_Rr = self.grads_Rd @ direction.right_dr.to(self.grads_Rd.dtype)
+        return self.segments.sum(torch.linalg.vecdot(direction.left_pr[self.ids_R], right_Rr.float()))
 
     def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
         samples = nonzero_samples(weights_N)

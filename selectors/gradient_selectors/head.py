@@ -6,13 +6,13 @@ instead of being kept: that costs one more matmul for each use and holds R + chu
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradient_selectors.factors import Segments, nonzero_samples
+from gradient_selectors.factors import LowRank, Segments, nonzero_samples
 
 IGNORE = -100
 CHUNK_ELEMENTS = 8_000_000  # logits held at once: 32 MB in float32; larger chunks were not faster on two cores
@@ -39,6 +39,8 @@ class HeadRows:
         labels_R: the token each of them predicts.
         scale_R: one over the number of such positions in the sample: the loss of a sample is its mean.
         normaliser_R: log of the sum of the exponentials of the logits.
+        direction: what the pass was told to take products along, if anything.
+        products_R: each position's share of those products.
     """
 
     hidden_Rd: Tensor
@@ -46,6 +48,8 @@ class HeadRows:
     scale_R: Tensor
     normaliser_R: Tensor
     segments: Segments
+    direction: LowRank | None = None
+    products_R: Tensor | None = None
 
     def chunks(self, vocabulary: int) -> Iterator[slice]:
         step = max(1, CHUNK_ELEMENTS // vocabulary)
@@ -75,8 +79,12 @@ def head_losses(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> Tensor:
     return _mean_within_samples(token_loss_R, rows)
 
 
-def head_forward_backward(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> tuple[Tensor, Tensor, HeadRows]:
+def head_forward_backward(
+    head: Head, hidden_NTd: Tensor, labels_NT: Tensor, direction: LowRank | None = None
+) -> tuple[Tensor, Tensor, HeadRows]:
     """Losses, the gradient of their sum with respect to the hidden states, and what weight gradients need later.
+
+    Products of the weight gradients with `direction` are taken while the output gradients are there.
 
     Returns:
         losses_N: mean loss of each sample (nats per token), float32; NaN for a sample without any label.
@@ -84,6 +92,8 @@ def head_forward_backward(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> 
         rows: the positions that carry loss.
     """
     rows = _head_rows(hidden_NTd, labels_NT)
+    if direction is not None:
+        rows = replace(rows, direction=direction, products_R=torch.empty_like(rows.scale_R))
     token_loss_R = torch.empty_like(rows.scale_R)
     grad_Rd = torch.empty_like(rows.hidden_Rd)
     for chunk in rows.chunks(head.weight.shape[0]):
@@ -93,6 +103,8 @@ def head_forward_backward(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> 
         token_loss_R[chunk] = rows.normaliser_R[chunk] - picked_R
         errors_RV = _errors(logits_RV, rows, chunk)
         grad_Rd[chunk] = F.linear(errors_RV, head.weight.T).to(grad_Rd.dtype)
+        if direction is not None and rows.products_R is not None:
+            rows.products_R[chunk] = _along(errors_RV, rows.hidden_Rd[chunk], direction)
     grad_NTd = torch.zeros_like(hidden_NTd)
     grad_NTd[loss_rows(labels_NT)[0]] = grad_Rd
     return _mean_within_samples(token_loss_R, rows), grad_NTd, rows
@@ -119,6 +131,13 @@ def _errors(logits_RV: Tensor, rows: HeadRows, chunk: slice) -> Tensor:
     return errors_RV.mul_(rows.scale_R[chunk, None])
 
 
+def _along(errors_RV: Tensor, hidden_Rd: Tensor, direction: LowRank) -> Tensor:
+    left_Rr = errors_RV @ direction.left_pr.to(errors_RV.dtype)
+    right_Rr = hidden_Rd @ direction.right_dr.to(hidden_Rd.dtype)
+    products_R: Tensor = torch.linalg.vecdot(left_Rr.float(), right_Rr.float())
+    return products_R
+
+
 @dataclass(frozen=True)
 class HeadWeight:
     """Factor of the head's weight: `errors_i^T hidden_i`, the errors computed again for each chunk of rows."""
@@ -141,6 +160,15 @@ class HeadWeight:
         for errors_RV, chunk, rows in self._error_chunks(samples):
             projected_Rd = errors_RV @ u.to(errors_RV.dtype)
             products_R[chunk] = torch.linalg.vecdot(projected_Rd.float(), rows.hidden_Rd[chunk].float())
+        return self.rows.segments.sum(products_R)
+
+    def along(self, direction: LowRank) -> Tensor:
+        """Free for the direction that the pass knew; for another one, the errors are computed again."""
+        if direction is self.rows.direction and self.rows.products_R is not None:
+            return self.rows.segments.sum(self.rows.products_R)
+        products_R = torch.empty_like(self.rows.scale_R)
+        for errors_RV, chunk, rows in self._error_chunks(range(self.rows.segments.num_samples)):
+            products_R[chunk] = _along(errors_RV, rows.hidden_Rd[chunk], direction)
         return self.rows.segments.sum(products_R)
 
     def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
