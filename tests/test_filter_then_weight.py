@@ -65,9 +65,11 @@ def test_redundancy_moves_the_choice_away_from_top_k() -> None:
 
 def test_copies_leave_their_places_to_what_they_would_hide() -> None:
     """By `c_i w_i` both places went to copies, which share a coefficient: 0.25 each, and 0.20 for what adds to them."""
-    decision = method(chosen=2, survivors=5).decide(pool([*[[3.0, 0, 0, 0]] * 4, [0, 0.4, 0, 0.1]]))
-    assert len(decision.chosen) == 2
-    assert decision.chosen[1] == 4
+    candidates = pool([*[[3.0, 0, 0, 0]] * 4, [0, 0.4, 0, 0.1]])
+    for ridge in (1e-4, 0.0):
+        decision = replace(method(chosen=2, survivors=5), ridge=ridge).decide(candidates)
+        assert len(decision.chosen) == 2
+        assert decision.chosen[1] == 4
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -38,6 +38,7 @@ Normalisation = Literal["mean_one", "natural", "simplex"]
 Indices = npt.NDArray[np.intp]
 
 PURSUIT_TOLERANCE = 1e-6  # of the first candidate's score
+JITTER = 1e-8  # of a candidate's own K_ii: copies have no inverse without a ridge
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ def eliminate(hessian: Matrix, linear: Vector, candidates: Indices, size: int) -
     Of duplicates all but one go at no loss, where ranking by `c_i w_i` kept them and dropped what they hide.
     """
     kept = candidates
+    hessian = hessian + np.diag(JITTER * np.diag(hessian))
     while len(kept) > size:
         inverse = np.linalg.inv(hessian[np.ix_(kept, kept)])
         weights = inverse @ linear[kept]
