@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--steps", default="0,20,100", help="updates after which to measure (0,20,100)")
     parser.add_argument("--pools", type=int, default=3, help="pools measured each time (3)")
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens per sample (128)")
-    parser.add_argument("--settle-steps", type=int, default=10, help="updates before Adam's geometry is used (10)")
+    parser.add_argument("--settle-steps", type=int, default=1, help="updates before Adam's geometry is used (1)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
     parser.add_argument("--seed", type=int, default=0, help="of the stream (0)")
     args = parser.parse_args()
