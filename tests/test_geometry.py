@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from gradient_selectors.geometry import adam_geometry, adam_preconditioner, anticipated, optimizer_steps
+from gradient_selectors.geometry import (
+    adam_geometry,
+    adam_preconditioner,
+    anticipated,
+    at_rows,
+    optimizer_steps,
+    plain,
+)
 
 BETAS, EPS, RATE = (0.9, 0.99), 1e-8, 1e-2
 
@@ -86,6 +93,22 @@ def test_parameters_without_state_are_plain() -> None:
     weight, optimizer, _ = trained(0)
     assert adam_geometry(optimizer, {"weight": weight})("weight") is None
     assert optimizer_steps(optimizer) == 0
+
+
+def test_some_rows_have_the_geometry_that_they_have_among_all() -> None:
+    """The usual size of a gradient is that of the whole parameter, also where rows have had none."""
+    weight = torch.nn.Parameter(torch.ones(6, 3))
+    optimizer = torch.optim.AdamW([weight], lr=RATE, betas=BETAS, eps=EPS)
+    weight.grad = torch.arange(18.0).view(6, 3).mul_(torch.tensor([1.0, 0, 1, 1, 0, 1])[:, None])
+    optimizer.step()
+    geometry, rows = adam_geometry(optimizer, {"weight": weight}), torch.tensor([1, 3, 5])
+    whole = geometry("weight")
+    assert whole is not None
+    assert whole[1].tolist() == [0, 0, 0]
+    for source in (geometry, lambda _name: whole):
+        torch.testing.assert_close(at_rows(source, "weight", rows), whole[rows], rtol=1e-6, atol=0)
+        assert torch.equal(at_rows(source, "weight", None), whole)
+    assert at_rows(plain, "weight", rows) is None
 
 
 def test_a_warm_up_from_zero_keeps_the_geometry() -> None:

@@ -27,11 +27,10 @@ def rank_one_gram(gradients: PoolGradients, samples: Sequence[int], geometry: Ge
     """K under `P ~ x y^T`, (n, n) float64."""
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
     for name, factors in gradients.factors.items():
-        preconditioner = geometry(name)
         outers = [factor for factor in factors if isinstance(factor, Outer)]
-        scales = _scales(name, gradients.shapes[name], preconditioner) if len(outers) == len(factors) else None
+        scales = _scales(name, gradients.shapes[name], geometry) if len(outers) == len(factors) else None
         if scales is None:
-            gram += gradients.gram_of(name, samples, preconditioner)
+            gram += gradients.gram_of(name, samples, geometry)
         else:
             gram += _exact_products(_scaled(outers, samples, *(scale.sqrt() for scale in scales)))
     return gram
@@ -64,10 +63,11 @@ def ghost_gram(factor: Outer) -> Tensor:
     return gram
 
 
-def _scales(name: str, shape: torch.Size, preconditioner: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def _scales(name: str, shape: torch.Size, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
     """The scales x and y of a matrix that may be approximated, else None."""
     if len(shape) != 2 or ".lora_" in name:
         return None
+    preconditioner = geometry(name)
     if preconditioner is None:
         return torch.ones(shape[0]), torch.ones(shape[1])
     return rank_one(preconditioner)

@@ -16,6 +16,8 @@ P does not factor, so Gram matrices under it need gradients written out. `rank_o
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,44 +49,60 @@ def adam_preconditioner(exp_avg_sq: Tensor, step: int, lr: float, betas: tuple[f
     return values.masked_fill_(exp_avg_sq == 0, 0) if bool(exp_avg_sq.min() == 0) else values
 
 
-def anticipated(exp_avg_sq: Tensor, step: int, beta2: float) -> Tensor:
+def anticipated(exp_avg_sq: Tensor, step: int, beta2: float, rows: Tensor | None = None) -> Tensor:
     """The second moment after one more gradient of the usual size, `b2 v + (1 - b2) mean(v / (1 - b2^t))`, float32.
 
     Corrected for bias as `exp_avg_sq` at `step` is. The usual size is the mean over weights that have had a gradient;
-    the others stay at zero.
+    the others stay at zero. With `rows`, of those rows only.
     """
     values = exp_avg_sq.float()
-    if bool(values.min() == 0):
-        known = values != 0
-        usual = values.sum() / known.sum().clamp(min=1)
-    else:
-        known, usual = None, values.mean()
+    usual = values.sum() / values.count_nonzero().clamp(min=1)
+    if rows is not None:
+        values = values[rows]
     correction = (1 - beta2**step) / (1 - beta2 ** (step + 1))
     after = (values * (beta2 * correction)).add_(usual * ((1 - beta2) / (1 - beta2**step) * correction))
-    return after if known is None else after.mul_(known)
+    # Most parameters have no such weight, and looking for one is cheaper than a mask that changes nothing.
+    return after.mul_(values != 0) if bool(values.min() == 0) else after
 
 
-def adam_geometry(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> Geometry:
+@dataclass(frozen=True, eq=False)
+class AdamGeometry:
     """P from the anticipated state of a torch Adam or AdamW; parameters without state yet get the plain P = 1.
 
     Learning rates count relative to the largest one, so a warm-up that starts at zero does not erase the geometry.
     P is computed at each call: keeping it would cost as much memory as the weights.
     """
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    top_rate = max(group["lr"] for group in optimizer.param_groups) or 1.0
 
-    def preconditioner(name: str) -> Tensor | None:
-        parameter = parameters[name]
-        state = optimizer.state.get(parameter)
+    parameters: Mapping[str, Tensor]
+    states: Mapping[Tensor, Mapping[str, Tensor]]
+    groups: Mapping[int, Mapping[str, Any]]  # by the identity of a parameter
+    top_rate: float
+
+    def __call__(self, name: str, rows: Tensor | None = None) -> Tensor | None:
+        parameter = self.parameters[name]
+        state = self.states.get(parameter)
         if not state:
             return None
-        group = groups[id(parameter)]
-        lr = group["lr"] / top_rate if group["lr"] else 1.0
+        group = self.groups[id(parameter)]
+        lr = group["lr"] / self.top_rate if group["lr"] else 1.0
         step = int(state["step"])
-        second = anticipated(state["exp_avg_sq"], step, group["betas"][1])
+        second = anticipated(state["exp_avg_sq"], step, group["betas"][1], rows)
         return adam_preconditioner(second, step, lr, group["betas"], group["eps"])
 
-    return preconditioner
+
+def adam_geometry(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> AdamGeometry:
+    """The geometry of an optimizer's current state."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    top_rate = max(group["lr"] for group in optimizer.param_groups) or 1.0
+    return AdamGeometry(parameters, optimizer.state, groups, top_rate)
+
+
+def at_rows(geometry: Geometry, name: str, rows: Tensor | None) -> Tensor | None:
+    """P of some rows of a parameter, or of all. A pool's tokens touch few of a large table's."""
+    if isinstance(geometry, AdamGeometry):
+        return geometry(name, rows)
+    values = geometry(name)
+    return values if values is None or rows is None else values[rows]
 
 
 def squared(geometry: Geometry) -> Geometry:

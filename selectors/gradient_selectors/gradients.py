@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor
 
 from gradient_selectors.factors import Factor, Lookup
-from gradient_selectors.geometry import Geometry
+from gradient_selectors.geometry import Geometry, at_rows
 
 # Of written-out gradients held at once: 16 MB in float32, which stays in the cache of the processor while it is scaled
 # and multiplied, and which the allocator reuses. Chunks four times as large took a third longer.
@@ -58,11 +58,6 @@ class PoolGradients:
         """Names of the layers that hold the trainable parameters, in the model's order."""
         return tuple(dict.fromkeys(layer_of(name) for name in self.shapes))
 
-    @torch.no_grad()
-    def dots_of(self, name: str, direction: Tensor) -> Tensor:
-        """`<u, g_i>` within one parameter that has factors, (N,) float32."""
-        return torch.stack([factor.dot(direction) for factor in self.factors[name]]).sum(0)
-
     def gram(self, samples: Sequence[int], geometry: Geometry) -> Tensor:
         """`K_ij = <g_i, P g_j>` of the given samples, (n, n) float64, exact for any element-wise P.
 
@@ -71,17 +66,39 @@ class PoolGradients:
         """
         gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.losses_N.device)
         for name in self.factors:
-            gram += self.gram_of(name, samples, geometry(name))
+            gram += self.gram_of(name, samples, geometry)
         return gram
 
     @torch.no_grad()
-    def gram_of(self, name: str, samples: Sequence[int], preconditioner: Tensor | None) -> Tensor:
-        """One parameter's share of `gram`, (n, n) float64; `preconditioner` is its P, or None for P = 1."""
-        factors, num_rows = self.factors[name], self.shapes[name][0]
-        if all(isinstance(factor, Lookup) for factor in factors):
-            factors, preconditioner, num_rows = _touched_rows(factors, preconditioner)
+    def gram_of(self, name: str, samples: Sequence[int], geometry: Geometry) -> Tensor:
+        """One parameter's share of `gram`, (n, n) float64."""
+        factors, rows = self._touched(name)
+        preconditioner = at_rows(geometry, name, rows)
         root = None if preconditioner is None else preconditioner.sqrt()
+        num_rows = self.shapes[name][0] if rows is None else len(rows)
         return written_gram(factors, samples, num_rows, self.shapes[name][1:].numel(), root)
+
+    @torch.no_grad()
+    def rows_of(self, name: str, target: Gradient, geometry: Geometry) -> Tensor:
+        """`<g_i, P G_target>` within one parameter that has factors, (N,) float32."""
+        factors, rows = self._touched(name)
+        values, preconditioner = target[name], at_rows(geometry, name, rows)
+        direction = values if rows is None else values[rows]
+        if preconditioner is not None:
+            direction = preconditioner * direction
+        return torch.stack([factor.dot(direction) for factor in factors]).sum(0)
+
+    def _touched(self, name: str) -> tuple[Sequence[Factor], Tensor | None]:
+        """A parameter's factors; those of a table of embeddings reduced to the rows that the pool's tokens touch.
+
+        All others have no gradient. At 49,152 tokens, P of the whole table took an eighth of a step.
+        """
+        factors = self.factors[name]
+        lookups = [factor for factor in factors if isinstance(factor, Lookup)]
+        if len(lookups) < len(factors):
+            return factors, None
+        rows = torch.unique(torch.cat([lookup.ids_R for lookup in lookups]))
+        return [lookup.compact(rows) for lookup in lookups], rows
 
     @torch.no_grad()
     def weighted_gradient_of(self, name: str, weights: Tensor) -> Tensor:
@@ -119,7 +136,7 @@ RowsMode = Callable[[PoolGradients, Gradient, Geometry], dict[str, Tensor]]
 
 def exact_rows(gradients: PoolGradients, target: Gradient, geometry: Geometry) -> dict[str, Tensor]:
     """`<g_i, P G_target>` within each parameter, (N,) float32 each; as much work as a forward pass."""
-    return {name: gradients.dots_of(name, preconditioned(target, geometry, name)) for name in gradients.factors}
+    return {name: gradients.rows_of(name, target, geometry) for name in gradients.factors}
 
 
 def preconditioned(gradient: Gradient, geometry: Geometry, name: str) -> Tensor:
@@ -163,11 +180,3 @@ def _products(flat_nm: Tensor) -> Tensor:
     blocks = flat_nm[:, :whole].view(len(flat_nm), -1, BLOCK_COLUMNS).transpose(0, 1) if whole else None
     products = (rest @ rest.T).double()
     return products if blocks is None else products.add_((blocks @ blocks.mT).double().sum(0))
-
-
-def _touched_rows(factors: Sequence[Factor], preconditioner: Tensor | None) -> tuple[list[Factor], Tensor | None, int]:
-    """An embedding table reduced to the rows that the pool's tokens touch: all others have no gradient."""
-    lookups = [factor for factor in factors if isinstance(factor, Lookup)]
-    rows = torch.unique(torch.cat([lookup.ids_R for lookup in lookups]))
-    reduced: list[Factor] = [lookup.compact(rows) for lookup in lookups]
-    return reduced, None if preconditioner is None else preconditioner[rows], len(rows)

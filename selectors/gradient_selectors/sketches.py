@@ -94,7 +94,7 @@ class Sketches:
             if projection is not None and matrices:
                 rows[name] = torch.stack([factor.along(projection.direction) for factor in matrices]).sum(0)
             else:
-                rows[name] = gradients.dots_of(name, preconditioned(target, geometry, name))
+                rows[name] = gradients.rows_of(name, target, geometry)
         return rows
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class Sketches:
                 flat_nK = torch.stack([_sketch(outer, samples, projection) for outer in outers]).sum(0).flatten(1)
                 gram += (flat_nK @ flat_nK.T).double()
             elif projection is None or projection.left_pk is not None:  # else it is the head
-                gram += gradients.gram_of(name, samples, geometry(name))
+                gram += gradients.gram_of(name, samples, geometry)
         return gram
 
 
