@@ -5,7 +5,7 @@
     top_k                         the best 4 by first order, equal weights: no redundancy term
     greedy                        first order minus redundancy, sample by sample, equal weights
     filter_then_weight            the service's default
-    ...+sketch                    utilities and redundancy from random projections
+    ...+sketch                    utilities at low rank, redundancy from random projections
     ...+cluster_ucb               by sketches; a bandit draws 6 of 256 that wait; 128 come in for each step
     ...+gast                      each layer draws 2 of the chosen; three controls draw at random or take the best
     ...+dual_sft                  5 % of the weights may move

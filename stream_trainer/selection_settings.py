@@ -103,7 +103,7 @@ class SelectionSettings(Section):
     """How utilities and redundancy are computed: `exact`; `rank_one` fits Adam's geometry for the redundancy; `sketch`
     takes utilities from the target's direction at low rank and redundancy from random projections, in a fraction of
     the time."""
-    sketch_width: Annotated[int, Field(ge=2)] = 32
+    sketch_width: Annotated[int, Field(ge=2)] = 16
     """Rank of the target's direction in a matrix, and rows and columns that stand for it, under `geometry: sketch`."""
     ridge: NonNegative = 1e-3
     """Regularisation of the quadratic program, relative to the mean of K's diagonal."""
