@@ -4,8 +4,8 @@ For every seed, the level is the test loss with which uniform ended on that stre
 at which its curve first falls to the level, between two evaluations by a straight line; the ratio is that over what
 uniform itself needed, read off its curve in the same way. Of the seeds' ratios the median counts, and a seed that never
 reached the level counts as infinite: if that makes the median infinite, it is None. So is a ratio without a reference,
-and one to a uniform that ended no better than it began. The loss on the retention file is read at the same level, too:
-what is forgotten compares at equal test loss only.
+and one to a uniform that ended no better than it began. The loss on the retention file is read at the same level, too,
+and where the target's loss is what uniform's ended at: what is forgotten compares at equal loss only.
 """
 
 import math
@@ -27,13 +27,13 @@ Curve = Mapping[str, Any]
 """A finished run: `tier`, `stream`, `target_share` (percent), `method`, `seed`, and `points`, one an evaluation."""
 
 
-def needed(points: Sequence[Mapping[str, Any]], amount: str, level: float) -> float | None:
-    """The `amount` at which the test loss first falls to `level`; None if it never does."""
-    if points[0]["test"] <= level:
+def needed(points: Sequence[Mapping[str, Any]], amount: str, level: float, loss: str = "test") -> float | None:
+    """The `amount` at which a loss first falls to `level`; None if it never does."""
+    if points[0][loss] <= level:
         return float(points[0][amount])
     for before, after in pairwise(points):
-        if after["test"] <= level:
-            part = (before["test"] - level) / (before["test"] - after["test"])
+        if after[loss] <= level:
+            part = (before[loss] - level) / (before[loss] - after[loss])
             return float(before[amount] + part * (after[amount] - before[amount]))
     return None
 
@@ -87,15 +87,16 @@ def _row(group: Sequence[Curve], references: Mapping[tuple[Any, ...], Curve]) ->
         "seeds": len(group),
         "final_loss": fmean(end["test"] for end in ends),
         "retention_loss": fmean(end["retention"] for end in ends),
-        "retention_at_level": _mean([_retention_at_level(curve, reference) for curve, reference in compared]),
+        "retention_at_level": _mean([_retention(curve, reference, "test") for curve, reference in compared]),
+        "retention_at_target": _mean([_retention(curve, reference, "target") for curve, reference in compared]),
         **ratios,
         "steps": median(end["step"] for end in ends),
         "reached": sum(math.isfinite(value) for value in reached),
     }
 
 
-def _retention_at_level(curve: Curve, reference: Curve) -> float | None:
-    return needed(curve["points"], "retention", reference["points"][-1]["test"])
+def _retention(curve: Curve, reference: Curve, loss: str) -> float | None:
+    return needed(curve["points"], "retention", reference["points"][-1][loss], loss)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

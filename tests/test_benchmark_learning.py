@@ -192,6 +192,7 @@ def points(losses: Sequence[float], samples: int, scored: int, seconds: float) -
             "seconds": seconds * i,
             "cpu_seconds": 2 * seconds * i,
             "test": loss,
+            "target": loss / 2,
             "retention": 2.0 + i,
             "domains": {TARGET: i, "tools": i},
         }
@@ -211,6 +212,7 @@ def test_what_is_needed_lies_between_two_evaluations() -> None:
     assert needed(found, "trained", 1.0) == 8.0
     assert needed(found, "trained", 0.9) is None
     assert needed(found, "trained", 3.0) == 0.0
+    assert needed(found, "trained", 0.75, loss="target") == pytest.approx(6.0)
 
 
 def test_the_first_crossing_counts() -> None:
@@ -237,6 +239,7 @@ def test_ratios_are_to_uniform_on_the_same_seed() -> None:
     assert ours["retention_loss"] == pytest.approx(3.0)
     assert ours["retention_at_level"] is not None
     assert ours["retention_at_level"] < 3.0, "read where the level was reached, before the end"
+    assert ours["retention_at_target"] == pytest.approx(ours["retention_at_level"]), "half of the same loss"
 
 
 @pytest.mark.parametrize(("missed", "expected"), [(1, 0.5), (2, None)])
