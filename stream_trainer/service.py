@@ -187,7 +187,9 @@ def make_draws(settings: Settings, buffer: Buffer, loaded: LoadedModel, target_s
     if selection.draw == "all":
         return InOrder(buffer, selection.pool_size, wait_s)
     features = EmbeddingFeatures.of_model(loaded.model)
-    bandit = ClusterUcb(stream_options(selection.cluster_ucb), settings.training.seed, features.centre(target_samples))
+    bandit = ClusterUcb(
+        stream_options(selection.cluster_ucb, selection.chosen), settings.training.seed, features.centre(target_samples)
+    )
     return ByClusters(
         buffer=buffer,
         bandit=bandit,

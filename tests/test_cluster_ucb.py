@@ -309,6 +309,25 @@ def test_stream_draws_are_distinct_and_as_many_as_asked(thompson: bool) -> None:
 
 
 @pytest.mark.parametrize("thompson", [False, True])
+def test_the_best_arm_leaves_slots_to_the_next(thompson: bool) -> None:
+    """But none empty: where one arm alone has samples, it fills them all."""
+    options = StreamOptions(num_clusters=4, explore=0.0, thompson=thompson, per_arm=4)
+    policy, kinds = ClusterUcb(options, 0, KINDS[2]), torch.arange(4).repeat(10)
+    policy.draw(KINDS[kinds], 4)
+    arms_K = policy.clusters.assign(KINDS)
+    policy.observe(arms_K[kinds], torch.tensor([-1.0, 0.5, 2.0, -0.5])[kinds])
+    drawn = policy.draw(KINDS[kinds], 6).arms_n
+    assert drawn.bincount(minlength=4)[arms_K[2]] == 4
+    if not thompson:
+        assert drawn.bincount(minlength=4)[arms_K[1]] == 2, "the next best has the rest"
+    assert policy.draw(KINDS[kinds[kinds == 2]], 6).arms_n.tolist() == [int(arms_K[2])] * 6
+    most = replace(options, per_arm=None)
+    free = ClusterUcb(most, 0, KINDS[2])
+    free.load_state(policy.state())
+    assert thompson or free.draw(KINDS[kinds], 6).arms_n.tolist() == [int(arms_K[2])] * 6
+
+
+@pytest.mark.parametrize("thompson", [False, True])
 def test_an_interrupted_stream_goes_on_bit_for_bit(thompson: bool) -> None:
     options, steps = replace(OPTIONS, thompson=thompson, memory=0.98), stream_of(1, 40)
     whole, first = (ClusterUcb(options, 0, torch.ones(4)) for _ in range(2))
