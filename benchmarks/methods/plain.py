@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.methods.common import Answers, Bench, seconds_of
 from benchmarks.workloads import Workload
 
-STEPS = 4  # timed together: the first after a pause was up to half as slow again
+STEPS = 4  # timed together: the first after a pause took up to half as long again
 
 
 class Plain:
