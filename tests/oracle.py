@@ -65,7 +65,7 @@ def dense(model: Any, batch: Batch) -> Dense:
     for i, length in enumerate(batch.lengths):
         ids, labels = batch.input_ids_NT[i : i + 1, :length], batch.labels_NT[i, :length]
         logits = model(input_ids=ids, use_cache=False).logits[0]
-        loss = F.cross_entropy(logits[:-1].float(), labels[1:])
+        loss = F.cross_entropy(logits[:-1].to(torch.promote_types(logits.dtype, torch.float32)), labels[1:])
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), grads, strict=True)]
         rows.append(torch.cat([g.flatten() for g in filled]))
