@@ -27,12 +27,16 @@ def rank_one_gram(gradients: PoolGradients, samples: Sequence[int], geometry: Ge
     """K under `P ~ x y^T`, (n, n) float64."""
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
     for name, factors in gradients.factors.items():
-        outers = [factor for factor in factors if isinstance(factor, Outer)]
-        scales = _scales(name, gradients.shapes[name], geometry) if len(outers) == len(factors) else None
-        if scales is None:
+        shape, outers = gradients.shapes[name], [factor for factor in factors if isinstance(factor, Outer)]
+        if len(outers) < len(factors) or len(shape) != 2 or ".lora_" in name:
             gram += gradients.gram_of(name, samples, geometry)
-        else:
+            continue
+        preconditioner = geometry(name)
+        scales = _scales(shape, preconditioner)
+        if scales is not None:
             gram += _exact_products(_scaled(outers, samples, *(scale.sqrt() for scale in scales)))
+        elif preconditioner is not None:
+            gram += written.written_gram(outers, samples, *shape, preconditioner.sqrt())
     return gram
 
 
@@ -63,11 +67,8 @@ def ghost_gram(factor: Outer) -> Tensor:
     return gram
 
 
-def _scales(name: str, shape: torch.Size, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
-    """The scales x and y of a matrix that may be approximated, else None."""
-    if len(shape) != 2 or ".lora_" in name:
-        return None
-    preconditioner = geometry(name)
+def _scales(shape: torch.Size, preconditioner: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The scales x and y of a matrix, or None where P has no rank-one fit."""
     if preconditioner is None:
         return torch.ones(shape[0]), torch.ones(shape[1])
     return rank_one(preconditioner)

@@ -249,8 +249,9 @@ class ClusterUcb:
         """`count` of the samples by their arms' index; those of one arm in the order they come, which is random."""
         index_K, per_arm = self.index_K(), self._options.per_arm or count
         if not self._options.thompson:
-            order = np.argsort(-index_K[arms_M[samples].numpy()], kind="stable")
-            late = _ranks_within(arms_M[samples].numpy()[order]) >= per_arm
+            arms_m: Numbers = arms_M[samples].numpy()
+            order = np.argsort(-index_K[arms_m], kind="stable")
+            late = _ranks_within(arms_m[order]) >= per_arm
             return samples[torch.from_numpy(order[np.argsort(late, kind="stable")][:count])]
         deviations_K = self._uncertainty_K()
         noise_nK = torch.randn(count, len(index_K), generator=self._generator, dtype=torch.float64).numpy()
