@@ -37,6 +37,7 @@ from benchmarks.reporting import (
     write_json,
 )
 from benchmarks.workloads import REFRESH_STEPS, Workload
+from stream_trainer.memory import keep_freed_memory
 
 BASE = Workload("base", 4, 256, 704, heads=4, kv_heads=2, vocabulary=4096)
 QUICK = Workload("quick", 2, 64, 176, heads=2, kv_heads=1, vocabulary=512, pool=8, chosen=2, tokens=16, target=4)
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     import torch
 
+    keep_freed_memory()  # as the service does
     torch.set_num_threads(options.threads)
     summary = []
     for i, name in enumerate(options.factors):

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from benchmarks.methods import DISTRIBUTIONS, make_method
 from benchmarks.workloads import Workload
+from stream_trainer.memory import keep_freed_memory
 
 KERNEL_STATUS = Path("/proc/self/status")
 
@@ -39,6 +40,7 @@ def _serve(job: dict[str, Any], replies: TextIO) -> None:
     import torch
     from safetensors.torch import save_file
 
+    keep_freed_memory()  # as the service does; every method gains by it
     torch.set_num_threads(job["threads"])
     method = make_method(job["method"], Workload(**job["workload"]), job["device"])
     versions = _versions(job["method"])

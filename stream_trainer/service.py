@@ -29,6 +29,7 @@ from stream_trainer.errors import SettingsError
 from stream_trainer.features import EmbeddingFeatures
 from stream_trainer.ingest import Ingest
 from stream_trainer.masking import Anchors, Masking, make_dual_sft, start_from
+from stream_trainer.memory import keep_freed_memory
 from stream_trainer.metrics import Metrics, State
 from stream_trainer.models import LoadedModel, load_model
 from stream_trainer.optimization import make_optimizer
@@ -85,6 +86,7 @@ def serve(
     metrics = Metrics(REASONS, arms=selection.cluster_ucb.clusters if selection.draw == "cluster_ucb" else 0)
     metrics.build.info({"version": __version__, "torch": torch.__version__, "transformers": transformers.__version__})
     status = _Status(settings, metrics)
+    keep_freed_memory()
     if settings.training.threads is not None:
         torch.set_num_threads(settings.training.threads)
     with ExitStack() as stack:

@@ -146,24 +146,27 @@ class GradientCapture:
         with torch.no_grad(), self._autocasting():
             if self._head_module is None:
                 return mean_losses(self._model(**self._inputs(batch)).logits, batch.labels_NT)
-            head = Head(self._head_module.weight, self._head_module.bias)
-            return head_losses(head, self._hidden(batch), batch.labels_NT)
+            return head_losses(self._head(self._head_module), self._hidden(batch), batch.labels_NT)
 
     def _through_chunked_head(self, batch: Batch, direction: LowRank | None) -> Tensor:
         module = self._head_module
         assert module is not None
         with self._autocasting():
             hidden_NTd = self._hidden(batch)
-            head = Head(module.weight, module.bias)
             with torch.no_grad():
+                head = self._head(module)
                 losses_N, grad_NTd, rows = head_forward_backward(head, hidden_NTd.detach(), batch.labels_NT, direction)
         if hidden_NTd.requires_grad:
             torch.autograd.backward([hidden_NTd], [grad_NTd])
-        weight = HeadWeight(head, rows, self._autocast)
+        weight = HeadWeight(head, rows)
         for parameter, factor in ((module.weight, weight), (module.bias, HeadBias(weight))):
             if id(parameter) in self._names:
                 self._factors[self._names[id(parameter)]].append(factor)
         return losses_N
+
+    def _head(self, module: nn.Linear) -> Head:
+        dtype = self._autocast or module.weight.dtype
+        return Head(module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype))
 
     def _through_logits(self, batch: Batch) -> Tensor:
         """For heads that are more than a linear map (logit scaling, soft capping): all logits at once."""

@@ -20,14 +20,21 @@ CHUNK_ELEMENTS = 8_000_000  # logits held at once: 32 MB in float32; larger chun
 
 @dataclass(frozen=True)
 class Head:
-    """A linear map from hidden states to logits: `weight` (V x d), `bias` (V) or None."""
+    """A linear map from hidden states to logits: `weight` (V x d), `bias` (V) or None, in the dtype of its matmuls.
+
+    Autocast would convert the weight anew for every chunk, which took longer than the chunk's matmuls.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
     def logits(self, hidden_Rd: Tensor) -> Tensor:
-        """Logits in float32; the matmul runs in the autocast dtype if autocast is on."""
-        return F.linear(hidden_Rd, self.weight, self.bias).float()
+        """Logits in float32."""
+        return F.linear(hidden_Rd.to(self.weight.dtype), self.weight, self.bias).float()
+
+    def columns(self, lo: int, hi: int) -> "Head":
+        """The head for the vocabulary's rows `lo:hi`."""
+        return Head(self.weight[lo:hi], None if self.bias is None else self.bias[lo:hi])
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ def head_forward_backward(
         rows.normaliser_R[chunk] = normaliser_R1.squeeze(1)
         token_loss_R[chunk] = (normaliser_R1 - picked_R1).squeeze(1)
         scale_R1 = rows.scale_R[chunk, None] / sums_R1
-        grad_Rd[chunk] = (F.linear(errors_RV, head.weight.T).float() * scale_R1).to(grad_Rd.dtype)
+        errors_RV = errors_RV.to(head.weight.dtype)
+        grad_Rd[chunk] = ((errors_RV @ head.weight).float() * scale_R1).to(grad_Rd.dtype)
         if direction is not None and rows.products_R is not None:
             rows.products_R[chunk] = _along(errors_RV, hidden_Rd, direction) * scale_R1.squeeze(1)
     grad_NTd = torch.zeros_like(hidden_NTd)
@@ -153,29 +161,25 @@ def _along(errors_RV: Tensor, hidden_Rd: Tensor, direction: LowRank) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadWeight:
-    """Factor of the head's weight: `errors_i^T hidden_i`, the errors computed again for each chunk of rows.
+    """Factor of the head's weight: `errors_i^T hidden_i`, the errors computed again where they are needed.
 
     They come without `1 / tokens`, which is multiplied into what is smaller.
     """
 
     head: Head
     rows: HeadRows
-    autocast: torch.dtype | None
 
-    def _error_chunks(self, samples: Sequence[int]) -> Iterator[tuple[Tensor, slice, HeadRows]]:
-        rows = _gather(self.rows, samples)
-        for chunk in rows.chunks(self.head.weight.shape[0]):
-            with torch.autocast(rows.hidden_Rd.device.type, self.autocast, enabled=self.autocast is not None):
-                logits_RV = self.head.logits(rows.hidden_Rd[chunk])
-            errors_RV = _errors(logits_RV, rows, chunk)
-            yield errors_RV.to(self.autocast or errors_RV.dtype), chunk, rows
+    def _error_chunks(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Errors and hidden states some positions at a time: where every position needs its whole row."""
+        for chunk in self.rows.chunks(self.head.weight.shape[0]):
+            hidden_Rd = self.rows.hidden_Rd[chunk]
+            errors_RV = _errors(self.head.logits(hidden_Rd), self.rows, chunk)
+            yield errors_RV.to(self.head.weight.dtype), hidden_Rd, chunk
 
     def dot(self, u: Tensor) -> Tensor:
-        products_R = torch.empty_like(self.rows.scale_R)
-        samples = range(self.rows.segments.num_samples)
-        for errors_RV, chunk, rows in self._error_chunks(samples):
-            projected_Rd = errors_RV @ u.to(errors_RV.dtype)
-            products_R[chunk] = torch.linalg.vecdot(projected_Rd.float(), rows.hidden_Rd[chunk].float())
+        products_R, u = torch.empty_like(self.rows.scale_R), u.to(self.head.weight.dtype)
+        for errors_RV, hidden_Rd, chunk in self._error_chunks():
+            products_R[chunk] = torch.linalg.vecdot((errors_RV @ u).float(), hidden_Rd.float())
         return self.rows.segments.sum(products_R * self.rows.scale_R)
 
     def along(self, direction: LowRank) -> Tensor:
@@ -183,37 +187,42 @@ class HeadWeight:
         if direction is self.rows.direction and self.rows.products_R is not None:
             return self.rows.segments.sum(self.rows.products_R)
         products_R = torch.empty_like(self.rows.scale_R)
-        for errors_RV, chunk, rows in self._error_chunks(range(self.rows.segments.num_samples)):
-            products_R[chunk] = _along(errors_RV, rows.hidden_Rd[chunk], direction)
+        for errors_RV, hidden_Rd, chunk in self._error_chunks():
+            products_R[chunk] = _along(errors_RV, hidden_Rd, direction)
         return self.rows.segments.sum(products_R * self.rows.scale_R)
 
     def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
-        samples = nonzero_samples(weights_N)
-        weights_R1 = self.rows.segments.weights(weights_N, samples, self.rows.scale_R)
-        for errors_RV, chunk, rows in self._error_chunks(samples):
-            scale_R1 = weights_R1[chunk] * rows.scale_R[chunk, None]
-            weighted_Rd = (rows.hidden_Rd[chunk].float() * scale_R1).to(errors_RV.dtype)
-            if errors_RV.dtype == torch.float32:
-                out.addmm_(errors_RV.T, weighted_Rd)
+        """Some rows of the vocabulary at a time: each is added to `out` once, not once for each chunk of positions."""
+        samples, dtype = nonzero_samples(weights_N), self.head.weight.dtype
+        rows = _gather(self.rows, samples)
+        scale_R1 = rows.scale_R[:, None] * self.rows.segments.weights(weights_N, samples, rows.scale_R)
+        weighted_Rd = (rows.hidden_Rd.float() * scale_R1).to(dtype)
+        step = max(1, CHUNK_ELEMENTS // len(weighted_Rd))
+        for lo in range(0, len(out), step):
+            errors_Rv = self._errors_of_columns(rows, lo, min(lo + step, len(out))).to(dtype)
+            if dtype == torch.float32:
+                out[lo : lo + step].addmm_(errors_Rv.T, weighted_Rd)
             else:
-                out += errors_RV.T @ weighted_Rd
+                out[lo : lo + step] += errors_Rv.T @ weighted_Rd
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         return self._columns(samples, lo, hi, with_hidden=True)
 
     def _columns(self, samples: Sequence[int], lo: int, hi: int, *, with_hidden: bool) -> Tensor:
-        """Vocabulary rows `lo:hi` only: the stored normaliser makes their softmax exact without the others."""
-        head = Head(self.head.weight[lo:hi], None if self.head.bias is None else self.head.bias[lo:hi])
         out = []
         for i in samples:
             rows = _gather(self.rows, [i])
-            with torch.autocast(rows.hidden_Rd.device.type, self.autocast, enabled=self.autocast is not None):
-                errors_Rv = head.logits(rows.hidden_Rd).sub_(rows.normaliser_R[:, None]).exp_()
-            inside = (rows.labels_R >= lo) & (rows.labels_R < hi)
-            errors_Rv[inside.nonzero().squeeze(1), rows.labels_R[inside] - lo] -= 1.0
-            errors_Rv *= rows.scale_R[:, None]
+            errors_Rv = self._errors_of_columns(rows, lo, hi).mul_(rows.scale_R[:, None])
             out.append(errors_Rv.T @ rows.hidden_Rd.float() if with_hidden else errors_Rv.sum(0))
         return torch.stack(out)
+
+    def _errors_of_columns(self, rows: HeadRows, lo: int, hi: int) -> Tensor:
+        """Rows `lo:hi` of the vocabulary only: the stored normaliser makes their softmax exact without the others."""
+        logits_Rv = self.head.columns(lo, hi).logits(rows.hidden_Rd)
+        errors_Rv = logits_Rv.sub_(rows.normaliser_R[:, None]).exp_()
+        inside_R = ((rows.labels_R >= lo) & (rows.labels_R < hi)).nonzero().squeeze(1)
+        errors_Rv[inside_R, rows.labels_R[inside_R] - lo] -= 1.0
+        return errors_Rv
 
 
 def _gather(rows: HeadRows, samples: Sequence[int]) -> HeadRows:
