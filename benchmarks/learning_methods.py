@@ -7,6 +7,7 @@
     filter_then_weight            the service's default
     ...+sketch                    utilities at low rank, redundancy from random projections
     ...+cluster_ucb               by sketches; a bandit draws 6 of 256 that wait; 128 come in for each step
+    ...+cluster_ucb+min_gain      the same, and a sample that adds less than 5 % of the utility is not trained on
     ...+gast                      each layer draws 2 of the chosen; three controls draw at random or take the best
     ...+dual_sft                  5 % of the weights may move
     ...+dual_sft/prior            20 % may move, chosen so that answers to 16 role-play prompts stay as they are
@@ -60,6 +61,7 @@ METHODS: dict[str, Method] = {
     "uniform": Method({"weigh": "uniform"}),
     FTW: Method({"weigh": FTW}),
     f"{FTW}+cluster_ucb": Method({"weigh": FTW, **BANDIT}),
+    f"{FTW}+cluster_ucb+min_gain": Method({"weigh": FTW, **BANDIT, "min_gain": 0.05}),
     "oracle": Method({"weigh": "uniform"}, target_only=True),
     "top_k": Method({"weigh": "top_k"}),
     "everything": Method({"weigh": FTW, **BANDIT, **GAST, **MASK}),

@@ -4,11 +4,11 @@ Two tiers. `real`: a pretrained model, few methods, three seeds; a run ends one 
 uniform ended with. `broad`: a Llama of 10 million parameters on bytes, warmed up by the benchmark itself, every method
 and ablation, five seeds, all steps.
 
-How often the target is refreshed, how many records wait and come in for a bandit, and the service's `settle_steps` were
-chosen on SmolLM2 by the target's loss and by the domains that were drawn, on a stream of a seed that no result has; the
-density of the guarded mask also by the retention loss of two such runs. The learning rate of `broad` is the one of
-3e-4, 1e-4 and 5e-5 at which uniform's own target loss ended lowest, on that same stream. No number was tuned on the
-test loss.
+How often the target is refreshed, how many records wait and come in for a bandit, the least gain of a sample, and the
+service's `settle_steps` were chosen on SmolLM2 by the target's loss and by the domains that were drawn, on streams of
+seeds that no result has; the density of the guarded mask also by the retention loss of two such runs. The learning rate
+of `broad` is the one of 3e-4, 1e-4 and 5e-5 at which uniform's own target loss ended lowest, on such a stream. No
+number was tuned on the test loss.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ class Run:
         return self.tier.name, self.stream, self.share, self.seed
 
 
-CORE = ("uniform", FTW, f"{FTW}+cluster_ucb", "oracle", "top_k", "everything")
+CORE = ("uniform", FTW, f"{FTW}+cluster_ucb", f"{FTW}+cluster_ucb+min_gain", "oracle", "top_k", "everything")
 REAL = Tier(
     name="real",
     model={},

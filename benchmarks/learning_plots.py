@@ -37,6 +37,7 @@ KEYS = ("tier", "stream", "target_share", "method", "seed", "points")  # of a cu
 NAMES = {
     FTW: "filter-then-weight",
     f"{FTW}+cluster_ucb": "filter-then-weight + ClusterUCB",
+    f"{FTW}+cluster_ucb+min_gain": "ClusterUCB, least gain 5 %",
     "oracle": f"oracle: {TARGET} only",
     "top_k": "top-k",
     "everything": "all four methods",

@@ -54,6 +54,7 @@ def _make_weigher(settings: SelectionSettings) -> Selector:
             metric=settings.metric,
             gamma=settings.gamma,
             normalisation=settings.normalisation,
+            min_gain=settings.min_gain,
         )
     if settings.weigh == "greedy":
         return Greedy(settings.chosen, survivors)

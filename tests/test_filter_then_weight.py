@@ -90,6 +90,31 @@ def test_elimination_is_close_to_the_best_of_all_subsets(seed: int) -> None:
     assert utility(kept.tolist()) >= 0.97 * max(utility(subset) for subset in combinations(range(9), 4))
 
 
+@pytest.mark.parametrize("min_gain", [0.05, 0.2])
+@pytest.mark.parametrize("seed", range(10))
+def test_each_of_those_chosen_adds_its_share_of_the_utility(seed: int, min_gain: float) -> None:
+    """Against every choice with one sample less, each solved; what was left out would not have added as much."""
+    rng, solver = np.random.default_rng(seed), CoefficientSolver()
+    rows = (rng.normal(size=(8, 30)) + 0.4 * np.ones(30)) * rng.uniform(0.2, 2.0, size=(8, 1))
+    hessian, linear = with_ridge(rows @ rows.T, 1e-3), rows @ (np.ones(30) + 0.3 * rng.normal(size=30))
+
+    def utility(subset: Sequence[int]) -> float:
+        part, reward = hessian[np.ix_(subset, subset)], linear[list(subset)]
+        weights = solver.solve(part, reward).weights
+        return float(reward @ weights - 0.5 * weights @ part @ weights)
+
+    positive = np.flatnonzero(solver.solve(hessian, linear).weights > 0)
+    kept = eliminate(hessian, linear, positive, 8, min_gain).tolist()
+    gains = [1 - utility([j for j in kept if j != i]) / utility(kept) for i in kept] if len(kept) > 1 else [1.0]
+    assert min(gains) >= min_gain - 1e-6
+    assert utility(kept) >= (1 - min_gain) ** (len(positive) - len(kept)) * utility(positive.tolist()) - 1e-9
+
+
+def test_one_sample_is_left_however_much_each_must_add() -> None:
+    decision = replace(method(chosen=3, survivors=3), min_gain=1.0).decide(pool([[1, 1, 0, 0], [1, 0, 1, 0]]))
+    assert len(decision.chosen) == 1
+
+
 def test_at_most_k_are_chosen_and_weights_sum_to_one() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):

@@ -48,6 +48,7 @@ class FilterThenWeight:
     Attributes:
         chosen: samples k that may enter the update.
         survivors: samples m that the filter keeps at most; only they enter the quadratic term.
+        min_gain: share of the utility that a chosen sample must add, or it is not trained on.
         solver: solves for the coefficients.
         ridge: regularisation relative to the mean of K's diagonal; gives duplicates equal coefficients.
         cap: bound on a coefficient, in units of the mean coefficient, or None.
@@ -71,6 +72,7 @@ class FilterThenWeight:
     metric: Metric = "p_norm"
     gamma: float = 1.0
     normalisation: Normalisation = "mean_one"
+    min_gain: float = 0.0
 
     def decide(self, interaction: Interaction) -> Decision:
         """Coefficients with a sum of 1 (or in natural scale); all zero if no candidate points towards the target."""
@@ -126,10 +128,10 @@ class FilterThenWeight:
         return [usable[i] for i in picked], gram[np.ix_(picked, picked)]
 
     def _weigh(self, gram: Matrix, linear: Vector) -> tuple[list[int], Solution]:
-        """Solve on all survivors, drop the most dispensable until k are left, and solve again on those."""
+        """Solve on all survivors, drop the most dispensable as `eliminate` does, and solve again on those left."""
         hessian, reward = self._program(gram, linear)
         solution = self._solve(hessian, reward)
-        kept = eliminate(hessian, reward, np.flatnonzero(solution.weights > 0), self.chosen)
+        kept = eliminate(hessian, reward, np.flatnonzero(solution.weights > 0), self.chosen, self.min_gain)
         if (solution.weights > 0).sum() > len(kept):
             solution = self._solve(hessian[np.ix_(kept, kept)], reward[kept])
         else:
@@ -186,20 +188,26 @@ def on_simplex(hessian: Matrix, linear: Vector) -> tuple[Matrix, Vector]:
     return hessian - linear[:, None] - linear[None, :] + offset, np.ones(len(linear))
 
 
-def eliminate(hessian: Matrix, linear: Vector, candidates: Indices, size: int) -> Indices:
-    """Of `candidates`, the `size` that remain when again and again the one goes that is missed least.
+def eliminate(hessian: Matrix, linear: Vector, candidates: Indices, size: int, min_gain: float = 0.0) -> Indices:
+    """Of `candidates`, those that remain when again and again the one goes that is missed least.
+
+    At most `size` remain, and where more than one does, each adds at least the share `min_gain` of their utility.
 
     Without candidate i, the others answering, the utility `c^T w - 1/2 w^T H w` is lower by half of
-    `w_i^2 / (H^-1)_ii` (Hassibi and Stork 1993, equation 5); one whose own coefficient has become negative goes first.
-    Of duplicates all but one go at no loss, where ranking by `c_i w_i` kept them and dropped what they hide.
+    `w_i^2 / (H^-1)_ii` (Hassibi and Stork 1993, equation 5), of `1/2 c^T w` in all; one whose own coefficient has
+    become negative goes first. Of duplicates all but one go at no loss, where ranking by `c_i w_i` kept them and
+    dropped what they hide.
     """
     kept = candidates
     hessian = hessian + np.diag(JITTER * np.diag(hessian))
-    while len(kept) > size:
+    while len(kept) > (1 if min_gain else size):
         inverse = np.linalg.inv(hessian[np.ix_(kept, kept)])
         weights = inverse @ linear[kept]
         losses = np.where(weights > 0, weights**2 / np.diag(inverse), -np.inf)
-        kept = np.delete(kept, int(np.argmin(losses)))
+        least = int(np.argmin(losses))
+        if len(kept) <= size and losses[least] >= min_gain * (linear[kept] @ weights):
+            break
+        kept = np.delete(kept, least)
     return kept
 
 
