@@ -1,7 +1,7 @@
 """Check the methods of each workload against autograd, then time them in turn."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,8 +43,8 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def measure(options: Options, begin: Start) -> Result:
-    """Check, then time, every workload. `begin` starts a method.
+def measure(options: Options, begin: Start, keep: Callable[[Result], None] | None = None) -> Result:
+    """Check, then time, every workload. `begin` starts a method; `keep` is called after each workload.
 
     Raises DisagreementError if our own step is wrong, MissingError if it cannot be measured.
     """
@@ -54,6 +54,8 @@ def measure(options: Options, begin: Start) -> Result:
         workload = WORKLOADS[name]
         measurable = _check(options, workload, begin, result)
         _time(options, workload, measurable, begin, result, label)
+        if keep is not None:
+            keep(result)
     return result
 
 

@@ -21,7 +21,8 @@ nothing is; a peer that disagrees is reported with its error. What cannot be mea
 
 The processes of one workload are there at the same time, with weights and moments each (W2: about 2 GB); name fewer in
 `--against` where memory is short. `--workloads tiny` is done in two minutes. Ratios are of medians, ours over theirs:
-below 1 we are cheaper. Exit codes: 0 done, 1 our own step is wrong or cannot be measured, 2 a mistake in the options.
+below 1 we are cheaper. The file is written anew after each workload. Exit codes: 0 done, 1 our own step is wrong or
+cannot be measured, 2 a mistake in the options.
 """
 
 import argparse
@@ -62,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.plot is not None:
             need_matplotlib("--plot", parsed.plot)  # now rather than after an hour
-        result = measure(options, start)
-        write_json(parsed.json, as_json(options, result))
+        result = measure(options, start, lambda found: write_json(parsed.json, as_json(options, found)))
         print(report(options, result))
         if parsed.plot is not None:
             draw(summarise(options, result), parsed.plot, parsed.geometry[0])
@@ -83,8 +83,8 @@ def summarise(options: Options, result: Result) -> list[dict[str, Any]]:
     for workload in options.workloads:
         for method in options.ours:
             for against in options.against:
-                ours, theirs = runs[workload, method], runs.get((workload, against))
-                if theirs is None:
+                ours, theirs = runs.get((workload, method)), runs.get((workload, against))
+                if ours is None or theirs is None:
                     continue
                 rows.append(
                     {

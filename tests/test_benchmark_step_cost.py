@@ -225,8 +225,21 @@ def test_the_command_writes_everything(
     assert [row["method"] for row in written["summary"]] == [EXACT, SKETCH, "top_k"]
     assert written["workloads"]["tiny"]["tokens"] == WORKLOADS["tiny"].tokens
     assert EXACT in capsys.readouterr().out
-    monkeypatch.setattr(step_cost, "start", FakeStart(wrong={EXACT: 1.0}))
+
+
+def test_what_was_measured_before_a_failure_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FailsLater(FakeStart):
+        def __call__(self, job: Job) -> FakeWorker:
+            self.wrong = {EXACT: 1.0} if job.workload.name == "tiny_lora" else {}
+            return super().__call__(job)
+
+    path = tmp_path / "cost.json"
+    monkeypatch.setattr(step_cost, "start", FailsLater())
+    arguments = ["--json", str(path), "--workloads", "tiny,tiny_lora", "--against", "plain_all", "--geometry", "exact"]
     assert step_cost.main(arguments) == 1
+    assert {row["workload"] for row in json.loads(path.read_text())["summary"]} == {"tiny"}
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: filter_then_weight/exact differs")
 
 
