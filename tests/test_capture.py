@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gradient_selectors import head
 from gradient_selectors.capture import Batch, GradientCapture, UnsupportedParameterError
 from gradient_selectors.geometry import plain
 from gradient_selectors.interaction import Interaction
@@ -15,6 +16,7 @@ from torch import nn
 
 LENGTHS = (12, 7, 9, 12, 5)
 EXACT = 1e-5  # relative, float32
+ROUNDING = 2e-2  # relative, of passes in bfloat16
 
 
 @pytest.fixture(params=MODELS)
@@ -29,7 +31,12 @@ def capture(model: nn.Module) -> Iterator[GradientCapture]:
     made.close()
 
 
-def test_rows_gram_and_update_agree_with_autograd(model: nn.Module, capture: GradientCapture) -> None:
+@pytest.mark.parametrize("chunk", [64, 10**6])
+def test_rows_gram_and_update_agree_with_autograd(
+    chunk: int, model: nn.Module, capture: GradientCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the head in many chunks, of positions and of the vocabulary, and in one."""
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)
     batch = make_batch(LENGTHS)
     oracle, gradients = dense(model, batch), capture.run(batch)
     preconditioner, target = random_like(capture, 5), random_like(capture, 6)
@@ -109,6 +116,20 @@ def test_bfloat16_keeps_the_order_of_the_scores() -> None:
     oracle = dense(model, batch)
     want = oracle.gradients @ oracle.flat(target)
     assert float(torch.corrcoef(torch.stack([got, want]))[0, 1]) > 0.999
+
+
+@pytest.mark.parametrize("chunk", [64, 10**6])
+@pytest.mark.parametrize("kind", ["llama", "qwen2_tied", "gpt2"])
+def test_the_update_in_bfloat16_is_that_of_autograd_but_for_rounding(
+    kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)
+    model = make_model(kind)
+    batch, capture = make_batch(LENGTHS), GradientCapture(model, autocast=torch.bfloat16)
+    weights = torch.tensor([0.1, 0.0, 0.5, 0.7, 1.3])
+    gradients, oracle = capture.run(batch), dense(model, batch)
+    assert relative_error(oracle.flat(gradients.weighted_gradient(weights)), weights @ oracle.gradients) < ROUNDING
+    assert capture.head is not None  # else there are no chunks
 
 
 def test_losses_are_those_of_the_pass(capture: GradientCapture) -> None:
