@@ -6,7 +6,7 @@
     greedy                        first order minus redundancy, sample by sample, equal weights
     filter_then_weight            the service's default
     ...+sketch                    utilities at low rank, redundancy from random projections
-    ...+cluster_ucb               by sketches; a bandit draws 6 of 256 that wait; 128 come in for each step
+    ...+cluster_ucb               by sketches; a bandit draws 4 of 256 that wait (128 come in a step); 3 are trained on
     ...+cluster_ucb+min_gain      the same, and a sample that adds less than 5 % of the utility is not trained on
     ...+gast                      each layer draws 2 of the chosen; three controls draw at random or take the best
     ...+dual_sft                  5 % of the weights may move
@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 POOL, CHOSEN = 16, 4
-# Reading is cheap: enough of what is worth a gradient waits even where it is one record in ten.
-DRAWN, WAITING, INTAKE = 6, 256, 128
+# Reading is cheap: enough of what is worth a gradient waits even where it is one record in ten. Most of what is drawn
+# is then worth training on: a fourth sample to compare with is enough.
+DRAWN, DRAWN_CHOSEN, WAITING, INTAKE = 4, 3, 256, 128
 NEVER = 10**9  # steps
 
 FTW = "filter_then_weight"
@@ -88,7 +89,7 @@ def selection_of(method: Method) -> dict[str, Any]:
     if not method.by_clusters:
         return {"pool_size": POOL, "chosen": CHOSEN, **method.selection}
     bandit = {"waiting": WAITING, "intake": INTAKE}
-    return {"pool_size": DRAWN, "chosen": CHOSEN, **method.selection, "cluster_ucb": bandit}
+    return {"pool_size": DRAWN, "chosen": DRAWN_CHOSEN, **method.selection, "cluster_ucb": bandit}
 
 
 def records_needed(method: Method, steps: int) -> int:

@@ -12,7 +12,9 @@ from stream_trainer.settings_base import Count, NonNegative, Positive, Section, 
 
 
 class ClusterUcbSettings(Section):
-    """`draw: cluster_ucb`. Samples wait, clustered by features that cost no pass; a bandit draws among them."""
+    """`draw: cluster_ucb`. Samples wait, clustered by features that cost no pass; a bandit draws among them, and within
+    a cluster what is most like the target comes first.
+    """
 
     waiting: Count = 128
     """Samples that wait to be drawn. More to choose from, and memory for their tokens and features."""

@@ -10,10 +10,10 @@ from gradient_selectors.approximate import rank_one_gram
 from gradient_selectors.baselines import draw_uniform
 from gradient_selectors.capture import GradientCapture
 from gradient_selectors.geometry import optimizer_steps
-from gradient_selectors.gradients import Gradient, PoolGradients
+from gradient_selectors.gradients import Gradient, PoolGradients, squared_length
 from gradient_selectors.interaction import Decision, Interaction, Selector, equal_weights
 from gradient_selectors.masked_adamw import MaskedAdamW
-from gradient_selectors.sketches import Projection, Sketches, project
+from gradient_selectors.sketches import Projection, Sketches, project, squared_length_of
 from torch import Tensor
 
 from stream_trainer.batches import collate
@@ -24,6 +24,8 @@ from stream_trainer.selection import current_geometry
 from stream_trainer.selection_settings import SelectionSettings
 from stream_trainer.settings import OptimizerSettings
 from stream_trainer.target import Target
+
+TINY = torch.finfo(torch.float32).tiny  # for a target without any gradient: no sample has a utility then, either
 
 APPLIED, SKIPPED_NONFINITE, SKIPPED_NONE_HELPS = "applied", "skipped_nonfinite", "skipped_none_helps"
 
@@ -66,8 +68,8 @@ class StepReport:
         weights: coefficient of each candidate in the update, the mean over layers if they differ; all zero if it was
             skipped.
         decision: what the selector said; its weights are of before `sample.weight` and a skip.
-        utilities: `c_i` of each candidate, if the draw learns from them.
-        new_geometry: whether they are the first under Adam's second moment: in another unit than those before.
+        utilities: `c_i` of each candidate over the target's own `<G, P G>`, if the draw learns from them: what share
+            of the target's update it is worth. Unlike `c_i`, that does not fall as P and the target's gradient do.
         gradient_norm: length of the gradient before clipping.
         seconds: time by phase.
     """
@@ -78,7 +80,6 @@ class StepReport:
     weights: tuple[float, ...]
     decision: Decision
     utilities: tuple[float, ...] | None = None
-    new_geometry: bool = False
     gradient_norm: float = math.nan
     learning_rate: float = math.nan
     target_refreshed: bool = False
@@ -109,7 +110,7 @@ def train_step(learner: Learner, pool: Sequence[Sample]) -> StepReport:
     clock.lap("target")
     interaction = score(learner, samples, target)
     gradients = interaction.gradients
-    utilities = tuple(interaction.rows_N.tolist()) if learner.selection.draw == "cluster_ucb" else None
+    utilities = _relative_utilities(learner, interaction) if learner.selection.draw == "cluster_ucb" else None
     clock.lap("score")
     decision = learner.selector.decide(interaction)
     weights = _final_weights(learner, decision, samples)
@@ -126,7 +127,6 @@ def train_step(learner: Learner, pool: Sequence[Sample]) -> StepReport:
         weights=tuple(weights_N.tolist()),
         decision=decision,
         utilities=utilities,
-        new_geometry=new_geometry,
         gradient_norm=update.gradient_norm,
         learning_rate=update.learning_rate,
         target_refreshed=refreshed,
@@ -150,6 +150,15 @@ def score(learner: Learner, samples: Sequence[Sample], target: Gradient) -> Inte
         return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
     gram = rank_one_gram if settings.geometry == "rank_one" else PoolGradients.gram
     return Interaction(capture.run(batch), target, geometry, gram)
+
+
+def _relative_utilities(learner: Learner, interaction: Interaction) -> tuple[float, ...]:
+    square = (
+        squared_length_of(learner.projections)
+        if learner.projections
+        else squared_length(interaction.target, interaction.geometry)
+    )
+    return tuple((interaction.rows_N.double() / max(square, TINY)).tolist())
 
 
 def _draw(learner: Learner, num_samples: int) -> list[int]:

@@ -101,7 +101,7 @@ class Trainer:
             waited = time.perf_counter() - started
             report = train_step(self.learner, pool)
             self.step += 1
-            undrawn = self.draws.settle(report.utilities, report.new_geometry)
+            undrawn = self.draws.settle(report.utilities)
             self._decide(pool, undrawn, report)
             self._observe(pool, undrawn, report, waited, time.perf_counter() - started)
             if self.step % self.settings.evaluation.every_steps == 0:

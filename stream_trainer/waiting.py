@@ -27,11 +27,8 @@ class Draws(Protocol):
     def pool(self, stopped: Callable[[], bool]) -> list[Sample]:
         """The next step's candidates; empty only if `stopped()` turned true or nothing is left."""
 
-    def settle(self, utilities: Sequence[float] | None, new_unit: bool = False) -> list[Sample]:
-        """After the step: learn from its candidates' utilities. Returns the samples that leave without a gradient.
-
-        `new_unit`: whether the utilities do not compare with earlier ones.
-        """
+    def settle(self, utilities: Sequence[float] | None) -> list[Sample]:
+        """After the step: learn from its candidates' utilities. Returns the samples that leave without a gradient."""
 
     def state(self) -> dict[str, Tensor]:
         """What the future depends on, for a checkpoint; samples that wait are read again."""
@@ -55,7 +52,7 @@ class InOrder:
     def pool(self, stopped: Callable[[], bool]) -> list[Sample]:
         return self.buffer.take(self.pool_size, self.wait_s, stopped)
 
-    def settle(self, utilities: Sequence[float] | None, new_unit: bool = False) -> list[Sample]:  # noqa: ARG002
+    def settle(self, utilities: Sequence[float] | None) -> list[Sample]:  # noqa: ARG002
         return []
 
     def state(self) -> dict[str, Tensor]:
@@ -110,11 +107,9 @@ class ByClusters:
         self.last_arms = tuple(self._draw.arms_n.tolist())
         return [self._samples[i] for i in self._draw.indices_n.tolist()]
 
-    def settle(self, utilities: Sequence[float] | None, new_unit: bool = False) -> list[Sample]:
+    def settle(self, utilities: Sequence[float] | None) -> list[Sample]:
         assert self._draw is not None, "settle follows a draw"
         assert utilities is not None, "the bandit needs the utilities of all that was scored"
-        if new_unit:
-            self.bandit.forget()
         self.bandit.observe(self._draw.arms_n, torch.tensor(utilities, dtype=torch.float64))
         drawn = set(self._draw.indices_n.tolist())
         rest = [i for i in range(len(self._samples)) if i not in drawn]

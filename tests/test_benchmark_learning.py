@@ -373,7 +373,7 @@ def test_two_methods_from_the_warm_up_to_the_file(directory: Path, tmp_path: Pat
     uniform, bandit = result["curves"]
     assert [point["step"] for point in uniform["points"]] == [0, 4], "of the reference only the end counts"
     assert [point["scored"] for point in uniform["points"]] == [0, 16]
-    assert [point["scored"] for point in bandit["points"]] == [0, 12, 24]
+    assert [point["scored"] for point in bandit["points"]] == [0, 8, 16]
     assert uniform["points"][0]["test"] == bandit["points"][0]["test"], "both start from the warmed-up model"
     for row in result["summary"]:
         assert math.isfinite(row["final_loss"])

@@ -245,9 +245,20 @@ def test_projections_are_kept_for_as_long_as_the_targets_gradient(tmp_path: Path
     assert [seen[i] is seen[i + 1] for i in range(5)] == [True, True, False, False, True]
 
 
-def test_a_step_says_when_its_geometry_is_new(tmp_path: Path) -> None:
-    _, learner = learner_of(tmp_path, {"pool_size": 8, "settle_steps": 2})
-    assert [train_step(learner, make_samples(8, seed=i)).new_geometry for i in range(4)] == [False, False, True, False]
+@pytest.mark.parametrize(("geometry", "tolerance"), [("exact", 1e-4), ("rank_one", 1e-4), ("sketch", 0.25)])
+def test_the_targets_own_samples_have_a_utility_of_one(tmp_path: Path, geometry: str, tolerance: float) -> None:
+    """On average, at a refresh, whatever the geometry: P differs by orders of magnitude between the two looks."""
+    bandit = {"draw": "cluster_ucb", "geometry": geometry, "sketch_width": 8, "settle_steps": 2, "pool_size": 8}
+    _, learner = learner_of(tmp_path, bandit)
+    of_the_target = {}
+    for step in range(5):
+        pool = make_samples(4, seed=99) if step in (0, 4) else make_samples(8, seed=step)
+        report = train_step(learner, pool)
+        assert report.utilities is not None
+        if step in (0, 4):
+            assert report.target_refreshed
+            of_the_target[step] = sum(report.utilities) / 4
+    assert of_the_target == {0: pytest.approx(1, rel=tolerance), 4: pytest.approx(1, rel=tolerance)}
 
 
 def test_natural_coefficients_are_applied_as_they_are(tmp_path: Path) -> None:

@@ -98,14 +98,6 @@ def test_rewards_are_those_of_the_samples_that_were_drawn() -> None:
         assert mean != pytest.approx(0.0) or arms.index(arm) == 0
 
 
-def test_a_new_unit_of_the_utilities_renews_their_scale() -> None:
-    room = room_of(buffer_of(range(40)))
-    for new_unit in (False, True):
-        pool = room.pool(never)
-        room.settle([1e4 if new_unit else 1.0] * len(pool), new_unit)
-    assert room.bandit.scale == pytest.approx(1e4)
-
-
 def test_a_state_of_other_sizes_is_refused() -> None:
     room, other = room_of(buffer_of(range(12))), room_of(buffer_of(range(12)))
     other.bandit = ClusterUcb(StreamOptions(num_clusters=5), 0, torch.ones(8))

@@ -41,14 +41,10 @@ class ArmMoments:
         self.means_K = self.means_K + gap_K * share_K
         self.counts_K = total_K
 
-    def discount(self, factor: float | Vector) -> None:
-        """Let all that was seen count `factor` times as much, by arm if it is (K,). Means and spreads stay."""
+    def discount(self, factor: float) -> None:
+        """Let all that was seen count `factor` times as much. Means and spreads stay."""
         self.counts_K = self.counts_K * factor
         self.squares_K = self.squares_K * factor
-
-    def limit(self, count: float) -> None:
-        """Let what was seen of an arm count as `count` rewards at most."""
-        self.discount(np.minimum(1.0, count / np.maximum(self.counts_K, 1e-12)))
 
     @property
     def variances_K(self) -> Vector:

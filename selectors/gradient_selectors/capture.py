@@ -156,12 +156,12 @@ class GradientCapture:
             with torch.no_grad():
                 head = self._head(module)
                 losses_N, grad_NTd, rows = head_forward_backward(head, hidden_NTd.detach(), batch.labels_NT, direction)
-        if hidden_NTd.requires_grad:
-            torch.autograd.backward([hidden_NTd], [grad_NTd])
         weight = HeadWeight(head, rows)
         for parameter, factor in ((module.weight, weight), (module.bias, HeadBias(weight))):
-            if id(parameter) in self._names:
+            if id(parameter) in self._names:  # before those of a tied embedding, which only add to some of its rows
                 self._factors[self._names[id(parameter)]].append(factor)
+        if hidden_NTd.requires_grad:
+            torch.autograd.backward([hidden_NTd], [grad_NTd])
         return losses_N
 
     def _head(self, module: nn.Linear) -> Head:

@@ -5,7 +5,7 @@ contributes several factors to the same parameter. All have the same three opera
 shape (p, ...):
 
 - `dot(u)`: `<u, g_i>` for every sample (code of the "fixed direction" identity `sum_t b_t^T U a_t`);
-- `add_weighted(w, out)`: `out += sum_i w_i g_i`, touching only samples whose weight is not zero;
+- `add_weighted(w, out, begin)`: `out += sum_i w_i g_i`, touching only samples whose weight is not zero;
 - `per_sample(samples, lo, hi)`: rows `lo:hi` of the gradients of some samples, written out.
 
 Shape suffixes: N samples, n chosen samples, R rows (tokens of all samples, one sample after the other), p and d the
@@ -28,8 +28,12 @@ class Factor(Protocol):
     def dot(self, u: Tensor) -> Tensor:
         """`<u, g_i>` for each sample, (N,) float32. `u` has the parameter's shape."""
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
-        """Add `sum_i w_i g_i` to `out`, a float32 tensor of the parameter's shape."""
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
+        """Add `sum_i w_i g_i` to `out`, a float32 tensor of the parameter's shape.
+
+        With `begin` it holds nothing yet, and is overwritten: filling a model's worth of zeros to add to took a
+        twentieth of a step.
+        """
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         """Rows `lo:hi` of the chosen samples' gradients, (n, hi - lo, ...) float32: the caller's to overwrite."""
@@ -105,6 +109,16 @@ def nonzero_samples(weights_N: Tensor) -> list[int]:
     return [i for i, weight in enumerate(weights_N.tolist()) if weight != 0.0]
 
 
+def add_product(out: Tensor, left: Tensor, right: Tensor, *, begin: bool) -> None:
+    """`out += left @ right`, or `out = left @ right` to begin with; `out` is float32, the others are of one dtype."""
+    if left.dtype == torch.float32:
+        out.addmm_(left, right, beta=0.0 if begin else 1.0)
+    elif begin:
+        out.copy_(left @ right)
+    else:
+        out += left @ right
+
+
 @dataclass(frozen=True)
 class Outer:
     """A matrix whose per-sample gradient is `left_i^T right_i`.
@@ -131,15 +145,11 @@ class Outer:
         right_Rr = self.right_Rd @ direction.right_dr.to(self.right_Rd.dtype)
         return self.segments.sum(torch.linalg.vecdot(left_Rr.float(), right_Rr.float()))
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
         samples = nonzero_samples(weights_N)
         left = self.segments.gather(self.left_Rp, samples)
         left = left * self.segments.weights(weights_N, samples, left)
-        right = self.segments.gather(self.right_Rd, samples)
-        if left.dtype == torch.float32:
-            out.addmm_(left.T, right)
-        else:
-            out += left.T @ right
+        add_product(out, left.T, self.segments.gather(self.right_Rd, samples), begin=begin)
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         out = torch.empty(
@@ -166,8 +176,10 @@ class Lookup:
         right_Rr = self.grads_Rd @ direction.right_dr.to(self.grads_Rd.dtype)
         return self.segments.sum(torch.linalg.vecdot(direction.left_pr[self.ids_R], right_Rr.float()))
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
         samples = nonzero_samples(weights_N)
+        if begin:
+            out.zero_()
         grads = self.segments.gather(self.grads_Rd, samples).float()
         out.index_add_(
             0, self.segments.gather(self.ids_R, samples), grads * self.segments.weights(weights_N, samples, grads)
@@ -195,8 +207,10 @@ class Written:
     def dot(self, u: Tensor) -> Tensor:
         return self.grads_Np @ u.float()
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
         samples = nonzero_samples(weights_N)
+        if begin:
+            out.zero_()
         out += weights_N[samples].to(self.grads_Np) @ self.grads_Np[samples]
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:

@@ -107,10 +107,12 @@ class PoolGradients:
         `weights` are (N,), or (L, N) with a row for each of `layers`.
         """
         weights_N = weights if weights.ndim == 1 else weights[self.layers.index(layer_of(name))]
-        out = torch.zeros(self.shapes[name], dtype=torch.float32, device=self.losses_N.device)
-        if bool((weights_N != 0).any()):
-            for factor in self.factors.get(name, ()):
-                factor.add_weighted(weights_N, out)
+        out = torch.empty(self.shapes[name], dtype=torch.float32, device=self.losses_N.device)
+        factors = self.factors.get(name, ())
+        if not factors or not bool((weights_N != 0).any()):
+            return out.zero_()
+        for i, factor in enumerate(factors):
+            factor.add_weighted(weights_N, out, begin=i == 0)
         return out
 
     def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
@@ -143,6 +145,13 @@ def preconditioned(gradient: Gradient, geometry: Geometry, name: str) -> Tensor:
     """`P * G` of one parameter."""
     preconditioner, values = geometry(name), gradient[name]
     return values if preconditioner is None else preconditioner * values
+
+
+@torch.no_grad()
+def squared_length(gradient: Gradient, geometry: Geometry) -> float:
+    """`<G, P G>`: the first-order utility that a sample would have whose gradient is the target's."""
+    products = (torch.sum(preconditioned(gradient, geometry, name) * values) for name, values in gradient.items())
+    return float(sum(products))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradient_selectors.factors import LowRank, Segments, nonzero_samples
+from gradient_selectors.factors import LowRank, Segments, add_product, nonzero_samples
 
 IGNORE = -100
 CHUNK_ELEMENTS = 8_000_000  # logits held at once: 32 MB in float32; larger chunks were not faster on two cores
@@ -191,7 +191,7 @@ class HeadWeight:
             products_R[chunk] = _along(errors_RV, hidden_Rd, direction)
         return self.rows.segments.sum(products_R * self.rows.scale_R)
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
         """Some rows of the vocabulary at a time: each is added to `out` once, not once for each chunk of positions."""
         samples, dtype = nonzero_samples(weights_N), self.head.weight.dtype
         rows = _gather(self.rows, samples)
@@ -200,10 +200,7 @@ class HeadWeight:
         step = max(1, CHUNK_ELEMENTS // len(weighted_Rd))
         for lo in range(0, len(out), step):
             errors_Rv = self._errors_of_columns(rows, lo, min(lo + step, len(out))).to(dtype)
-            if dtype == torch.float32:
-                out[lo : lo + step].addmm_(errors_Rv.T, weighted_Rd)
-            else:
-                out[lo : lo + step] += errors_Rv.T @ weighted_Rd
+            add_product(out[lo : lo + step], errors_Rv.T, weighted_Rd, begin=begin)
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         return self._columns(samples, lo, hi, with_hidden=True)
@@ -247,8 +244,10 @@ class HeadBias:
     def dot(self, u: Tensor) -> Tensor:
         return self._all() @ u.float()
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
         samples = nonzero_samples(weights_N)
+        if begin:
+            out.zero_()
         out += weights_N[samples].to(out) @ self.per_sample(samples, 0, len(out))
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:

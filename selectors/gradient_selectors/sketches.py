@@ -36,11 +36,13 @@ class Projection:
 
     Attributes:
         direction: `P * G_target` at rank k.
+        square: `<G_target, P * G_target>` within the parameter, exact, () float32.
         left_pk: signs times sqrt(x), over the root of the width; None for the head, which is left out of K.
         right_dk: signs times sqrt(y), over the root of the width; None likewise.
     """
 
     direction: LowRank
+    square: Tensor
     left_pk: Tensor | None = None
     right_dk: Tensor | None = None
 
@@ -60,8 +62,14 @@ def project(
             if projection is not None:
                 projections[name] = projection
     if projections and head is not None and head in target and _is_large_matrix(head, target[head], width):
-        projections[head] = Projection(low_rank(preconditioned(target, geometry, head), width, generator))
+        values, direction = target[head], preconditioned(target, geometry, head)
+        projections[head] = Projection(low_rank(direction, width, generator), torch.sum(direction * values))
     return projections
+
+
+def squared_length_of(projections: Mapping[str, Projection]) -> float:
+    """`<G_target, P * G_target>` over the parameters that are projected; P is that of when they were."""
+    return float(sum(projection.square for projection in projections.values()))
 
 
 def low_rank(matrix_pd: Tensor, rank: int, generator: torch.Generator) -> LowRank:
@@ -132,23 +140,24 @@ def _project(
     """The projection of a parameter, or None where P has no rank-one fit, as under a mask."""
     left_pk, right_dk = (_signs(size, width, generator).to(target.device) for size in target.shape)
     if preconditioner is None:
-        return Projection(low_rank(target, width, generator), left_pk, right_dk)
+        return Projection(low_rank(target, width, generator), target.square().sum(), left_pk, right_dk)
     scales = rank_one(preconditioner)
     if scales is None:
         return None
     x_p1, y_d1 = (scale.sqrt_().unsqueeze(1) for scale in scales)
-    return Projection(low_rank(preconditioner * target, width, generator), left_pk * x_p1, right_dk * y_d1)
+    direction = preconditioner * target
+    square = torch.sum(direction * target)
+    return Projection(low_rank(direction, width, generator), square, left_pk * x_p1, right_dk * y_d1)
 
 
 def _sketch(outer: Outer, samples: Sequence[int], projection: Projection) -> Tensor:
     """`S^T g_i T` of some samples, (n, k, k) float32."""
     assert projection.left_pk is not None
     assert projection.right_dk is not None
-    left_Rp, right_Rd = (outer.segments.gather(side, samples) for side in (outer.left_Rp, outer.right_Rd))
-    left_Rk, right_Rk = (
-        left_Rp @ projection.left_pk.to(left_Rp.dtype),
-        right_Rd @ projection.right_dk.to(right_Rd.dtype),
-    )
+    # All rows are multiplied, and then those of the samples picked out: copying the wide ones took longer.
+    left_Rk = outer.left_Rp @ projection.left_pk.to(outer.left_Rp.dtype)
+    right_Rk = outer.right_Rd @ projection.right_dk.to(outer.right_Rd.dtype)
+    left_Rk, right_Rk = (outer.segments.gather(side, samples) for side in (left_Rk, right_Rk))
     return _contract(left_Rk.float(), right_Rk.float(), outer.segments.among(samples))
 
 
@@ -172,6 +181,7 @@ def to_tensors(projections: Mapping[str, Projection]) -> dict[str, Tensor]:
     for name, projection in projections.items():
         tensors[f"target_pr.{name}"] = projection.direction.left_pr
         tensors[f"target_dr.{name}"] = projection.direction.right_dr
+        tensors[f"square.{name}"] = projection.square
         if projection.left_pk is not None and projection.right_dk is not None:
             tensors[f"left_pk.{name}"], tensors[f"right_dk.{name}"] = projection.left_pk, projection.right_dk
     return tensors
@@ -179,10 +189,11 @@ def to_tensors(projections: Mapping[str, Projection]) -> dict[str, Tensor]:
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Projection]:
     """Inverse of `to_tensors`; empty for anything else."""
-    names = [name.partition(".")[2] for name in tensors if name.startswith("target_pr.")]
+    names = [name.partition(".")[2] for name in tensors if name.startswith("square.")]
     return {
         name: Projection(
             LowRank(tensors[f"target_pr.{name}"], tensors[f"target_dr.{name}"]),
+            tensors[f"square.{name}"],
             tensors.get(f"left_pk.{name}"),
             tensors.get(f"right_dk.{name}"),
         )
