@@ -79,7 +79,7 @@ class Run:
         return self.tier.name, self.stream, self.share, self.seed
 
 
-CORE = ("uniform", FTW, f"{FTW}+cluster_ucb", f"{FTW}+cluster_ucb+min_gain", "oracle", "top_k", "everything")
+CORE = ("uniform", FTW, f"{FTW}+cluster_ucb", "oracle", "top_k", "everything")
 REAL = Tier(
     name="real",
     model={},
