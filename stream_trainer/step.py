@@ -10,10 +10,10 @@ from gradient_selectors.approximate import rank_one_gram
 from gradient_selectors.baselines import draw_uniform
 from gradient_selectors.capture import GradientCapture
 from gradient_selectors.geometry import optimizer_steps
-from gradient_selectors.gradients import Gradient, PoolGradients, squared_length
+from gradient_selectors.gradients import Gradient, PoolGradients
 from gradient_selectors.interaction import Decision, Interaction, Selector, equal_weights
 from gradient_selectors.masked_adamw import MaskedAdamW
-from gradient_selectors.sketches import Projection, Sketches, project, squared_length_of
+from gradient_selectors.sketches import Projection, Sketches, project
 from torch import Tensor
 
 from stream_trainer.batches import collate
@@ -24,8 +24,6 @@ from stream_trainer.selection import current_geometry
 from stream_trainer.selection_settings import SelectionSettings
 from stream_trainer.settings import OptimizerSettings
 from stream_trainer.target import Target
-
-TINY = torch.finfo(torch.float32).tiny  # for a target without any gradient: no sample has a utility then, either
 
 APPLIED, SKIPPED_NONFINITE, SKIPPED_NONE_HELPS = "applied", "skipped_nonfinite", "skipped_none_helps"
 
@@ -68,8 +66,7 @@ class StepReport:
         weights: coefficient of each candidate in the update, the mean over layers if they differ; all zero if it was
             skipped.
         decision: what the selector said; its weights are of before `sample.weight` and a skip.
-        utilities: `c_i` of each candidate over the target's own `<G, P G>`, if the draw learns from them: what share
-            of the target's update it is worth. Unlike `c_i`, that does not fall as P and the target's gradient do.
+        utilities: `Interaction.relative_rows_N`, if the draw learns from them.
         gradient_norm: length of the gradient before clipping.
         seconds: time by phase.
     """
@@ -110,7 +107,7 @@ def train_step(learner: Learner, pool: Sequence[Sample]) -> StepReport:
     clock.lap("target")
     interaction = score(learner, samples, target)
     gradients = interaction.gradients
-    utilities = _relative_utilities(learner, interaction) if learner.selection.draw == "cluster_ucb" else None
+    utilities = tuple(interaction.relative_rows_N.tolist()) if learner.selection.draw == "cluster_ucb" else None
     clock.lap("score")
     decision = learner.selector.decide(interaction)
     weights = _final_weights(learner, decision, samples)
@@ -147,18 +144,9 @@ def score(learner: Learner, samples: Sequence[Sample], target: Gradient) -> Inte
         head = learner.projections.get(capture.head or "")
         gradients = capture.run(batch, None if head is None else head.direction)
         sketches = Sketches(learner.projections, geometry)
-        return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
+        return Interaction(gradients, target, geometry, sketches.gram, sketches.rows, sketches.squared_length)
     gram = rank_one_gram if settings.geometry == "rank_one" else PoolGradients.gram
     return Interaction(capture.run(batch), target, geometry, gram)
-
-
-def _relative_utilities(learner: Learner, interaction: Interaction) -> tuple[float, ...]:
-    square = (
-        squared_length_of(learner.projections)
-        if learner.projections
-        else squared_length(interaction.target, interaction.geometry)
-    )
-    return tuple((interaction.rows_N.double() / max(square, TINY)).tolist())
 
 
 def _draw(learner: Learner, num_samples: int) -> list[int]:

@@ -207,7 +207,7 @@ class ClusterUcb:
     - Moments are discounted. Discounting alone never returns to an arm, for it leaves its mean and spread as they are;
       so each arm is also lent `shrinkage` rewards of the average arm, which it falls back to when it is not drawn, and
       some slots are uniform.
-    - Rewards are utilities relative to the target's own (`step.StepReport.utilities`), over the discounted mean of
+    - Rewards are utilities relative to the target's own (`Interaction.relative_rows_N`), over the discounted mean of
       their size; what exceeds that mean more than ten times is cut. Plain `c_i` fell by a factor of 300 within 13 steps
       of SmolLM2: the arm that was drawn sank below arms that had been drawn before, or never.
     - Within an arm, what is most like the target comes first: clusters are coarse, and the purest one of SmolLM2's

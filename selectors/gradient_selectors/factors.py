@@ -28,7 +28,7 @@ class Factor(Protocol):
     def dot(self, u: Tensor) -> Tensor:
         """`<u, g_i>` for each sample, (N,) float32. `u` has the parameter's shape."""
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool) -> None:
         """Add `sum_i w_i g_i` to `out`, a float32 tensor of the parameter's shape.
 
         With `begin` it holds nothing yet, and is overwritten: filling a model's worth of zeros to add to took a
@@ -145,7 +145,7 @@ class Outer:
         right_Rr = self.right_Rd @ direction.right_dr.to(self.right_Rd.dtype)
         return self.segments.sum(torch.linalg.vecdot(left_Rr.float(), right_Rr.float()))
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool) -> None:
         samples = nonzero_samples(weights_N)
         left = self.segments.gather(self.left_Rp, samples)
         left = left * self.segments.weights(weights_N, samples, left)
@@ -176,7 +176,7 @@ class Lookup:
         right_Rr = self.grads_Rd @ direction.right_dr.to(self.grads_Rd.dtype)
         return self.segments.sum(torch.linalg.vecdot(direction.left_pr[self.ids_R], right_Rr.float()))
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool) -> None:
         samples = nonzero_samples(weights_N)
         if begin:
             out.zero_()
@@ -207,7 +207,7 @@ class Written:
     def dot(self, u: Tensor) -> Tensor:
         return self.grads_Np @ u.float()
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool) -> None:
         samples = nonzero_samples(weights_N)
         if begin:
             out.zero_()

@@ -122,11 +122,10 @@ class PoolGradients:
     @torch.no_grad()
     def squared_length(self, weights: Tensor, geometry: Geometry) -> float:
         """`w^T K w = ||sqrt(P) * G(w)||^2` of the update's gradient `G(w) = sum_i w_i g_i`, exact and without K."""
-        total = 0.0
-        for name in self.factors:
-            squares, preconditioner = self.weighted_gradient_of(name, weights).square_(), geometry(name)
-            total += float((squares if preconditioner is None else squares.mul_(preconditioner)).sum())
-        return total
+        # One parameter at a time: all of them are as large as the model.
+        return sum(
+            (squared_length({name: self.weighted_gradient_of(name, weights)}, geometry) for name in self.factors), 0.0
+        )
 
 
 GramMode = Callable[[PoolGradients, Sequence[int], Geometry], Tensor]
@@ -134,6 +133,9 @@ GramMode = Callable[[PoolGradients, Sequence[int], Geometry], Tensor]
 
 RowsMode = Callable[[PoolGradients, Gradient, Geometry], dict[str, Tensor]]
 """How `c` within each parameter is computed from the target's gradient: `exact_rows`, or `Sketches.rows`."""
+
+SquareMode = Callable[[Gradient, Geometry], float]
+"""How the target's own utility is computed: `squared_length`, which is exact, or `Sketches.squared_length`."""
 
 
 def exact_rows(gradients: PoolGradients, target: Gradient, geometry: Geometry) -> dict[str, Tensor]:
@@ -149,9 +151,9 @@ def preconditioned(gradient: Gradient, geometry: Geometry, name: str) -> Tensor:
 
 @torch.no_grad()
 def squared_length(gradient: Gradient, geometry: Geometry) -> float:
-    """`<G, P G>`: the first-order utility that a sample would have whose gradient is the target's."""
-    products = (torch.sum(preconditioned(gradient, geometry, name) * values) for name, values in gradient.items())
-    return float(sum(products))
+    """`<G, P G> = ||sqrt(P) * G||^2`; of the target's gradient, the first-order utility of a sample just like it."""
+    products = [torch.sum(preconditioned(gradient, geometry, name) * values) for name, values in gradient.items()]
+    return float(torch.stack(products).sum()) if products else 0.0
 
 
 @torch.no_grad()

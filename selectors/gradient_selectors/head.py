@@ -191,7 +191,7 @@ class HeadWeight:
             products_R[chunk] = _along(errors_RV, hidden_Rd, direction)
         return self.rows.segments.sum(products_R * self.rows.scale_R)
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool) -> None:
         """Some rows of the vocabulary at a time: each is added to `out` once, not once for each chunk of positions."""
         samples, dtype = nonzero_samples(weights_N), self.head.weight.dtype
         rows = _gather(self.rows, samples)
@@ -244,7 +244,7 @@ class HeadBias:
     def dot(self, u: Tensor) -> Tensor:
         return self._all() @ u.float()
 
-    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool = False) -> None:
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool) -> None:
         samples = nonzero_samples(weights_N)
         if begin:
             out.zero_()

@@ -19,10 +19,14 @@ from gradient_selectors.gradients import (
     GramMode,
     PoolGradients,
     RowsMode,
+    SquareMode,
     exact_rows,
     layer_of,
     preconditioned,
+    squared_length,
 )
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Interaction:
         geometry: the preconditioner P by parameter name.
         gram_mode: how `gram` is computed; exact unless told otherwise.
         rows_mode: how the rows are computed; exact unless told otherwise.
+        square_mode: how the target's own utility is computed; exact unless told otherwise.
     """
 
     gradients: PoolGradients
@@ -42,6 +47,7 @@ class Interaction:
     geometry: Geometry
     gram_mode: GramMode = PoolGradients.gram
     rows_mode: RowsMode = exact_rows
+    square_mode: SquareMode = squared_length
 
     @property
     def num_samples(self) -> int:
@@ -56,6 +62,14 @@ class Interaction:
     def rows_N(self) -> Tensor:
         """Row sums of M, `c_i = <g_i, P G_target>`: the first-order utility of each sample, (N,) float32."""
         return torch.stack(list(self.rows_by_parameter.values())).sum(0)
+
+    @cached_property
+    def relative_rows_N(self) -> Tensor:
+        """`c_i / <G, P G>`: what share of the target's own utility each sample has, (N,) float64.
+
+        Unlike `c_i` it does not fall as P and the target's gradient do. 0 for a target without any gradient.
+        """
+        return self.rows_N.double() / max(self.square_mode(self.target, self.geometry), TINY)
 
     @cached_property
     def rows_by_layer_LN(self) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gradient_selectors.factors import Factor, Lookup, LowRank, MatrixFactor, Outer, Segments
 from gradient_selectors.geometry import Geometry, rank_one
-from gradient_selectors.gradients import Gradient, PoolGradients, preconditioned
+from gradient_selectors.gradients import Gradient, PoolGradients, preconditioned, squared_length
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,8 @@ def project(
             if projection is not None:
                 projections[name] = projection
     if projections and head is not None and head in target and _is_large_matrix(head, target[head], width):
-        values, direction = target[head], preconditioned(target, geometry, head)
-        projections[head] = Projection(low_rank(direction, width, generator), torch.sum(direction * values))
+        projections[head] = _projection(target[head], preconditioned(target, geometry, head), width, generator)
     return projections
-
-
-def squared_length_of(projections: Mapping[str, Projection]) -> float:
-    """`<G_target, P * G_target>` over the parameters that are projected; P is that of when they were."""
-    return float(sum(projection.square for projection in projections.values()))
 
 
 def low_rank(matrix_pd: Tensor, rank: int, generator: torch.Generator) -> LowRank:
@@ -106,6 +100,13 @@ class Sketches:
                 rows[name] = gradients.rows_of(name, target, geometry)
         return rows
 
+    def squared_length(self, target: Gradient, geometry: Geometry) -> float:
+        """`<G_target, P * G_target>` over what is projected, P being that of when it was; exact if nothing is."""
+        assert geometry is self._geometry, "sketches belong to one geometry"
+        if not self._projections:
+            return squared_length(target, geometry)
+        return float(torch.stack([projection.square for projection in self._projections.values()]).sum())
+
     @torch.no_grad()
     def gram(self, gradients: PoolGradients, samples: Sequence[int], geometry: Geometry) -> Tensor:
         """K of some samples, (n, n) float64."""
@@ -140,14 +141,18 @@ def _project(
     """The projection of a parameter, or None where P has no rank-one fit, as under a mask."""
     left_pk, right_dk = (_signs(size, width, generator).to(target.device) for size in target.shape)
     if preconditioner is None:
-        return Projection(low_rank(target, width, generator), target.square().sum(), left_pk, right_dk)
+        return _projection(target, target, width, generator, left_pk, right_dk)
     scales = rank_one(preconditioner)
     if scales is None:
         return None
     x_p1, y_d1 = (scale.sqrt_().unsqueeze(1) for scale in scales)
-    direction = preconditioner * target
-    square = torch.sum(direction * target)
-    return Projection(low_rank(direction, width, generator), square, left_pk * x_p1, right_dk * y_d1)
+    return _projection(target, preconditioner * target, width, generator, left_pk * x_p1, right_dk * y_d1)
+
+
+def _projection(
+    target: Tensor, direction: Tensor, width: int, generator: torch.Generator, *sides: Tensor
+) -> Projection:
+    return Projection(low_rank(direction, width, generator), torch.sum(direction * target), *sides)
 
 
 def _sketch(outer: Outer, samples: Sequence[int], projection: Projection) -> Tensor:
