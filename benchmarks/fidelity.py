@@ -55,7 +55,8 @@ def measure(learner: Learner, pools: Sequence[Sequence[Sample]]) -> dict[str, di
         seen["rank_one"] = seen_as(replace(whole, gram_mode=rank_one_gram), survivors)
         for width in WIDTHS:
             generator = torch.Generator().manual_seed(seed)
-            sketches = Sketches(project(target, geometry, generator, width, capture.head), geometry)
+            projections = project(target, geometry, generator, width, capture.head)
+            sketches = Sketches(whole.gradients, projections, geometry)
             view = replace(whole, gram_mode=sketches.gram, rows_mode=sketches.rows)
             seen[f"sketch {width}"] = seen_as(view, survivors)
         for name, what in seen.items():

@@ -143,7 +143,7 @@ def score(learner: Learner, samples: Sequence[Sample], target: Gradient) -> Inte
             learner.projections = project(target, geometry, generator, settings.sketch_width, capture.head)
         head = learner.projections.get(capture.head or "")
         gradients = capture.run(batch, None if head is None else head.direction)
-        sketches = Sketches(learner.projections, geometry)
+        sketches = Sketches(gradients, learner.projections, geometry)
         return Interaction(gradients, target, geometry, sketches.gram, sketches.rows, sketches.squared_length)
     gram = rank_one_gram if settings.geometry == "rank_one" else PoolGradients.gram
     return Interaction(capture.run(batch), target, geometry, gram)

@@ -33,7 +33,8 @@ def seeded(seed: int) -> torch.Generator:
 def sketch_gram(gradients: PoolGradients, samples: Sequence[int], geometry: Geometry, width: int, seed: int) -> Tensor:
     """K of a pool from sketches, of a head only if it was probed."""
     target = {name: torch.zeros(shape) for name, shape in gradients.shapes.items()}
-    return Sketches(project(target, geometry, seeded(seed), width), geometry).gram(gradients, samples, geometry)
+    projections = project(target, geometry, seeded(seed), width)
+    return Sketches(gradients, projections, geometry).gram(gradients, samples, geometry)
 
 
 def of_rank_one(capture: GradientCapture) -> dict[str, Tensor]:

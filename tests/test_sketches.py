@@ -4,9 +4,9 @@ import pytest
 import torch
 from gradient_selectors.capture import GradientCapture
 from gradient_selectors.geometry import Geometry, plain
-from gradient_selectors.gradients import _products
+from gradient_selectors.gradients import PoolGradients, _products
 from gradient_selectors.interaction import Interaction
-from gradient_selectors.sketches import Sketches, from_tensors, low_rank, project, to_tensors
+from gradient_selectors.sketches import Projection, Sketches, from_tensors, low_rank, project, to_tensors
 from oracle import dense, make_batch, make_model, random_like, relative_error
 from pools import outer_pool
 from torch import Tensor
@@ -20,9 +20,9 @@ def seeded(seed: int) -> torch.Generator:
 
 def sketched(capture: GradientCapture, geometry: Geometry, target: dict[str, Tensor], seed: int) -> Interaction:
     projections = project(target, geometry, seeded(seed), width=8, head=capture.head)
-    sketches = Sketches(projections, geometry)
     head = projections.get(capture.head or "")
     gradients = capture.run(make_batch(LENGTHS), None if head is None else head.direction)
+    sketches = Sketches(gradients, projections, geometry)
     return Interaction(gradients, target, geometry, sketches.gram, sketches.rows)
 
 
@@ -60,14 +60,16 @@ def test_the_head_is_the_same_whether_the_pass_knew_its_direction(kind: str) -> 
     capture = GradientCapture(make_model(kind))
     target = random_like(capture, 6)
     projections = project(target, plain, seeded(0), width=8, head=capture.head)
-    sketches = Sketches(projections, plain)
     assert capture.head is not None
-    batch, direction = make_batch(LENGTHS), projections[capture.head].direction
-    during, after = (sketches.rows(capture.run(batch, d), target, plain) for d in (direction, None))
-    torch.testing.assert_close(during, after, rtol=1e-4, atol=1e-6)
+    direction = projections[capture.head].direction
+    during, after = (capture.run(make_batch(LENGTHS), known) for known in (direction, None))
+
+    def rows(gradients: PoolGradients, projections: dict[str, Projection]) -> dict[str, Tensor]:
+        return Sketches(gradients, projections, plain).rows(gradients, target, plain)
+
+    torch.testing.assert_close(rows(during, projections), rows(after, projections), rtol=1e-4, atol=1e-6)
     other = project(target, plain, seeded(1), width=8, head=capture.head)
-    stale = Sketches(other, plain).rows(capture.run(batch, direction), target, plain)
-    fresh = Sketches(other, plain).rows(capture.run(batch), target, plain)
+    stale, fresh = rows(during, other), rows(after, other)
     torch.testing.assert_close(stale, fresh, rtol=1e-4, atol=1e-6)
 
 
@@ -85,7 +87,7 @@ def test_projections_come_back_from_a_checkpoint() -> None:
     projections = project(target, plain, seeded(0), width=8, head=capture.head)
     again = from_tensors({name: values.clone() for name, values in to_tensors(projections).items()})
     gradients = capture.run(make_batch(LENGTHS))
-    before, after = Sketches(projections, plain), Sketches(again, plain)
+    before, after = Sketches(gradients, projections, plain), Sketches(gradients, again, plain)
     torch.testing.assert_close(after.rows(gradients, target, plain), before.rows(gradients, target, plain))
     torch.testing.assert_close(after.gram(gradients, [0, 2], plain), before.gram(gradients, [0, 2], plain))
 
@@ -123,7 +125,7 @@ def test_unequal_and_equal_lengths_are_contracted_alike() -> None:
         assert projection.left_pk is not None
         assert projection.right_dk is not None
         projected = (projection.left_pk.T @ rows["a.0.weight"] @ projection.right_dk)[[0, 2]].flatten(1)
-        found = Sketches(projections, plain).gram(pool, [0, 2], plain)
+        found = Sketches(pool, projections, plain).gram(pool, [0, 2], plain)
         torch.testing.assert_close(found, (projected @ projected.T).double(), rtol=1e-4, atol=1e-4)
 
 
@@ -133,7 +135,7 @@ def test_under_a_mask_everything_is_exact() -> None:
     target = {"a.0.weight": torch.randn(24, 32, generator=seeded(1))}
     mask = {"a.0.weight": (torch.rand(24, 32, generator=seeded(3)) < 0.05).float()}
     geometry = mask.__getitem__
-    sketches = Sketches(project(target, geometry, seeded(2), width=4), geometry)
+    sketches = Sketches(pool, project(target, geometry, seeded(2), width=4), geometry)
     exact = Interaction(pool, target, geometry)
     torch.testing.assert_close(sketches.rows(pool, target, geometry), exact.rows_by_parameter)
     torch.testing.assert_close(sketches.gram(pool, [0, 1], geometry), exact.gram([0, 1]))
@@ -151,9 +153,17 @@ def test_adapters_and_vectors_are_exact() -> None:
 def test_sketches_of_one_geometry_are_not_taken_for_another() -> None:
     pool, _ = outer_pool({"a.0.weight": (24, 32)}, (5, 7))
     target = {"a.0.weight": torch.ones(24, 32)}
-    sketches = Sketches(project(target, plain, seeded(2), width=4), plain)
-    with pytest.raises(AssertionError):
+    sketches = Sketches(pool, project(target, plain, seeded(2), width=4), plain)
+    with pytest.raises(AssertionError, match="one geometry"):
         sketches.rows(pool, target, target.__getitem__)
+
+
+def test_sketches_of_one_pool_are_not_taken_for_another() -> None:
+    (pool, _), (other, _) = (outer_pool({"a.0.weight": (24, 32)}, lengths) for lengths in ((5, 7), (6, 6)))
+    target = {"a.0.weight": torch.ones(24, 32)}
+    sketches = Sketches(pool, project(target, plain, seeded(2), width=4), plain)
+    with pytest.raises(AssertionError, match="one pool"):
+        sketches.gram(other, [0, 1], plain)
 
 
 def test_products_of_few_long_rows_are_exact_to_rounding() -> None:

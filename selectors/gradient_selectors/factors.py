@@ -200,18 +200,18 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Written:
-    """A vector (bias, norm): small enough that the per-sample gradients are simply written out."""
+    """A vector (bias, norm) or a narrow matrix (LoRA's): the per-sample gradients, (N, p, ...), simply written out."""
 
     grads_Np: Tensor
 
     def dot(self, u: Tensor) -> Tensor:
-        return self.grads_Np @ u.float()
+        return self.grads_Np.flatten(1) @ u.float().flatten()
 
     def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool) -> None:
         samples = nonzero_samples(weights_N)
         if begin:
             out.zero_()
-        out += weights_N[samples].to(self.grads_Np) @ self.grads_Np[samples]
+        out += torch.tensordot(weights_N[samples].to(self.grads_Np), self.grads_Np[samples], 1)
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         return self.grads_Np[list(samples), lo:hi]

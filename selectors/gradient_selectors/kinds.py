@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from gradient_selectors.factors import Factor, Lookup, Outer, Segments, Written
 
+NARROW = 64  # rows or columns, as adapters have: writing their gradients out costs a few percent of the pass at most
 TOLERANCE = 1e-4  # relative; a wrong formula is off by far more, a right one in float32 by far less
 
 
@@ -101,13 +102,27 @@ def _recognise_matrix(module: nn.Module, weight: Tensor) -> MakeFactors | None:
 
 
 def _matrix_factors(has_bias: bool, transposed: bool, x: Tensor, grad: Tensor, rows: Rows) -> Factors:
-    inputs_Rd, segments = rows.flatten(x.to(grad.dtype), 1)
-    grads_Rp, _ = rows.flatten(grad, 1)
-    left, right = (inputs_Rd, grads_Rp) if transposed else (grads_Rp, inputs_Rd)
-    factors: dict[str, Factor] = {"weight": Outer(left, right, segments)}
+    inputs = x.to(grad.dtype)
+    left, right = (inputs, grad) if transposed else (grad, inputs)
+    factors: dict[str, Factor] = {"weight": _matrix_factor(left, right, rows)}
     if has_bias:
         factors["bias"] = Written(grad.float().reshape(rows.num_samples, -1, grad.shape[-1]).sum(1))
     return factors
+
+
+def _matrix_factor(left: Tensor, right: Tensor, rows: Rows) -> Factor:
+    """Factors, or gradients written out where the matrix is narrow and they are the smaller of the two.
+
+    Of LoRA's matrices, c, K and the update would each read the factors again, which are ten times as large and more.
+    """
+    num_samples, p, d = rows.num_samples, left.shape[-1], right.shape[-1]
+    left_NTp, right_NTd = left.reshape(num_samples, -1, p), right.reshape(num_samples, -1, d)
+    if min(p, d) <= NARROW and p * d <= left_NTp.shape[1] * (p + d):
+        # Padding has a zero gradient. The narrow side in front takes a third of the time of the other order.
+        narrow_first = left_NTp.mT @ right_NTd if p <= d else (right_NTd.mT @ left_NTp).mT
+        return Written(narrow_first.float().contiguous())
+    left_Rp, segments = rows.flatten(left, 1)
+    return Outer(left_Rp, rows.flatten(right, 1)[0], segments)
 
 
 def _recognise_lookup(module: nn.Embedding) -> MakeFactors | None:

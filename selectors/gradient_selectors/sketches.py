@@ -21,6 +21,7 @@ it anew for 135 million weights takes longer than sketching six samples.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -81,20 +82,24 @@ def low_rank(matrix_pd: Tensor, rank: int, generator: torch.Generator) -> LowRan
     return LowRank(matrix_pd @ basis_dr, basis_dr.contiguous())
 
 
+@dataclass(frozen=True, eq=False)
 class Sketches:
     """One pool's gradients under projections; what has none is exact under the geometry."""
 
-    def __init__(self, projections: Mapping[str, Projection], geometry: Geometry) -> None:
-        self._projections, self._geometry = projections, geometry
+    gradients: PoolGradients
+    projections: Mapping[str, Projection]
+    geometry: Geometry
 
     @torch.no_grad()
     def rows(self, gradients: PoolGradients, target: Gradient, geometry: Geometry) -> dict[str, Tensor]:
         """`c_i` within each parameter, (N,) float32 each."""
-        assert geometry is self._geometry, "sketches belong to one geometry"
+        self._check(gradients, geometry)
         rows = {}
         for name, factors in gradients.factors.items():
-            projection, matrices = self._projections.get(name), _matrices(factors)
-            if projection is not None and matrices:
+            projection, matrices = self.projections.get(name), _matrices(factors)
+            if name in self._sides:
+                rows[name] = torch.stack([side.utilities() for side in self._sides[name]]).sum(0)
+            elif projection is not None and matrices:
                 rows[name] = torch.stack([factor.along(projection.direction) for factor in matrices]).sum(0)
             else:
                 rows[name] = gradients.rows_of(name, target, geometry)
@@ -102,29 +107,48 @@ class Sketches:
 
     def squared_length(self, target: Gradient, geometry: Geometry) -> float:
         """`<G_target, P * G_target>` over what is projected, P being that of when it was; exact if nothing is."""
-        assert geometry is self._geometry, "sketches belong to one geometry"
-        if not self._projections:
+        assert geometry is self.geometry, "sketches belong to one geometry"
+        if not self.projections:
             return squared_length(target, geometry)
-        return float(torch.stack([projection.square for projection in self._projections.values()]).sum())
+        return float(torch.stack([projection.square for projection in self.projections.values()]).sum())
 
     @torch.no_grad()
     def gram(self, gradients: PoolGradients, samples: Sequence[int], geometry: Geometry) -> Tensor:
         """K of some samples, (n, n) float64."""
-        assert geometry is self._geometry, "sketches belong to one geometry"
+        self._check(gradients, geometry)
         gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
-        for name, factors in gradients.factors.items():
-            projection = self._projections.get(name)
-            outers = [factor for factor in factors if isinstance(factor, Outer)]
-            if projection is not None and len(outers) == len(factors):
-                flat_nK = torch.stack([_sketch(outer, samples, projection) for outer in outers]).sum(0).flatten(1)
+        for name in gradients.factors:
+            projection = self.projections.get(name)
+            if name in self._sides:
+                flat_nK = torch.stack([side.sketch(samples) for side in self._sides[name]]).sum(0).flatten(1)
                 gram += (flat_nK @ flat_nK.T).double()
             elif projection is None or projection.left_pk is not None:  # else it is the head
                 gram += gradients.gram_of(name, samples, geometry)
         return gram
 
+    @cached_property
+    def _sides(self) -> dict[str, list["_Sides"]]:
+        """Of the parameters that are sketched, by name."""
+        sides = {}
+        for name, projection in self.projections.items():
+            outers = _outers(self.gradients.factors.get(name, ()))
+            if outers and projection.left_pk is not None:
+                sides[name] = [_sides(outer, projection) for outer in outers]
+        return sides
+
+    def _check(self, gradients: PoolGradients, geometry: Geometry) -> None:
+        assert gradients is self.gradients, "sketches belong to one pool"
+        assert geometry is self.geometry, "sketches belong to one geometry"
+
 
 def _is_large_matrix(name: str, values: Tensor, width: int) -> bool:
     return values.ndim == 2 and min(values.shape) > width and ".lora_" not in name
+
+
+def _outers(factors: Sequence[Factor]) -> list[Outer]:
+    """The factors of a matrix of linear layers, or none where it is used in another way too."""
+    outers = [factor for factor in factors if isinstance(factor, Outer)]
+    return outers if len(outers) == len(factors) else []
 
 
 def _matrices(factors: Sequence[Factor]) -> list[MatrixFactor]:
@@ -155,15 +179,39 @@ def _projection(
     return Projection(low_rank(direction, width, generator), torch.sum(direction * target), *sides)
 
 
-def _sketch(outer: Outer, samples: Sequence[int], projection: Projection) -> Tensor:
-    """`S^T g_i T` of some samples, (n, k, k) float32."""
+@dataclass(frozen=True)
+class _Sides:
+    """Both sides of the rows of a factor: under the target's direction in the first half of the columns, under the
+    signs in the other.
+    """
+
+    left_Rk: Tensor
+    right_Rk: Tensor
+    segments: Segments
+
+    def utilities(self) -> Tensor:
+        """`c_i`, (N,) float32."""
+        left_Rk, right_Rk = (side.chunk(2, dim=1)[0].float() for side in (self.left_Rk, self.right_Rk))
+        return self.segments.sum(torch.linalg.vecdot(left_Rk, right_Rk))
+
+    def sketch(self, samples: Sequence[int]) -> Tensor:
+        """`S^T g_i T` of some samples, (n, k, k) float32."""
+        sides = (side.chunk(2, dim=1)[1] for side in (self.left_Rk, self.right_Rk))
+        left_Rk, right_Rk = (self.segments.gather(side, samples).float() for side in sides)
+        return _contract(left_Rk, right_Rk, self.segments.among(samples))
+
+
+def _sides(outer: Outer, projection: Projection) -> _Sides:
+    """One product for both halves: reading the factors is what takes the time, in bfloat16 all of it.
+
+    All rows are multiplied, and those of the survivors picked out later: copying the wide ones took longer.
+    """
     assert projection.left_pk is not None
     assert projection.right_dk is not None
-    # All rows are multiplied, and then those of the samples picked out: copying the wide ones took longer.
-    left_Rk = outer.left_Rp @ projection.left_pk.to(outer.left_Rp.dtype)
-    right_Rk = outer.right_Rd @ projection.right_dk.to(outer.right_Rd.dtype)
-    left_Rk, right_Rk = (outer.segments.gather(side, samples) for side in (left_Rk, right_Rk))
-    return _contract(left_Rk.float(), right_Rk.float(), outer.segments.among(samples))
+    left_pk = torch.cat([projection.direction.left_pr, projection.left_pk], dim=1)
+    right_dk = torch.cat([projection.direction.right_dr, projection.right_dk], dim=1)
+    left_Rk = outer.left_Rp @ left_pk.to(outer.left_Rp.dtype)
+    return _Sides(left_Rk, outer.right_Rd @ right_dk.to(outer.right_Rd.dtype), outer.segments)
 
 
 def _contract(left_Rk: Tensor, right_Rk: Tensor, segments: Segments) -> Tensor:
@@ -171,7 +219,7 @@ def _contract(left_Rk: Tensor, right_Rk: Tensor, segments: Segments) -> Tensor:
     lengths = {segments.length(i) for i in range(segments.num_samples)}
     if len(lengths) == 1:
         shape = (segments.num_samples, lengths.pop(), -1)
-        return left_Rk.view(shape).mT @ right_Rk.view(shape)
+        return left_Rk.reshape(shape).mT @ right_Rk.reshape(shape)
     spans = [segments.span(i) for i in range(segments.num_samples)]
     return torch.stack([left_Rk[span].T @ right_Rk[span] for span in spans])
 
