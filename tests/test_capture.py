@@ -9,6 +9,7 @@ import pytest
 import torch
 from gradient_selectors import head
 from gradient_selectors.capture import Batch, GradientCapture, UnsupportedParameterError
+from gradient_selectors.factors import Outer, Written
 from gradient_selectors.geometry import plain
 from gradient_selectors.interaction import Interaction
 from oracle import MODELS, dense, make_batch, make_model, random_like, relative_error
@@ -31,12 +32,14 @@ def capture(model: nn.Module) -> Iterator[GradientCapture]:
     made.close()
 
 
+@pytest.mark.parametrize("kept", [0, 10**6])
 @pytest.mark.parametrize("chunk", [64, 10**6])
 def test_rows_gram_and_update_agree_with_autograd(
-    chunk: int, model: nn.Module, capture: GradientCapture, monkeypatch: pytest.MonkeyPatch
+    chunk: int, kept: int, model: nn.Module, capture: GradientCapture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the head in many chunks, of positions and of the vocabulary, and in one."""
+    """With the head in many chunks, of positions and of the vocabulary, and in one; its errors kept or made anew."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(head, "KEPT_ELEMENTS", kept)
     batch = make_batch(LENGTHS)
     oracle, gradients = dense(model, batch), capture.run(batch)
     preconditioner, target = random_like(capture, 5), random_like(capture, 6)
@@ -118,12 +121,14 @@ def test_bfloat16_keeps_the_order_of_the_scores() -> None:
     assert float(torch.corrcoef(torch.stack([got, want]))[0, 1]) > 0.999
 
 
+@pytest.mark.parametrize("kept", [0, 10**6])
 @pytest.mark.parametrize("chunk", [64, 10**6])
 @pytest.mark.parametrize("kind", ["llama", "qwen2_tied", "gpt2"])
 def test_the_update_in_bfloat16_is_that_of_autograd_but_for_rounding(
-    kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, chunk: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(head, "KEPT_ELEMENTS", kept)
     model = make_model(kind)
     batch, capture = make_batch(LENGTHS), GradientCapture(model, autocast=torch.bfloat16)
     weights = torch.tensor([0.1, 0.0, 0.5, 0.7, 1.3])
@@ -231,6 +236,23 @@ def test_a_module_called_twice_adds_up() -> None:
     assert len(gradients.factors["model.layers.0.mlp.down_proj.weight"]) == 2
     want = oracle.gradients.double() @ oracle.gradients.double().T
     assert relative_error(gradients.gram(range(3), plain), want) < EXACT
+
+
+@pytest.mark.parametrize(("lengths", "factor"), [((12, 7, 9), Written), ((2, 2, 2), Outer)])
+def test_adapters_are_written_out_where_that_is_smaller(lengths: tuple[int, ...], factor: type) -> None:
+    """3 x 16 weights a sample against 19 numbers a token; exact either way."""
+    model, batch = make_model("lora"), make_batch(lengths, prompt=0)
+    capture = GradientCapture(model)
+    gradients, oracle = capture.run(batch), dense(model, batch)
+    narrow = [name for name, shape in gradients.shapes.items() if sorted(shape) == [3, 16]]
+    assert narrow
+    assert {type(f) for name in narrow for f in gradients.factors[name]} == {factor}
+    target = random_like(capture, 6)
+    assert relative_error(Interaction(gradients, target, plain).rows_N, oracle.gradients @ oracle.flat(target)) < EXACT
+    want = oracle.gradients.double() @ oracle.gradients.double().T
+    assert relative_error(gradients.gram(range(3), plain), want) < EXACT
+    weights = torch.tensor([0.3, 0.0, 1.7])
+    assert relative_error(oracle.flat(gradients.weighted_gradient(weights)), weights @ oracle.gradients) < EXACT
 
 
 def test_nothing_of_a_pass_is_kept() -> None:

@@ -154,8 +154,9 @@ class GradientCapture:
         with self._autocasting():
             hidden_NTd = self._hidden(batch)
             with torch.no_grad():
-                head = self._head(module)
-                losses_N, grad_NTd, rows = head_forward_backward(head, hidden_NTd.detach(), batch.labels_NT, direction)
+                head, hidden, labels = self._head(module), hidden_NTd.detach(), batch.labels_NT
+                trainable = any(id(p) in self._names for p in module.parameters())
+                losses_N, grad_NTd, rows = head_forward_backward(head, hidden, labels, direction, trainable=trainable)
         weight = HeadWeight(head, rows)
         for parameter, factor in ((module.weight, weight), (module.bias, HeadBias(weight))):
             if id(parameter) in self._names:  # before those of a tied embedding, which only add to some of its rows

@@ -1,8 +1,8 @@
 """The language-model head in chunks: loss, gradient of the hidden states and per-sample weight gradients.
 
 The logits of a pool are N x T x V numbers, often more than all activations together. Only positions that carry loss are
-computed, some rows at a time, and the output gradients `softmax - onehot` are computed again when they are needed
-instead of being kept: that costs one more matmul for each use and holds R + chunk x V numbers instead of R x V.
+computed, some rows at a time. The output gradients `softmax - onehot`, R x V numbers, are kept up to `KEPT_ELEMENTS` of
+them; beyond, they are computed again when they are needed, which costs one more matmul for each use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,9 @@ from gradient_selectors.factors import LowRank, Segments, add_product, nonzero_s
 
 IGNORE = -100
 CHUNK_ELEMENTS = 8_000_000  # logits held at once: 32 MB in float32; larger chunks were not faster on two cores
+# 537 MB in float32, where plain training holds several times as many numbers: the logits, their gradient and copies. At
+# 16 x 128 tokens and a vocabulary of 49,152, computing them again took 0.18 of 4.75 s.
+KEPT_ELEMENTS = 2**27
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,12 @@ class HeadRows:
     Attributes:
         hidden_Rd: their last hidden states.
         labels_R: the token each of them predicts.
-        scale_R: one over the number of such positions in the sample: the loss of a sample is its mean.
+        scale_R: what errors are to be multiplied with: one over the number of such positions in the sample, whose loss
+            is their mean; of errors that were kept, over their sum of exponentials too.
         normaliser_R: log of the sum of the exponentials of the logits.
         direction: what the pass was told to take products along, if anything.
         products_R: each position's share of those products.
+        errors_RV: the errors in the dtype of the head, or None if they are too many to be kept.
     """
 
     hidden_Rd: Tensor
@@ -57,6 +62,7 @@ class HeadRows:
     segments: Segments
     direction: LowRank | None = None
     products_R: Tensor | None = None
+    errors_RV: Tensor | None = None
 
     def chunks(self, vocabulary: int) -> Iterator[slice]:
         step = max(1, CHUNK_ELEMENTS // vocabulary)
@@ -87,11 +93,12 @@ def head_losses(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> Tensor:
 
 
 def head_forward_backward(
-    head: Head, hidden_NTd: Tensor, labels_NT: Tensor, direction: LowRank | None = None
+    head: Head, hidden_NTd: Tensor, labels_NT: Tensor, direction: LowRank | None, *, trainable: bool
 ) -> tuple[Tensor, Tensor, HeadRows]:
     """Losses, the gradient of their sum with respect to the hidden states, and what weight gradients need later.
 
-    Products of the weight gradients with `direction` are taken while the output gradients are there.
+    Products of the weight gradients with `direction` are taken while the output gradients are there. No errors are kept
+    for a head that is not trainable.
 
     Returns:
         losses_N: mean loss of each sample (nats per token), float32; NaN for a sample without any label.
@@ -101,8 +108,8 @@ def head_forward_backward(
     rows = _head_rows(hidden_NTd, labels_NT)
     if direction is not None:
         rows = replace(rows, direction=direction, products_R=torch.empty_like(rows.scale_R))
-    token_loss_R = torch.empty_like(rows.scale_R)
-    grad_Rd = torch.empty_like(rows.hidden_Rd)
+    token_loss_R, scale_R1 = torch.empty_like(rows.scale_R), rows.scale_R[:, None].clone()
+    grad_Rd, kept_RV = torch.empty_like(rows.hidden_Rd), _room_for_errors(head, rows) if trainable else None
     for chunk in rows.chunks(head.weight.shape[0]):
         hidden_Rd, logits_RV = rows.hidden_Rd[chunk], head.logits(rows.hidden_Rd[chunk])
         picked_R1 = logits_RV.gather(1, rows.labels_R[chunk, None])
@@ -110,14 +117,24 @@ def head_forward_backward(
         normaliser_R1 = largest_R1 + sums_R1.log()
         rows.normaliser_R[chunk] = normaliser_R1.squeeze(1)
         token_loss_R[chunk] = (normaliser_R1 - picked_R1).squeeze(1)
-        scale_R1 = rows.scale_R[chunk, None] / sums_R1
+        scale_R1[chunk] /= sums_R1
         errors_RV = errors_RV.to(head.weight.dtype)
-        grad_Rd[chunk] = ((errors_RV @ head.weight).float() * scale_R1).to(grad_Rd.dtype)
+        grad_Rd[chunk] = ((errors_RV @ head.weight).float() * scale_R1[chunk]).to(grad_Rd.dtype)
         if direction is not None and rows.products_R is not None:
-            rows.products_R[chunk] = _along(errors_RV, hidden_Rd, direction) * scale_R1.squeeze(1)
+            rows.products_R[chunk] = _along(errors_RV, hidden_Rd, direction) * scale_R1[chunk].squeeze(1)
+        if kept_RV is not None:
+            kept_RV[chunk] = errors_RV
     grad_NTd = torch.zeros_like(hidden_NTd)
     grad_NTd[loss_rows(labels_NT)[0]] = grad_Rd
-    return _mean_within_samples(token_loss_R, rows), grad_NTd, rows
+    losses_N = _mean_within_samples(token_loss_R, rows)
+    if kept_RV is not None:
+        rows = replace(rows, errors_RV=kept_RV, scale_R=scale_R1.squeeze(1))
+    return losses_N, grad_NTd, rows
+
+
+def _room_for_errors(head: Head, rows: HeadRows) -> Tensor | None:
+    shape = len(rows.labels_R), len(head.weight)
+    return head.weight.new_empty(shape) if shape[0] * shape[1] <= KEPT_ELEMENTS else None
 
 
 def _head_rows(hidden_NTd: Tensor, labels_NT: Tensor) -> HeadRows:
@@ -161,9 +178,9 @@ def _along(errors_RV: Tensor, hidden_Rd: Tensor, direction: LowRank) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadWeight:
-    """Factor of the head's weight: `errors_i^T hidden_i`, the errors computed again where they are needed.
+    """Factor of the head's weight: `errors_i^T hidden_i`, the errors computed again where they were not kept.
 
-    They come without `1 / tokens`, which is multiplied into what is smaller.
+    They come without their scale, which is multiplied into what is smaller.
     """
 
     head: Head
@@ -173,6 +190,9 @@ class HeadWeight:
         """Errors and hidden states some positions at a time: where every position needs its whole row."""
         for chunk in self.rows.chunks(self.head.weight.shape[0]):
             hidden_Rd = self.rows.hidden_Rd[chunk]
+            if self.rows.errors_RV is not None:
+                yield self.rows.errors_RV[chunk], hidden_Rd, chunk
+                continue
             errors_RV = _errors(self.head.logits(hidden_Rd), self.rows, chunk)
             yield errors_RV.to(self.head.weight.dtype), hidden_Rd, chunk
 
@@ -199,7 +219,7 @@ class HeadWeight:
         weighted_Rd = (rows.hidden_Rd.float() * scale_R1).to(dtype)
         step = max(1, CHUNK_ELEMENTS // len(weighted_Rd))
         for lo in range(0, len(out), step):
-            errors_Rv = self._errors_of_columns(rows, lo, min(lo + step, len(out))).to(dtype)
+            errors_Rv = self._errors_of_columns(samples, rows, lo, min(lo + step, len(out))).to(dtype)
             add_product(out[lo : lo + step], errors_Rv.T, weighted_Rd, begin=begin)
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
@@ -209,12 +229,17 @@ class HeadWeight:
         out = []
         for i in samples:
             rows = _gather(self.rows, [i])
-            errors_Rv = self._errors_of_columns(rows, lo, hi).mul_(rows.scale_R[:, None])
+            errors_Rv = self._errors_of_columns([i], rows, lo, hi).float() * rows.scale_R[:, None]
             out.append(errors_Rv.T @ rows.hidden_Rd.float() if with_hidden else errors_Rv.sum(0))
         return torch.stack(out)
 
-    def _errors_of_columns(self, rows: HeadRows, lo: int, hi: int) -> Tensor:
-        """Rows `lo:hi` of the vocabulary only: the stored normaliser makes their softmax exact without the others."""
+    def _errors_of_columns(self, samples: Sequence[int], rows: HeadRows, lo: int, hi: int) -> Tensor:
+        """Rows `lo:hi` of the vocabulary only, of some samples whose positions are `rows`; not to be overwritten.
+
+        The stored normaliser makes their softmax exact without the others.
+        """
+        if self.rows.errors_RV is not None:
+            return self.rows.segments.gather(self.rows.errors_RV[:, lo:hi], samples)
         logits_Rv = self.head.columns(lo, hi).logits(rows.hidden_Rd)
         errors_Rv = logits_Rv.sub_(rows.normaliser_R[:, None]).exp_()
         inside_R = ((rows.labels_R >= lo) & (rows.labels_R < hi)).nonzero().squeeze(1)
