@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradient_selectors import gradients as written
-from gradient_selectors.factors import Outer, Segments
+from gradient_selectors.factors import Outer, Segments, only_outers
 from gradient_selectors.geometry import Geometry, rank_one
 from gradient_selectors.gradients import PoolGradients
 
@@ -27,8 +27,8 @@ def rank_one_gram(gradients: PoolGradients, samples: Sequence[int], geometry: Ge
     """K under `P ~ x y^T`, (n, n) float64."""
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
     for name, factors in gradients.factors.items():
-        shape, outers = gradients.shapes[name], [factor for factor in factors if isinstance(factor, Outer)]
-        if len(outers) < len(factors) or len(shape) != 2 or ".lora_" in name:
+        shape, outers = gradients.shapes[name], only_outers(factors)
+        if not outers or len(shape) != 2 or ".lora_" in name:
             gram += gradients.gram_of(name, samples, geometry)
             continue
         preconditioner = geometry(name)

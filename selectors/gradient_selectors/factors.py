@@ -161,6 +161,12 @@ class Outer:
         return out.float()
 
 
+def only_outers(factors: Sequence[Factor]) -> list[Outer]:
+    """The factors of a matrix of linear layers, or none where it is used in another way too."""
+    outers = [factor for factor in factors if isinstance(factor, Outer)]
+    return outers if len(outers) == len(factors) else []
+
+
 @dataclass(frozen=True)
 class Lookup:
     """An embedding table, by index: token t adds its gradient to row `ids[t]`. Never one-hot, never N x V x d."""

@@ -26,7 +26,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gradient_selectors.factors import Factor, Lookup, LowRank, MatrixFactor, Outer, Segments
+from gradient_selectors.factors import Factor, Lookup, LowRank, MatrixFactor, Outer, Segments, only_outers
 from gradient_selectors.geometry import Geometry, rank_one
 from gradient_selectors.gradients import Gradient, PoolGradients, preconditioned, squared_length
 
@@ -131,7 +131,7 @@ class Sketches:
         """Of the parameters that are sketched, by name."""
         sides = {}
         for name, projection in self.projections.items():
-            outers = _outers(self.gradients.factors.get(name, ()))
+            outers = only_outers(self.gradients.factors.get(name, ()))
             if outers and projection.left_pk is not None:
                 sides[name] = [_sides(outer, projection) for outer in outers]
         return sides
@@ -143,12 +143,6 @@ class Sketches:
 
 def _is_large_matrix(name: str, values: Tensor, width: int) -> bool:
     return values.ndim == 2 and min(values.shape) > width and ".lora_" not in name
-
-
-def _outers(factors: Sequence[Factor]) -> list[Outer]:
-    """The factors of a matrix of linear layers, or none where it is used in another way too."""
-    outers = [factor for factor in factors if isinstance(factor, Outer)]
-    return outers if len(outers) == len(factors) else []
 
 
 def _matrices(factors: Sequence[Factor]) -> list[MatrixFactor]:
