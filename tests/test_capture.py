@@ -66,8 +66,10 @@ def test_target_rows_are_averaged_as_gradients(kind: str, lengths: tuple[int, ..
     mean = torch.full((len(lengths),), 1 / len(lengths))
     target = capture.run(target_batch).weighted_gradient(mean)
     rows = Interaction(capture.run(pool), target, plain).rows_N
-    want = dense(exact, pool).gradients @ dense(exact, target_batch).gradients.mean(0)
-    assert relative_error(rows, want) < EXACT
+    of_pool, of_target = dense(exact, pool).gradients, dense(exact, target_batch).gradients.mean(0)
+    # Products cancel, and by how much depends on the processor's kernels: measured in what they could be at most.
+    error = (rows.double() - of_pool @ of_target).norm() / (of_pool.norm(dim=1) * of_target.norm()).norm()
+    assert float(error) < EXACT
 
 
 def test_padding_changes_nothing(capture: GradientCapture) -> None:

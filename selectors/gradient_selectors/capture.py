@@ -25,6 +25,7 @@ from gradient_selectors.factors import Factor, LowRank, Segments
 from gradient_selectors.gradients import PoolGradients
 from gradient_selectors.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses, loss_rows
 from gradient_selectors.kinds import TOLERANCE, MakeFactors, Rows, recognise
+from gradient_selectors.lora import LoraLinear, fused, recognise_lora
 
 HEAD_PROBE_SCALE = 100.0
 # Relative. Looser than for the kinds: float32 products of a few rows over a large vocabulary were seen off by 4e-4.
@@ -105,6 +106,7 @@ class GradientCapture:
         output = self._model.get_output_embeddings()
         self._head_module = output if self._head_is_plain(output) else None
         self._handles = [self._attach(name, module) for name, module in self._owners()]
+        self._loras = list(self._lora_layers())
         self._verify()
 
     def close(self) -> None:
@@ -129,7 +131,11 @@ class GradientCapture:
         self._factors = defaultdict(list)
         self._rows = _rows_of(batch)
         try:
-            with self._frozen(), torch.enable_grad():
+            with (
+                self._frozen(),
+                fused(self._loras, self._anchor, self._autocast, self._collect),
+                torch.enable_grad(),
+            ):
                 losses_N = (
                     self._through_chunked_head(batch, head_direction)
                     if self._head_module
@@ -201,6 +207,15 @@ class GradientCapture:
                 continue
             if any(id(p) in self._names for p in module.parameters(recurse=False)):
                 yield name, module
+
+    def _lora_layers(self) -> Iterator[LoraLinear]:
+        """Layers of LoRA with a frozen base, whose adapters are then captured by the layer and not by their taps."""
+        for name, module in self._model.named_modules():
+            layer = recognise_lora(name, module)
+            if layer is None or any(id(p) in self._names for p in layer.module.base_layer.parameters()):
+                continue
+            if layer.down in self._sites and layer.up in self._sites:
+                yield layer
 
     def _attach(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         make_factors = recognise(module)

@@ -68,7 +68,7 @@ def recognise(module: nn.Module) -> MakeFactors | None:
         return _recognise_matrix(module, weight)
 
 
-def _try_call(module: nn.Module, x: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor | None:
+def try_call(module: nn.Module, x: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor | None:
     """The module's output, or None: probing a module of an unknown kind may raise anything."""
     try:
         output = functional_call(module, parameters or {}, (x,))
@@ -77,27 +77,35 @@ def _try_call(module: nn.Module, x: Tensor, parameters: dict[str, Tensor] | None
     return output if isinstance(output, Tensor) else None
 
 
-def _close(a: Tensor | None, b: Tensor) -> bool:
+def close(a: Tensor | None, b: Tensor) -> bool:
+    """Whether a probe came out as expected: equal up to rounding."""
     if a is None or a.shape != b.shape:
         return False
     return bool((a.float() - b.float()).norm() <= TOLERANCE * b.float().norm() + 1e-12)
 
 
-def _probe_input(*shape: int, like: Tensor) -> Tensor:
+def probe_input(*shape: int, like: Tensor) -> Tensor:
     """Fixed numbers without structure that could make a wrong formula look right."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(*shape, generator=generator).to(like)
 
 
 def _recognise_matrix(module: nn.Module, weight: Tensor) -> MakeFactors | None:
+    transposed = stored_transposed(module, weight)
+    has_bias = getattr(module, "bias", None) is not None
+    return None if transposed is None else partial(_matrix_factors, has_bias, transposed)
+
+
+def stored_transposed(module: nn.Module, weight: Tensor) -> bool | None:
+    """False for `y = x W^T + b`, True for `y = x W + b`, None for anything else."""
     bias = getattr(module, "bias", None)
     for transposed in (False, True):
-        x = _probe_input(2, 3, weight.shape[0 if transposed else 1], like=weight)
+        x = probe_input(2, 3, weight.shape[0 if transposed else 1], like=weight)
         expected = x @ (weight if transposed else weight.T)
         if bias is not None and bias.shape == expected.shape[-1:]:
             expected = expected + bias
-        if _close(_try_call(module, x), expected):
-            return partial(_matrix_factors, bias is not None, transposed)
+        if close(try_call(module, x), expected):
+            return transposed
     return None
 
 
@@ -131,12 +139,12 @@ def _recognise_lookup(module: nn.Embedding) -> MakeFactors | None:
     weight = module.weight
     ids = torch.arange(min(4, weight.shape[0]), device=weight.device)[None]
     rows = weight[ids].float()
-    output = _try_call(module, ids)
+    output = try_call(module, ids)
     if output is None or output.shape != rows.shape:
         return None
     norm = (rows * rows).sum()
     scale = float((output.float() * rows).sum() / norm) if norm > 0 else 1.0
-    return partial(_lookup_factors, module.padding_idx, scale) if _close(output, scale * rows) else None
+    return partial(_lookup_factors, module.padding_idx, scale) if close(output, scale * rows) else None
 
 
 def _lookup_factors(padding_idx: int | None, scale: float, ids: Tensor, grad: Tensor, rows: Rows) -> Factors:
@@ -152,16 +160,16 @@ def _lookup_factors(padding_idx: int | None, scale: float, ids: Tensor, grad: Te
 
 def _recognise_scale(module: nn.Module, weight: Tensor) -> MakeFactors | None:
     """A scale if the output is affine in the weight, element by element: y(w) = y(0) + w * (y(1) - y(0))."""
-    x = _probe_input(2, 3, weight.shape[0], like=weight)
-    at = {value: _try_call(module, x, {"weight": torch.full_like(weight, value)}) for value in (0.0, 1.0)}
+    x = probe_input(2, 3, weight.shape[0], like=weight)
+    at = {value: try_call(module, x, {"weight": torch.full_like(weight, value)}) for value in (0.0, 1.0)}
     zero, one = at[0.0], at[1.0]
     if zero is None or one is None or zero.shape != x.shape:
         return None
-    probe = _probe_input(weight.shape[0], like=weight)
+    probe = probe_input(weight.shape[0], like=weight)
     bias = getattr(module, "bias", None)
     shifted = {} if bias is None else {"bias": bias + 1.0}
-    is_affine = _close(_try_call(module, x, {"weight": probe}), zero + probe * (one - zero)) and (
-        bias is None or _close(_try_call(module, x, {"weight": probe, **shifted}), zero + probe * (one - zero) + 1.0)
+    is_affine = close(try_call(module, x, {"weight": probe}), zero + probe * (one - zero)) and (
+        bias is None or close(try_call(module, x, {"weight": probe, **shifted}), zero + probe * (one - zero) + 1.0)
     )
     return partial(_scale_factors, module, bool(zero.any())) if is_affine else None
 
