@@ -20,11 +20,12 @@ _DESCRIPTION = "Fine-tunes a language model continuously from a Kafka topic, on 
 
 _COMMANDS = """\
 commands:
-  run        train from the stream until told to stop
-  produce    publish a JSONL file as records of a topic
-  demo       broker, stream, training and report on this machine, in minutes
-  select     choose the best samples of a file, or weights to train, once and offline
-  config     show, check or describe the settings
+  run           train from the stream until told to stop
+  produce       publish a JSONL file as records of a topic
+  demo          broker, stream, training and report on this machine, in minutes
+  select        choose the best samples of a file, or weights to train, once and offline
+  config        show, check or describe the settings
+  dead-letters  what could not be used and why, and the records themselves
 
 examples:
   stream-trainer demo
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, that of the error, or 130 after Ctrl-C."""
     parser = _parser("stream-trainer", _DESCRIPTION, _COMMANDS)
     parser.add_argument("--version", action="version", version=f"stream-trainer {__version__}")
-    parser.add_argument("command", choices=_HANDLERS, metavar="COMMAND", help="run, produce, demo, select or config")
+    parser.add_argument("command", choices=_HANDLERS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
     try:
         known = parser.parse_args(argv)
@@ -213,12 +214,21 @@ def _config(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _dead_letters(arguments: Sequence[str]) -> int:
+    from stream_trainer.dead_letters_command import EXAMPLES, add_arguments, run
+
+    parser = _parser("stream-trainer dead-letters", "Show what could not be used, and why.", EXAMPLES)
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "produce": _produce,
     "demo": _demo,
     "select": _select,
     "config": _config,
+    "dead-letters": _dead_letters,
 }
 
 
