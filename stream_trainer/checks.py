@@ -54,7 +54,11 @@ def _files(settings: Settings) -> Iterator[Check]:
     named: dict[str, Path | None] = {
         "target.path": settings.target.path,
         "evaluation.retention_path": settings.evaluation.retention_path,
+        "selection.mask_path": settings.selection.mask_path,
     }
+    named |= {f"evaluation.sets.{name}": path for name, path in settings.evaluation.sets.items()}
+    if settings.selection.mask == "dual_sft":
+        named["selection.dual_sft.anchor_path"] = settings.selection.dual_sft.anchor_path
     if settings.source.kind == "jsonl" and settings.source.jsonl.path != "-":
         named["source.jsonl.path"] = Path(settings.source.jsonl.path or "")
     if settings.source.kind == "kafka":
@@ -83,16 +87,14 @@ def _directories(settings: Settings) -> Iterator[Check]:
     yield writable
     if writable.ok:
         yield _room(settings)
-    if settings.dead_letters.kind == "file":
-        path = settings.dead_letters.path
-        if path.is_dir():
-            yield Check("dead_letters.path", False, f"dead_letters.path={path} is a directory; name a file")
-        elif path.exists() and not os.access(path, os.W_OK):
-            yield Check(
-                "dead_letters.path", False, f"dead_letters.path={path} cannot be written; change its permissions"
-            )
-        else:
-            yield _writable("dead_letters.path", path, path.parent)
+    # Also beside a topic: records that are too large for it go to the file.
+    path = settings.dead_letters.path
+    if path.is_dir():
+        yield Check("dead_letters.path", False, f"dead_letters.path={path} is a directory; name a file")
+    elif path.exists() and not os.access(path, os.W_OK):
+        yield Check("dead_letters.path", False, f"dead_letters.path={path} cannot be written; change its permissions")
+    else:
+        yield _writable("dead_letters.path", path, path.parent)
 
 
 def _writable(name: str, path: Path, directory: Path) -> Check:

@@ -218,7 +218,10 @@ class TopicDeadLetters:
 
     def _keep_in_file(self, record: Record, reason: str, detail: str) -> None:
         if self._file is None:
-            self._file = FileDeadLetters(self._path)
+            try:
+                self._file = FileDeadLetters(self._path)
+            except SettingsError as error:  # in the middle of a run: what was learned is to be kept
+                raise SourceError(str(error)) from error
         self._file.send(record, reason, detail)
         logger.warning(
             "%s offset %d is too large for dead_letters.topic=%s and goes to %s",

@@ -133,6 +133,7 @@ def run_demo(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         received = stack.enter_context(service.stopping_on_signals(stop))
         directory = _directory(args.dir, stack)
+        _check_summary(args.summary)
         configure_logging(LogSettings(), stack.enter_context((directory / "service.log").open("w")))
         port = free_port()
         demo = _Demo(
@@ -172,6 +173,16 @@ def _directory(path: Path | None, stack: ExitStack) -> Path:
     except OSError as error:
         raise SettingsError(f"--dir {path} cannot be used ({error.strerror}); name another directory") from None
     return path
+
+
+def _check_summary(path: Path | None) -> None:
+    """Before minutes of work, not after."""
+    if path is None:
+        return
+    try:
+        path.touch()
+    except OSError as error:
+        raise SettingsError(f"--summary {path} cannot be written ({error.strerror}); name another file") from None
 
 
 def _publish(demo: _Demo, kind: str | None, console: Console, stack: ExitStack) -> SourceSettings:

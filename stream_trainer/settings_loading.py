@@ -94,10 +94,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+_QUOTED = re.compile(r"'[^'<][^']+'")  # but for '<scalar>' and other kinds of tokens
+
+
 def _place(error: Exception) -> str:
     """Line and problem. Not the error's own text: that quotes the file, and the file may hold a password."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f", line {error.problem_mark.line + 1}: {error.problem}"
+        # `*name` and `!name` begin an alias or a tag: such a password would be named as the one that is not found.
+        return f", line {error.problem_mark.line + 1}: {_QUOTED.sub('...', error.problem or '')}"
     return " is not valid YAML: it holds a value or a byte that cannot be read"
 
 

@@ -63,6 +63,25 @@ def test_a_file_that_is_missing(settings: Settings, name: str) -> None:
     assert line.endswith(f"={name} cannot be read (No such file or directory); correct the path")
 
 
+def test_every_file_that_is_named_is_looked_for(settings: Settings) -> None:
+    none = Path("none.jsonl")
+    evaluation = changed(settings, "evaluation", sets={"news": none})
+    selection = settings.selection
+    dual_sft = selection.dual_sft.model_copy(update={"anchor_path": none})
+    masked = changed(evaluation, "selection", mask="dual_sft", mask_path=none, dual_sft=dual_sft)
+    names = [line.partition("=")[0] for line in failures(check_offline(masked))]
+    assert names == ["selection.mask_path", "evaluation.sets.news", "selection.dual_sft.anchor_path"]
+    unmasked = changed(masked, "selection", mask="none", mask_path=None, dual_sft=dual_sft)
+    assert [line.partition("=")[0] for line in failures(check_offline(unmasked))] == ["evaluation.sets.news"]
+
+
+@pytest.mark.parametrize("kind", ["file", "topic"])
+def test_dead_letters_need_a_file_beside_a_topic_too(settings: Settings, kind: str) -> None:
+    Path("file").touch()
+    (line,) = failures(check_offline(changed(settings, "dead_letters", kind=kind, path=Path("file/letters.jsonl"))))
+    assert line.startswith("dead_letters.path=file/letters.jsonl cannot be made")
+
+
 def test_every_failure_is_a_line(settings: Settings) -> None:
     Path("target.jsonl").unlink()
     with pytest.raises(SettingsError) as raised:

@@ -40,6 +40,16 @@ def stream(tmp_path: Path) -> DemoStream:
     return write_stream(tmp_path, 800, seed=3)
 
 
+def test_a_summary_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "none" / "summary.json"
+    assert main(["demo", f"--summary={figures}"]) == 2
+    assert f"--summary {figures} cannot be written (No such file or directory); name another file" in (
+        capsys.readouterr().err
+    )
+
+
 def start(*arguments: str, first: str = "") -> "subprocess.Popen[str]":
     """The real command, in a process that executes `first` before it."""
     code = f"import sys; {first}\nfrom stream_trainer.cli import main; sys.exit(main())"

@@ -166,6 +166,14 @@ def test_passwords_are_never_quoted(option: str) -> None:
     assert "hunter2" not in "".join(lines)
 
 
+@pytest.mark.parametrize("password", ["*hunter2", "!hunter2", "!!hunter2", "hunter2: x: y"])
+def test_a_password_that_is_no_yaml_is_not_quoted(password: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "s.yaml", f"source:\n  kafka:\n    sasl_password: {password}\n")
+    (line,) = mistakes(file, *ENOUGH)
+    assert line.startswith(f"settings file {file}, line 3: ")
+    assert "hunter2" not in line
+
+
 def test_a_password_that_is_no_text_is_masked(tmp_path: Path) -> None:
     file = write(tmp_path / "s.yaml", "source: {kafka: {sasl_password: 31337}}")
     (line,) = mistakes(file, *ENOUGH)
