@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from stream_trainer.errors import CheckpointError
-from stream_trainer.manifest import DamagedError, sync, verify, write_manifest
+from stream_trainer.manifest import DamagedError, sync, verify, write_manifest, written
 from stream_trainer.models import LoadedModel
 from stream_trainer.weights import check_merged, check_shapes, load_adapter, load_weights, save_adapter, save_model
 
@@ -80,10 +80,17 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every file has been verified against its manifest."""
+    """A checkpoint whose every file has been verified against its manifest.
+
+    Attributes:
+        time: when it was written (Unix time).
+        bytes: size of all its files.
+    """
 
     path: Path
     step: int
+    time: float
+    bytes: int
 
 
 def save_checkpoint(
@@ -128,7 +135,7 @@ def load_latest(directory: Path) -> Checkpoint | None:
         except (OSError, DamagedError) as error:
             logger.error("checkpoint %s is damaged and passed over: %s", path, error)
         else:
-            return Checkpoint(path, step)
+            return Checkpoint(path, step, *written(path))
     if found:
         raise CheckpointError(
             f"checkpoint.dir={directory} holds {len(found)} checkpoints and none is whole; restore one from a backup, "

@@ -31,7 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 class Ingest:
-    """Owns `source` and closes it; the dead letters belong to the caller."""
+    """Owns `source` and closes it; the dead letters belong to the caller.
+
+    Attributes:
+        last_turn: when the thread last came round (`time.monotonic()`); it does at least every few seconds.
+    """
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class Ingest:
         self._pending: deque[Record] = deque()  # read, but not yet known to the cursor
         self._paused = False
         self._lost = 0
+        self.last_turn = time.monotonic()
         self._lag_due = 0.0
         self._reasons_seen: set[str] = set()
 
@@ -132,6 +137,7 @@ class Ingest:
 
     def _turn(self) -> None:
         """Read or decode a little, and see to what is due."""
+        self.last_turn = time.monotonic()
         self._commit()
         if self._reading_ends.is_set():
             self._reading_ended.set()
@@ -150,7 +156,7 @@ class Ingest:
         self._observe_buffer()
 
     def _read(self) -> None:
-        # A paused source is polled too: that keeps its connections alive.
+        # A paused source is polled too: it sees to what is due, new partitions for example.
         records = self._source.poll(POLL_TIMEOUT_S)
         self._pending.extend(records)
         if not self._pending and self._source.exhausted:
@@ -241,3 +247,4 @@ class Ingest:
         self._metrics.buffer_bytes.set(self._buffer.bytes)
         self._metrics.buffer_tokens.set(self._buffer.tokens)
         self._metrics.paused.set(self._paused)
+        self._metrics.reachable.set(self._source.reachable)

@@ -39,6 +39,16 @@ def write_manifest(directory: Path, step: int) -> int:
     for path in [path for path in directory.rglob("*") if path.is_dir()]:
         sync(path)
     sync(directory)
+    return _size(directory)
+
+
+def written(path: Path) -> tuple[float, int]:
+    """When a verified checkpoint was written (Unix time), and the bytes of all its files."""
+    time = datetime.fromisoformat(json.loads((path / MANIFEST).read_bytes())["time"]).timestamp()
+    return time, _size(path)
+
+
+def _size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 

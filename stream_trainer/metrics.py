@@ -67,6 +67,12 @@ class Metrics:
             self.arm_reward.labels(str(arm))
             self.arm_draws.labels(str(arm))
 
+    def durable(self, step: int, time: float, size: int) -> None:
+        """Show the last checkpoint: its step, when it was written (Unix time), and its bytes."""
+        self.checkpoint_step.set(step)
+        self.checkpoint_time.set(time)
+        self.checkpoint_bytes.set(size)
+
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
 
@@ -91,6 +97,7 @@ class Metrics:
         self.lag = self._gauge(
             "lag_records", "Records (of a file: bytes) in the log behind the last decided one.", ("topic", "partition")
         )
+        self.reachable = self._gauge("source_reachable", "0 while the stream cannot be read, its brokers being away.")
         self.paused = self._gauge("reading_paused", "1 while reading is paused because the buffer is full.")
         self.buffer_records = self._gauge("buffer_records", "Samples waiting to be trained on.")
         self.buffer_bytes = self._gauge("buffer_bytes", "Bytes of record values waiting.")
@@ -103,7 +110,9 @@ class Metrics:
         self.steps = self._counter("steps_total", "Steps, by result.", ("result",))
         for result in STEP_RESULTS:
             self.steps.labels(result)
-        self.step_seconds = self._histogram("step_seconds", "Time of one whole step.", STEP_SECONDS)
+        self.step_seconds = self._histogram(
+            "step_seconds", "Time of one whole step, without the wait for its samples.", STEP_SECONDS
+        )
         self.phase_seconds = self._counter("phase_seconds_total", "Time spent, by phase.", ("phase",))
         for phase in PHASES:
             self.phase_seconds.labels(phase)

@@ -139,9 +139,10 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         metrics=metrics,
         stopped=stop.is_set,
     )
-    if state is not None:
+    if checkpoint is not None and state is not None:
         trainer.restore(state)
-        logger.info("resumed from %s at step %d", checkpoint.path if checkpoint else "", state.step)
+        metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
+        logger.info("resumed from %s at step %d", checkpoint.path, state.step)
     stack.callback(ingest.stop)
     ingest.start(cursor.positions(), state.source_identity if state is not None else {})
     return trainer
@@ -255,16 +256,21 @@ class _Status:
         self._metrics.state.state(state.value)
 
     def health(self) -> Health:
-        """Stalled means: no step for `server.stall_s` seconds while there is something to do."""
+        """Stalled means: for `server.stall_s` seconds no step while there is something to do, or no turn of reading."""
         trainer, limit = self.trainer, self._settings.server.stall_s
         if self._state is State.FAILED:
             return Health(State.FAILED.value, ok=False, ready=False, detail="the service failed; see its log")
         if trainer is None:
             return Health(State.LOADING.value, ok=True, ready=False, detail="the model is being loaded")
-        age = time.monotonic() - trainer.last_progress
-        stalled = trainer.state is not State.IDLE and age > limit
-        detail = f"no progress for {age:.0f} s, server.stall_s={limit:.0f}" if stalled else ""
-        return Health(trainer.state.value, ok=not stalled, ready=trainer.state in READY, detail=detail)
+        # A step may rightly wait `buffer.wait_s` for samples that would fill its pool.
+        age = time.monotonic() - trainer.last_progress - self._settings.buffer.wait_s
+        silence = time.monotonic() - trainer.ingest.last_turn if trainer.ingest.alive else 0.0
+        detail = ""
+        if trainer.state is not State.IDLE and age > limit:
+            detail = f"no progress for {age:.0f} s, server.stall_s={limit:.0f}"
+        elif silence > limit:
+            detail = f"reading hangs since {silence:.0f} s, server.stall_s={limit:.0f}"
+        return Health(trainer.state.value, ok=not detail, ready=trainer.state in READY, detail=detail)
 
     def report(self) -> dict[str, Any]:
         """The service in a page: state, step, losses, records by outcome, what waits."""

@@ -79,7 +79,10 @@ class Trainer:
             self._loop()
         except SourceError:
             # The stream failed between two steps: what was learned is whole, and is kept.
-            self._drain()
+            try:
+                self._drain()
+            except CheckpointError as error:  # a full disk stops both; the first failure is the one to report
+                logger.error("%s", error)
             raise
         self._drain()
         if not self.stopped():
@@ -96,6 +99,9 @@ class Trainer:
         while not self.stopped() and (limit is None or self.step < limit):
             started = time.perf_counter()
             pool = self._next_pool()
+            if not pool and not self.stopped() and self._idle_checkpoint_is_due():
+                self.checkpoint()
+                continue
             if not pool:
                 return
             waited = time.perf_counter() - started
@@ -103,17 +109,17 @@ class Trainer:
             self.step += 1
             undrawn = self.draws.settle(report.utilities)
             self._decide(pool, undrawn, report)
-            self._observe(pool, undrawn, report, waited, time.perf_counter() - started)
+            self._observe(pool, undrawn, report, waited, time.perf_counter() - started - waited)
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()
             if self._checkpoint_is_due():
                 self.checkpoint()
 
     def _next_pool(self) -> list[Sample]:
-        """Empty only when there is nothing left to do."""
+        """Empty only when there is nothing left to do, or a checkpoint became due while none came."""
         if self.buffer.records + self.draws.waiting == 0:
             self.enter(State.IDLE)
-        pool = self.draws.pool(self.stopped)
+        pool = self.draws.pool(lambda: self.stopped() or self._idle_checkpoint_is_due())
         self.enter(State.CATCHING_UP if self.ingest.paused else State.TRAINING)
         return pool
 
@@ -154,6 +160,11 @@ class Trainer:
         waited = time.monotonic() - self._last_checkpoint_time
         return self.step % settings.every_steps == 0 or waited >= settings.every_seconds
 
+    def _idle_checkpoint_is_due(self) -> bool:
+        """Whether what is decided waits to be made durable although no step is made: after the last of a burst."""
+        waited = time.monotonic() - self._last_checkpoint_time
+        return waited >= self.settings.checkpoint.every_seconds and (self.step, self.cursor.counts) != self._durable
+
     def checkpoint(self) -> None:
         """Make everything durable, then tell the stream how far we are.
 
@@ -177,9 +188,7 @@ class Trainer:
         self._last_checkpoint_time, self._durable = time.monotonic(), (saved.step, counts)
         self.metrics.checkpoint_seconds.observe(seconds)
         self.metrics.phase_seconds.labels("checkpoint").inc(seconds)
-        self.metrics.checkpoint_bytes.set(saved.bytes)
-        self.metrics.checkpoint_step.set(saved.step)
-        self.metrics.checkpoint_time.set_to_current_time()
+        self.metrics.durable(saved.step, time.time(), saved.bytes)
         logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, seconds)
         positions = {Partition.parse(name): log["next"] for name, log in snapshot["partitions"].items()}
         self.ingest.request_commit(positions, saved.step)

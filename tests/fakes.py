@@ -45,6 +45,7 @@ class ListSource:
         self.calls: list[str] = []
         self.paused = False
         self.records_lost = 0
+        self.reachable = True
         self.identity_at_start: dict[str, str] = {}
         self._at: dict[Partition, int] = {}
 

@@ -92,6 +92,16 @@ def test_following_waits_for_the_end_of_a_line(samples_file: Path) -> None:
         assert not source.exhausted
 
 
+def test_a_cursor_knows_its_file_however_it_is_spelled(samples_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples_file.write_bytes(b"a\nb\n")
+    monkeypatch.chdir(samples_file.parent)
+    for spelled in (samples_file.name, f"./{samples_file.name}", f"../{samples_file.parent.name}/{samples_file.name}"):
+        source = JsonlSource(JsonlSettings(path=spelled))
+        source.start({Partition(str(samples_file), 0): 2}, {})
+        assert values(read_all(source)) == [b"b"]
+        source.close()
+
+
 def test_pausing_returns_nothing_and_resuming_goes_on(samples_file: Path) -> None:
     samples_file.write_bytes(b"one\ntwo\n")
     with started(samples_file) as source:

@@ -113,6 +113,22 @@ def test_the_cursor_wins_over_the_group_and_the_group_over_start(broker: str, to
         assert values(read(source, 2)) == letters("ef")
 
 
+def test_records_that_the_groups_offset_leaves_out_are_reported(
+    broker: str, topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    create_topic(broker, topic)
+    publish(broker, topic, letters("abcdef"))
+    commit_for_group(broker, f"group-of-{topic}", topic, 2)
+    with started(broker, topic):
+        pass
+    (line,) = [record.getMessage() for record in caplog.records if "there is no checkpoint" in record.getMessage()]
+    assert f"begins at 2, where group group-of-{topic} stands, and leaves out the 2 records before it" in line
+    caplog.clear()
+    with started(broker, topic, {Partition(topic, 0): 4}):
+        pass
+    assert "there is no checkpoint" not in caplog.text
+
+
 def test_committing_tells_the_group_the_position_and_the_step(broker: str, topic: str) -> None:
     create_topic(broker, topic)
     publish(broker, topic, letters("abc"))
@@ -349,15 +365,36 @@ def test_a_batch_that_was_damaged_on_disk_ends_the_run(apache_kafka: ApacheKafka
     create_topic(servers, topic)
     publish(servers, topic, [b"good"])
     publish(servers, topic, [b"to be damaged"])
-    segment = apache_kafka.data_dir / "log" / f"{topic}-0" / f"{0:020}.log"
-    stored = segment.read_bytes()
-    with segment.open("r+b") as file:
-        file.seek(stored.index(b"to be damaged"))
-        file.write(b"TO")
+    damage(apache_kafka, topic, b"to be damaged")
     with started(servers, topic) as source:
         assert values(read(source, 1)) == [b"good"]
         with pytest.raises(SourceError, match=r"next offsets by partition: 0 at 1 .*crc"):
             read(source, 1)
+
+
+def test_a_pause_before_a_damaged_batch_does_not_hide_it(apache_kafka: ApacheKafka, topic: str) -> None:
+    """The client drops the error of a batch whose partition it is told to pause, and then spins for ever."""
+    servers = apache_kafka.bootstrap_servers
+    create_topic(servers, topic)
+    publish(servers, topic, [b"good"])
+    publish(servers, topic, [b"to be damaged"])
+    damage(apache_kafka, topic, b"to be damaged")
+    with started(servers, topic) as source:
+        assert values(read(source, 1)) == [b"good"]
+        source.pause()
+        assert source.poll(0.2) == []
+        source.resume()
+        with pytest.raises(SourceError, match=r"next offsets by partition: 0 at 1 .*crc"):
+            read(source, 1)
+
+
+def damage(kafka: ApacheKafka, topic: str, value: bytes) -> None:
+    """Change the first bytes of a value where the broker stores it."""
+    segment = kafka.data_dir / "log" / f"{topic}-0" / f"{0:020}.log"
+    stored = segment.read_bytes()
+    with segment.open("r+b") as file:
+        file.seek(stored.index(value))
+        file.write(b"??")
 
 
 def test_tls_and_sasl_pass_with_the_right_password(apache_kafka: ApacheKafka, topic: str) -> None:

@@ -2,10 +2,12 @@
 
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,13 +34,16 @@ from service_helpers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stream_trainer import service
-from stream_trainer.dead_letters import read_dead_letters
+from stream_trainer import service, trainer
+from stream_trainer.dead_letters import FileDeadLetters, read_dead_letters
+from stream_trainer.errors import CheckpointError, SourceError
+from stream_trainer.metrics import Metrics, State
 from stream_trainer.models import LoadedModel, load_model
 from stream_trainer.samples import Decoder, read_samples
 from stream_trainer.service import serve
 from stream_trainer.settings import SampleSettings, Settings
 from stream_trainer.step import StepReport
+from stream_trainer.trainer import Trainer
 
 MAX_BYTES = 10_000
 
@@ -115,6 +120,65 @@ def test_what_it_shows_while_it_works(tmp_path: Path) -> None:
     assert shown['steps_total{result="applied"}'] == ended[0].step
     assert shown['evaluation_loss{set="target"}'] > 0
     assert shown["buffer_records"] == 0
+
+
+def test_what_a_burst_taught_is_durable_while_nothing_more_comes(tmp_path: Path) -> None:
+    """And what a restart shows of its checkpoint is true at once."""
+    write_lines(tmp_path / "samples.jsonl", goods(20))
+    sections = {"buffer": {"wait_s": 0.1}, "checkpoint": {"dir": str(tmp_path / "c"), "every_seconds": 0.2}}
+    config = on_free_port(configuration(tmp_path, jsonl(tmp_path / "samples.jsonl", follow=True), **sections))
+    with serving(config) as ended:
+        wait_for(lambda: bool(checkpoints(config)) and sum(counts(config).values()) == 20)
+        written = (checkpoints(config)[-1] / "manifest.json").stat().st_mtime_ns
+        wait_for(lambda: metrics(config)["checkpoint_seconds_count"] > 0 and state_of(config) == "idle")
+        time.sleep(0.5)  # twice as long as a checkpoint would take to be due again
+    assert (checkpoints(config)[-1] / "manifest.json").stat().st_mtime_ns == written, "nothing new to keep"
+    with serving(config):
+        wait_for(lambda: state_of(config) == "idle")
+        shown = metrics(config)
+    assert shown["checkpoint_step"] == ended[0].step
+    assert shown["checkpoint_timestamp_seconds"] == pytest.approx(written / 1e9, abs=2.0)
+    assert shown["checkpoint_bytes"] == sum(f.stat().st_size for f in checkpoints(config)[-1].rglob("*") if f.is_file())
+
+
+@pytest.mark.parametrize(
+    ("state", "idle_s", "silent_s", "alive", "detail"),
+    [
+        (State.TRAINING, 600 + 59, 0, True, ""),
+        (State.TRAINING, 600 + 61, 0, True, "no progress for 601 s"),
+        (State.IDLE, 10**6, 599, True, ""),
+        (State.IDLE, 10**6, 601, True, "reading hangs since 601 s"),
+        (State.DRAINING, 0, 10**6, False, ""),
+    ],
+)
+def test_health_tells_of_steps_and_of_reading_that_do_not_come(
+    state: State, idle_s: float, silent_s: float, alive: bool, detail: str, stream: Stream
+) -> None:
+    """With `stall_s` 600 and `buffer.wait_s` 60."""
+    status, now = service._Status(Settings(**stream(goods(1))), Metrics()), time.monotonic()
+    ingest = SimpleNamespace(alive=alive, last_turn=now - silent_s)
+    status.trainer = cast(Trainer, SimpleNamespace(state=state, last_progress=now - idle_s, ingest=ingest))
+    health = status.health()
+    assert health.ok == (not detail)
+    assert health.detail.startswith(detail)
+
+
+def test_a_checkpoint_that_fails_does_not_hide_why_the_run_ends(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk stops both."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise CheckpointError("checkpoint.dir is full")
+
+    def lose(*_: object, **__: object) -> None:
+        raise SourceError("dead_letters.path cannot be written")
+
+    monkeypatch.setattr(trainer, "save_checkpoint", fail)
+    monkeypatch.setattr(FileDeadLetters, "send", lose)
+    with pytest.raises(SourceError, match=r"^dead_letters.path cannot be written"):
+        serve_until(stream([*goods(200), b"not JSON"], buffer={"max_records": 8, "wait_s": 60.0}))
+    assert "checkpoint.dir is full" in caplog.text
 
 
 def test_what_it_shows_in_the_middle_of_training(tmp_path: Path) -> None:

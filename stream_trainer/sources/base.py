@@ -45,6 +45,10 @@ class Source(Protocol):
         """Whether the run's last record has been returned. Always False for an endless stream."""
 
     @property
+    def reachable(self) -> bool:
+        """Whether the stream can be read now, for all that is known: False during an outage of its brokers."""
+
+    @property
     def records_lost(self) -> int:
         """Undecided records found missing from the log and skipped since `start` (setting `on_data_loss: skip`)."""
 

@@ -30,12 +30,14 @@ logger = logging.getLogger(__name__)
 class JsonlSource:
     """The source for `source.kind: jsonl`. See `sources.base.Source` for the protocol."""
 
+    reachable = True
     records_lost = 0  # a file that has lost bytes ends the run: what is missing cannot be told
 
     def __init__(self, settings: JsonlSettings) -> None:
         self._path = settings.path or "-"
         self._follow = settings.follow
-        self._partition = Partition(self._path, 0)
+        # However the path is spelled, it is the same file to a cursor.
+        self._partition = Partition(self._path if self._path == "-" else os.path.abspath(self._path), 0)
         self._fd: int | None = None
         self._is_stream = False
         self._to_skip = 0  # bytes of a stream that come before the cursor
@@ -106,7 +108,7 @@ class JsonlSource:
         return {self._partition: os.fstat(self._fd).st_size}
 
     def identity(self) -> Mapping[str, str]:
-        """Empty: a file may be copied elsewhere and read on."""
+        """Empty: nothing tells a file from another of its name."""
         return {}
 
     @property

@@ -88,6 +88,9 @@ class KafkaSource:
         brokers refuse.
         """
         self._discover_when_due()
+        if self._paused:
+            time.sleep(timeout_s)
+            return []
         try:
             fetched = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
         except OffsetOutOfRangeError as error:
@@ -107,14 +110,17 @@ class KafkaSource:
         return [record for batch in fetched.values() for record in map(_to_record, batch) if self._is_wanted(record)]
 
     def pause(self) -> None:
-        """Stop returning records; what was already fetched is kept for `resume`."""
+        """Stop returning records; what was already fetched is kept for `resume`.
+
+        The client is not told: its paused partitions drop the error of a batch that cannot be decoded, and the `poll`
+        after `resume` then spins for ever. Its own thread keeps the connections alive, and fetches no more than it may
+        hold.
+        """
         self._paused = True
-        self._consumer.pause(*map(_to_kafka, self._partitions))
 
     def resume(self) -> None:
         """Return records again."""
         self._paused = False
-        self._consumer.resume(*map(_to_kafka, self._partitions))
 
     def commit(self, positions: Mapping[Partition, int], step: int) -> None:
         """Commit offsets under the group, with the step as their metadata. Raises SourceError if that fails."""
@@ -163,6 +169,11 @@ class KafkaSource:
             return False
         positions = self.positions()
         return all(positions[p] >= end for p, end in self._stop_at.items())
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the brokers answered when they were last asked."""
+        return not self._outage
 
     @property
     def records_lost(self) -> int:
@@ -229,6 +240,15 @@ class KafkaSource:
             return begin
         committed = self._consumer.committed(_to_kafka(p), timeout_ms=REQUEST_TIMEOUT_MS)
         if committed is not None:
+            if committed > begin:
+                logger.warning(
+                    "partition %d: there is no checkpoint, so reading begins at %d, where group %s stands, and leaves "
+                    "out the %d records before it; to read these too set source.kafka.group_id to a new name",
+                    p.number,
+                    committed,
+                    self._settings.group_id,
+                    committed - begin,
+                )
             return self._within_log(p, committed, begin, end, f"the offset of group {self._settings.group_id}")
         return begin if self._settings.start == "earliest" else end
 
@@ -259,8 +279,6 @@ class KafkaSource:
         self._consumer.assign(list(map(_to_kafka, self._partitions)))
         for p, offset in positions.items():
             self._consumer.seek(_to_kafka(p), offset)
-        if self._paused:
-            self.pause()
 
     def _discover_when_due(self) -> None:
         """Look for new partitions, and whether the topic is still the same one. Batch runs end with what they had."""
