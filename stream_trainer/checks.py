@@ -1,5 +1,6 @@
 """Whether what the settings name is there: looked at before anything is loaded, and by `config check`."""
 
+import math
 import os
 import re
 import shutil
@@ -9,9 +10,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.server import listen_problem
 from stream_trainer.settings import ModelSettings, Settings
+
+FLOAT32_BYTES = 4
 
 # What the hub accepts, and no path on disk that a user would mean: `name` or `owner/name`.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -116,13 +121,21 @@ def _room(settings: Settings) -> Check:
     """Room for one more checkpoint: weights and two moments of the same shape. Adapters take next to nothing."""
     directory, model = settings.checkpoint.dir, settings.model
     weights = [] if model.lora or model.name is None else Path(model.name).glob("*.safetensors")
-    stored = sum(file.stat().st_size for file in weights)
-    free, needed = shutil.disk_usage(_nearest(directory)).free, 3 * stored
+    free, needed = shutil.disk_usage(_nearest(directory)).free, 3 * FLOAT32_BYTES * sum(map(_num_weights, weights))
     text = f"{free / 2**30:.1f} GiB free"
     if free < needed:
         remedy = f"one checkpoint takes {needed / 2**30:.1f} GiB or more; free some or name another disk"
         return Check("checkpoint room", False, f"checkpoint.dir={directory} has {text}, {remedy}")
     return Check("checkpoint room", True, text)
+
+
+def _num_weights(file: Path) -> int:
+    """How many a safetensors file holds, of whatever dtype; checkpoints hold them in float32."""
+    try:
+        with safe_open(file, "np") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return 0  # loading it will say what is wrong
 
 
 def _model(model: ModelSettings) -> Iterator[Check]:

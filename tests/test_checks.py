@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from stream_trainer import checks
 from stream_trainer.checks import Check, check_all, check_offline, require
@@ -106,11 +108,15 @@ def test_a_read_only_place(settings: Settings, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_disk_that_is_too_small_for_a_checkpoint(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Path("model/model.safetensors").open("wb") as file:
-        file.truncate(2**30)  # sparse: it takes no room
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * 2**30))
+    stored = {"weight": torch.empty(2**20, 2, dtype=torch.bfloat16)}  # 4 MiB of it make 24 in a checkpoint
+    save_file(stored, "model/model.safetensors")
+    Path("model/torn.safetensors").write_bytes(b"torn")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=23 * 2**20))
     (line,) = failures(check_offline(settings))
-    assert "has 2.0 GiB free, one checkpoint takes 3.0 GiB or more" in line
+    assert "has 0.0 GiB free, one checkpoint takes 0.0 GiB or more" in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=24 * 2**20))
+    assert failures(check_offline(settings)) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     adapters = changed(settings, "model", lora=LoraSettings(rank=4))
     assert failures(check_offline(adapters)) == []
 
