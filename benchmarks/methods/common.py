@@ -20,6 +20,8 @@ CHECK_SAMPLES = 4  # of the first pool and of the target: written out, the gradi
 CHECK_WEIGHTS = (0.1, 0.2, 0.3, 0.4)
 CHECK_STEP = 10
 FRESH_SCALE = 0.02
+IGNORED = -100
+STEPS = 4  # timed together: the first after a pause took up to half as long again
 
 Answers = dict[str, Tensor]
 """What a method found for the check samples: `rows_N` (c), `gram_NN` (K), `gradient` (of the check weights, all
@@ -92,8 +94,12 @@ class Bench:
         """Mean loss of each sample (nats per token), (N,), through transformers' own forward."""
         with self.autocasting():
             logits_NTV = (model or self.model)(input_ids=ids_NT, use_cache=False).logits
-        tokens = F.cross_entropy(logits_NTV[:, :-1].float().flatten(0, 1), ids_NT[:, 1:].flatten(), reduction="none")
-        return tokens.view(len(ids_NT), -1).mean(1)
+        # Labels are shifted, as transformers does it: to shift the logits would copy them, in both directions.
+        labels_NT = F.pad(ids_NT[:, 1:], (0, 1), value=IGNORED)
+        tokens = F.cross_entropy(
+            logits_NTV.float().flatten(0, 1), labels_NT.flatten(), reduction="none", ignore_index=IGNORED
+        )
+        return tokens.view(ids_NT.shape).sum(1) / (ids_NT.shape[1] - 1)
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
@@ -108,7 +114,7 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 def amortised(step: Callable[[], Any], refresh: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     """Seconds of a step with its share of a refresh of the target's gradient, as our own steps have it."""
     refresh_s = seconds_of(refresh, device)
-    step_s = seconds_of(step, device)
+    step_s = seconds_of(lambda: [step() for _ in range(STEPS)], device) / STEPS
     return {"seconds": step_s + refresh_s / REFRESH_STEPS, "step_s": step_s, "refresh_s": refresh_s}
 
 

@@ -47,6 +47,7 @@ class DenseInteraction:
     ) -> None:
         """`dtype`: of products and sums. A reference needs float64: sums over millions of weights were off by 1e-4."""
         self._written, self._bench, self._dtype = written, bench, dtype
+        self._preconditioners: dict[str, Tensor] = {}
         self.losses_N = losses_N
         self.gradients = self
         rows_N = torch.zeros(len(losses_N), dtype=dtype, device=losses_N.device)
@@ -63,13 +64,20 @@ class DenseInteraction:
         return gram
 
     def weighted(self, weights_N: Tensor) -> dict[str, Tensor]:
-        """The update's gradient by parameter name."""
+        """The update's gradient by parameter name; only samples that count are read."""
+        chosen = weights_N.nonzero().squeeze(1)
         return {
-            name: (weights_N.to(gradients) @ gradients.flatten(1)).view(gradients.shape[1:])
+            name: (weights_N[chosen].to(gradients) @ gradients[chosen].flatten(1)).view(gradients.shape[1:])
             for name, gradients in self._written.items()
         }
 
     def _preconditioner(self, name: str) -> Tensor:
+        """P, computed once for c and K."""
+        if name not in self._preconditioners:
+            self._preconditioners[name] = self._make_preconditioner(name)
+        return self._preconditioners[name]
+
+    def _make_preconditioner(self, name: str) -> Tensor:
         """P of Adam's next update, relative to the learning rate, with a gradient of the usual size; zero where there
         has been none yet.
         """
@@ -80,7 +88,7 @@ class DenseInteraction:
         (beta1, beta2), eps = self._bench.settings.optimizer.betas, self._bench.settings.optimizer.eps
         step, moment = int(state["step"]), state["exp_avg_sq"].to(self._dtype)
         scale = (1 - beta1) / (1 - beta1 ** (step + 1))
-        usual = moment[moment != 0].mean() / (1 - beta2**step)
+        usual = moment.sum() / torch.count_nonzero(moment) / (1 - beta2**step)
         after = (beta2 * moment + (1 - beta2) * usual) / (1 - beta2 ** (step + 1))
         values = scale / (after.sqrt() + eps)
         return torch.where(moment == 0, 0.0, values)

@@ -5,10 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.methods.common import Answers, Bench, seconds_of
+from benchmarks.methods.common import STEPS, Answers, Bench, seconds_of
 from benchmarks.workloads import Workload
-
-STEPS = 4  # timed together: the first after a pause took up to half as long again
 
 
 class Plain:
