@@ -17,7 +17,9 @@ ENVIRONMENT_PREFIX = "STREAM_TRAINER_"
 
 
 class KafkaSettings(Section):
-    """A Kafka topic. Offsets are kept in our own checkpoints; the group's offsets are committed for lag tools only."""
+    """A Kafka topic. Offsets are kept in our own checkpoints; the group's offsets are committed for lag tools,
+    and are where a run without a checkpoint begins.
+    """
 
     bootstrap_servers: str = "localhost:9092"
     """Brokers to start from, `host:port[,host:port...]`."""
