@@ -85,6 +85,19 @@ def test_what_is_written_lies_on_a_volume(monkeypatch: pytest.MonkeyPatch) -> No
     assert set(compose()["volumes"]) == {"kafka", "trainer", "prometheus"}
 
 
+def test_services_come_back_after_a_reboot_and_the_job_that_ends_does_not() -> None:
+    """The trainer waits until the job has ended; a job that is started again for ever never has."""
+    services = compose()["services"]
+    waits = {name: how["condition"] for name, how in services["trainer"]["depends_on"].items()}
+    assert waits == {"topic": "service_completed_successfully"}
+    assert {name: service["restart"] for name, service in services.items()} == {
+        "kafka": "unless-stopped",
+        "topic": "on-failure",
+        "trainer": "unless-stopped",
+        "prometheus": "unless-stopped",
+    }
+
+
 def test_prometheus_scrapes_the_port_that_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     server = trainer_settings(monkeypatch).server
     scrape = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
