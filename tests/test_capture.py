@@ -13,7 +13,10 @@ from gradient_selectors.factors import Outer, Written
 from gradient_selectors.geometry import plain
 from gradient_selectors.interaction import Interaction
 from oracle import MODELS, dense, make_batch, make_model, random_like, relative_error
+from tiny_models import shake
 from torch import nn
+
+from stream_trainer.models import load_model
 
 LENGTHS = (12, 7, 9, 12, 5)
 EXACT = 1e-5  # relative, float32
@@ -102,6 +105,17 @@ def test_a_pass_leaves_weights_and_gradients_alone(capture: GradientCapture) -> 
         assert parameter.grad is None
         assert parameter.requires_grad
         assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_weights_that_were_at_their_initial_values_may_move(kind: str) -> None:
+    """What is recognised when biases are zero and scales are one must hold when they no longer are."""
+    model = load_model(MODELS[kind](), seed=0).model
+    capture, batch = GradientCapture(model), make_batch((9, 6, 8))
+    shake(model)
+    oracle, weights = dense(model, batch), torch.tensor([0.4, 0.0, 1.6])
+    update = oracle.flat(capture.run(batch).weighted_gradient(weights))
+    assert relative_error(update, weights @ oracle.gradients) < EXACT
 
 
 def test_shapes_may_change_from_pass_to_pass() -> None:

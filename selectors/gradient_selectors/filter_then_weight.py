@@ -217,7 +217,7 @@ def line_search(quadratic: Interaction, rows_N: Tensor, weights_N: Tensor) -> fl
     `rows_N` are c; candidates of weight zero are not read. `quadratic` is the interaction whose geometry K has.
     """
     used = weights_N != 0
-    linear = float(rows_N.double()[used] @ weights_N.double()[used])
+    linear = float(rows_N.double().cpu()[used] @ weights_N.double()[used])  # weights are decided on the CPU
     return max(0.0, linear) / quadratic.gradients.squared_length(weights_N, quadratic.geometry)
 
 

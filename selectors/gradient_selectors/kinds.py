@@ -171,7 +171,9 @@ def _recognise_scale(module: nn.Module, weight: Tensor) -> MakeFactors | None:
     is_affine = close(try_call(module, x, {"weight": probe}), zero + probe * (one - zero)) and (
         bias is None or close(try_call(module, x, {"weight": probe, **shifted}), zero + probe * (one - zero) + 1.0)
     )
-    return partial(_scale_factors, module, bool(zero.any())) if is_affine else None
+    # A bias may be zero now, and only now.
+    has_offset = bias is not None or bool(zero.any())
+    return partial(_scale_factors, module, has_offset) if is_affine else None
 
 
 def _scale_factors(module: nn.Module, has_offset: bool, x: Tensor, grad: Tensor, rows: Rows) -> Factors:
