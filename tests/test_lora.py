@@ -147,6 +147,19 @@ def test_adapters_of_a_layer_whose_base_is_trained_too_are_captured_by_their_tap
     assert relative_error(oracle.flat(update), weights @ oracle.gradients) < 1e-5
 
 
+def test_layers_that_were_merged_meanwhile_are_left_to_peft() -> None:
+    model, batch = make_model("lora"), make_batch((8, 5, 7))
+    capture = GradientCapture(model)
+    before = capture.run(batch).losses_N
+    layer = model.model.layers[0].mlp.down_proj
+    layer.merge()
+    torch.testing.assert_close(capture.run(batch).losses_N, before)
+    layer.unmerge()
+    layer.enable_adapters(False)
+    without = dense(model, batch).losses
+    torch.testing.assert_close(capture.run(batch).losses_N, without.float())
+
+
 def test_bfloat16_agrees_with_autograd_up_to_rounding() -> None:
     model, batch = make_model("lora"), make_batch((16,) * 8)
     capture = GradientCapture(model, autocast=torch.bfloat16)

@@ -43,6 +43,12 @@ class LoraLinear:
     transposed: bool
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the module still computes that: it may have been merged, or given other adapters, meanwhile."""
+        module = self.module
+        return not module.merged and not module.disable_adapters and list(module.active_adapters) == [self.adapter]
+
+    @property
     def scaling(self) -> float:
         """The factor s of the adapter."""
         return float(self.module.scaling[self.adapter])
@@ -134,6 +140,7 @@ def fused(
     layers: Sequence[LoraLinear], anchor: Tensor, autocast: torch.dtype | None, collect: Collect
 ) -> Iterator[None]:
     """Within it the layers compute their output, and later their adapters' factors, in one piece."""
+    layers = [layer for layer in layers if layer.is_plain]
     for layer in layers:
         layer.module.forward = partial(layer.forward, anchor=anchor, autocast=autocast, collect=collect)
     try:
