@@ -91,25 +91,25 @@ class Trainer:
     def _drain(self) -> None:
         self.enter(State.DRAINING)
         self.ingest.stop_reading()  # else a record could be dead-lettered after the snapshot, and again after a restart
-        if (self.step, self.cursor.counts) != self._durable:
+        if self._has_news():
             self.checkpoint()
 
     def _loop(self) -> None:
         limit = self.settings.training.max_steps
         while not self.stopped() and (limit is None or self.step < limit):
-            started = time.perf_counter()
+            asked = time.perf_counter()
             pool = self._next_pool()
-            if not pool and not self.stopped() and self._idle_checkpoint_is_due():
+            started = time.perf_counter()
+            if not pool:
+                if self.stopped() or not self._idle_checkpoint_is_due():
+                    return
                 self.checkpoint()
                 continue
-            if not pool:
-                return
-            waited = time.perf_counter() - started
             report = train_step(self.learner, pool)
             self.step += 1
             undrawn = self.draws.settle(report.utilities)
             self._decide(pool, undrawn, report)
-            self._observe(pool, undrawn, report, waited, time.perf_counter() - started - waited)
+            self._observe(pool, undrawn, report, started - asked, time.perf_counter() - started)
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()
             if self._checkpoint_is_due():
@@ -156,14 +156,18 @@ class Trainer:
             self.on_evaluation(self.step, dict(self.losses), time.perf_counter() - began)
 
     def _checkpoint_is_due(self) -> bool:
-        settings = self.settings.checkpoint
-        waited = time.monotonic() - self._last_checkpoint_time
-        return self.step % settings.every_steps == 0 or waited >= settings.every_seconds
+        return self.step % self.settings.checkpoint.every_steps == 0 or self._checkpoint_is_old()
 
     def _idle_checkpoint_is_due(self) -> bool:
         """Whether what is decided waits to be made durable although no step is made: after the last of a burst."""
-        waited = time.monotonic() - self._last_checkpoint_time
-        return waited >= self.settings.checkpoint.every_seconds and (self.step, self.cursor.counts) != self._durable
+        return self._checkpoint_is_old() and self._has_news()
+
+    def _checkpoint_is_old(self) -> bool:
+        return time.monotonic() - self._last_checkpoint_time >= self.settings.checkpoint.every_seconds
+
+    def _has_news(self) -> bool:
+        """Whether anything happened since the last checkpoint."""
+        return (self.step, self.cursor.counts) != self._durable
 
     def checkpoint(self) -> None:
         """Make everything durable, then tell the stream how far we are.

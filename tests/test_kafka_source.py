@@ -361,12 +361,8 @@ def test_an_outage_is_logged_once_and_survived(tmp_path: Path, topic: str, caplo
 
 
 def test_a_batch_that_was_damaged_on_disk_ends_the_run(apache_kafka: ApacheKafka, topic: str) -> None:
-    servers = apache_kafka.bootstrap_servers
-    create_topic(servers, topic)
-    publish(servers, topic, [b"good"])
-    publish(servers, topic, [b"to be damaged"])
-    damage(apache_kafka, topic, b"to be damaged")
-    with started(servers, topic) as source:
+    publish_good_and_damaged(apache_kafka, topic)
+    with started(apache_kafka.bootstrap_servers, topic) as source:
         assert values(read(source, 1)) == [b"good"]
         with pytest.raises(SourceError, match=r"next offsets by partition: 0 at 1 .*crc"):
             read(source, 1)
@@ -374,12 +370,8 @@ def test_a_batch_that_was_damaged_on_disk_ends_the_run(apache_kafka: ApacheKafka
 
 def test_a_pause_before_a_damaged_batch_does_not_hide_it(apache_kafka: ApacheKafka, topic: str) -> None:
     """The client drops the error of a batch whose partition it is told to pause, and then spins for ever."""
-    servers = apache_kafka.bootstrap_servers
-    create_topic(servers, topic)
-    publish(servers, topic, [b"good"])
-    publish(servers, topic, [b"to be damaged"])
-    damage(apache_kafka, topic, b"to be damaged")
-    with started(servers, topic) as source:
+    publish_good_and_damaged(apache_kafka, topic)
+    with started(apache_kafka.bootstrap_servers, topic) as source:
         assert values(read(source, 1)) == [b"good"]
         source.pause()
         assert source.poll(0.2) == []
@@ -388,13 +380,16 @@ def test_a_pause_before_a_damaged_batch_does_not_hide_it(apache_kafka: ApacheKaf
             read(source, 1)
 
 
-def damage(kafka: ApacheKafka, topic: str, value: bytes) -> None:
-    """Change the first bytes of a value where the broker stores it."""
+def publish_good_and_damaged(kafka: ApacheKafka, topic: str) -> None:
+    """Two batches, the second changed where the broker stores it."""
+    create_topic(kafka.bootstrap_servers, topic)
+    publish(kafka.bootstrap_servers, topic, [b"good"])
+    publish(kafka.bootstrap_servers, topic, [b"to be damaged"])
     segment = kafka.data_dir / "log" / f"{topic}-0" / f"{0:020}.log"
     stored = segment.read_bytes()
     with segment.open("r+b") as file:
-        file.seek(stored.index(value))
-        file.write(b"??")
+        file.seek(stored.index(b"to be damaged"))
+        file.write(b"TO")
 
 
 def test_tls_and_sasl_pass_with_the_right_password(apache_kafka: ApacheKafka, topic: str) -> None:

@@ -4,8 +4,6 @@ That a pass over adapters agrees with autograd through PEFT's own layers is in `
 `lora_checkpointing`; here is which layers take the short way at all, and what it leaves behind.
 """
 
-import gc
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -167,12 +165,3 @@ def test_bfloat16_agrees_with_autograd_up_to_rounding() -> None:
     got = Interaction(capture.run(batch), target, plain).rows_N
     want = oracle.gradients @ oracle.flat(target)
     assert relative_error(got, want) < ROUNDING
-
-
-def test_nothing_of_a_pass_is_kept() -> None:
-    capture = GradientCapture(make_model("lora"))
-    gradients = capture.run(make_batch((6, 6)))
-    factor = weakref.ref(gradients.factors["model.layers.0.mlp.down_proj.lora_A.default.weight"][0])
-    del gradients
-    gc.collect()
-    assert factor() is None
