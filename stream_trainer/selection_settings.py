@@ -113,7 +113,7 @@ class SelectionSettings(Section):
     ridge: NonNegative = 1e-3
     """Regularisation of the quadratic program, relative to the mean of K's diagonal."""
     max_coefficient: Positive | None = None
-    """Cap on a sample's coefficient, in units of the mean coefficient of those chosen."""
+    """Cap on a sample's coefficient, in units of the mean coefficient of those chosen without it."""
     settle_steps: Annotated[int, Field(ge=1)] = 1
     """Optimizer steps before Adam's second moment is trusted as geometry; plain inner products until then. Raise it to
     10 or more for a model that starts from random weights."""

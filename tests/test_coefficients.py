@@ -112,6 +112,8 @@ def test_a_cap_bounds_every_coefficient() -> None:
     gram, linear = np.eye(4), np.array([10.0, 1.0, 1.0, 1.0])
     solution = CoefficientSolver().solve(gram, linear, cap=2.0)
     np.testing.assert_allclose(solution.weights, [2 * 13 / 4, 1, 1, 1], rtol=1e-6)
+    with_unused = CoefficientSolver().solve(np.eye(6), np.append(linear, [-1.0, -1.0]), cap=2.0)
+    np.testing.assert_allclose(with_unused.weights, [2 * 13 / 4, 1, 1, 1, 0, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [5, 16])

@@ -314,6 +314,14 @@ def test_simplex_weighs_lengths_where_mean_one_does_not() -> None:
     assert float(simplex[1]) > 0.4
 
 
+def test_redundancy_on_the_simplex_is_that_of_the_weights_it_gives() -> None:
+    """K is [[1, 1], [1, 65]] and c is (4, 36): the best of `w = (1 - t, t)` is at one half."""
+    rows, target = [[1.0, 0, 0, 0], [1.0, 8.0, 0, 0]], [4.0, 4.0, 0, 0]
+    decision = replace(method(), normalisation="simplex").decide(pool(rows, target=target))
+    torch.testing.assert_close(decision.weights_N, torch.tensor([0.5, 0.5]), rtol=1e-3, atol=0)
+    assert decision.redundancy == pytest.approx(0.25 * 1 / (0.5 * 4 + 0.5 * 36), rel=1e-3)
+
+
 @pytest.mark.parametrize("rule", ["first_order", "cosine", "nn_omp"])
 @pytest.mark.parametrize("normalisation", ["mean_one", "natural", "simplex"])
 def test_every_combination_survives_pools_with_nothing_in_them(rule: Filter, normalisation: Normalisation) -> None:

@@ -87,3 +87,6 @@ def test_nothing_helps_or_is_broken() -> None:
     assert Greedy(2, 4).decide(written_pool([[-1.0, 0, 0, 0], [0, 0, 1.0, 0]], TARGET)).chosen == []
     broken = written_pool([[float("nan"), 0, 0, 0], [1.0, 0, 0, 0]], TARGET)
     assert Greedy(2, 4).decide(broken).chosen == [1]
+    too_long = written_pool([[1e30, 0, 0, 0], [1.0, 0, 0, 0]], TARGET)
+    assert Greedy(2, 4).decide(too_long).chosen == [1]
+    assert Greedy(2, 1).decide(too_long).chosen == []

@@ -285,11 +285,15 @@ def test_the_geometry_of_a_mask_is_adams_inside_and_zero_outside() -> None:
     masks = make_masks(0.5, seed=1)
     optimizer.replace_mask(masks)
     for gradient in make_gradients(6):
+        gradient["table"][2] = 0.0  # a token that has not come up
+        gradient["norm"][:] = 0.0
         give(parameters, gradient)
         give(reference, gradient)
         optimizer.step()
         dense.step()
     beta2 = SETTINGS["betas"][1]
+    assert masks["table"][2].any()
+    assert not optimizer.preconditioner("norm").any()
     for name, mask in masks.items():
         second = anticipated(dense.state[reference[name]]["exp_avg_sq"] * mask, 6, beta2)
         want = adam_preconditioner(second, 6, 1.0, SETTINGS["betas"], SETTINGS["eps"])

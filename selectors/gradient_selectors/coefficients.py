@@ -62,7 +62,7 @@ class CoefficientSolver:
         """Coefficients for `K = gram` (n, n) and `c = linear` (n,).
 
         `ridge` is relative: rho = ridge * mean(diag K). `cap` bounds every coefficient at `cap` times the mean
-        coefficient of the uncapped solution. Raises ValueError if an input is not finite or K has a zero diagonal.
+        of those that are positive without it. Raises ValueError if an input is not finite or K has a zero diagonal.
         """
         started = time.perf_counter()
         if not (np.isfinite(gram).all() and np.isfinite(linear).all()):
@@ -80,7 +80,7 @@ class CoefficientSolver:
         solution, status = self._solve_scaled(hessian, scaled_linear / size, None)
         upper = None
         if cap is not None:
-            upper = cap * (solution * scale).mean() / scale
+            upper = cap * (solution[solution > 0] * scale[solution > 0]).mean() / scale
             solution, status = self._solve_scaled(hessian, scaled_linear / size, upper)
         residual = _residual(hessian, scaled_linear / size, solution, upper)
         return Solution(solution * scale * size, status, time.perf_counter() - started, residual)

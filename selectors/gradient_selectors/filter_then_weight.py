@@ -51,7 +51,7 @@ class FilterThenWeight:
         min_gain: share of the utility that a chosen sample must add, or it is not trained on.
         solver: solves for the coefficients.
         ridge: regularisation relative to the mean of K's diagonal; gives duplicates equal coefficients.
-        cap: bound on a coefficient, in units of the mean coefficient, or None.
+        cap: bound on a coefficient, in units of the mean of those that are positive without it, or None.
         filter: `first_order` keeps the largest positive `c_i`; `cosine` ranks the positive ones by `c_i / sqrt(K_ii)`,
             so that long gradients (short samples) gain nothing, and needs K for all of them; `nn_omp` adds one
             candidate after the other by what the earlier ones leave unmatched, and needs K for the whole pool.
@@ -81,7 +81,7 @@ class FilterThenWeight:
         nothing = Decision(torch.zeros(len(rows_N)), num_positive=len(positive))
         if not positive:
             return nothing
-        survivors, gram = _sound(*self._filter(rows_N, positive, quadratic))
+        survivors, gram = sound(*self._filter(rows_N, positive, quadratic))
         if not survivors:
             return nothing
         linear = rows_N[survivors].cpu().double().numpy()
@@ -117,12 +117,12 @@ class FilterThenWeight:
             survivors = positive[: self.survivors]
             return survivors, _matrix(quadratic.gram(survivors))
         if self.filter == "cosine":
-            positive, gram = _sound(positive, _matrix(quadratic.gram(positive)))
+            positive, gram = sound(positive, _matrix(quadratic.gram(positive)))
             cosines = rows_N[positive].cpu().double().numpy() / np.sqrt(np.diag(gram))
             order = np.argsort(-cosines, kind="stable")[: self.survivors]
             return [positive[i] for i in order], gram[np.ix_(order, order)]
         usable = torch.isfinite(rows_N).nonzero().squeeze(1).tolist()
-        usable, gram = _sound(usable, _matrix(quadratic.gram(usable)))
+        usable, gram = sound(usable, _matrix(quadratic.gram(usable)))
         linear = rows_N[usable].cpu().double().numpy()
         picked = matching_pursuit(with_ridge(gram, self.ridge), linear, self.survivors, self.solver)
         return [usable[i] for i in picked], gram[np.ix_(picked, picked)]
@@ -136,6 +136,8 @@ class FilterThenWeight:
             solution = self._solve(hessian[np.ix_(kept, kept)], reward[kept])
         else:
             solution = replace(solution, weights=solution.weights[kept])
+        if self.normalisation == "simplex":
+            solution = replace(solution, weights=solution.weights / solution.weights.sum())
         return kept.tolist(), solution
 
     def _program(self, gram: Matrix, linear: Vector) -> tuple[Matrix, Vector]:
@@ -147,7 +149,7 @@ class FilterThenWeight:
         return self.solver.solve(hessian, linear, cap=self.cap)
 
 
-def _sound(samples: list[int], gram: Matrix) -> tuple[list[int], Matrix]:
+def sound(samples: list[int], gram: Matrix) -> tuple[list[int], Matrix]:
     """Without samples whose gradient is so long that its square overflows: c may be finite where K is not."""
     kept = np.flatnonzero(np.isfinite(np.diag(gram)) & (np.diag(gram) > 0))
     return [samples[i] for i in kept], gram[np.ix_(kept, kept)]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from gradient_selectors.coefficients import Matrix, Vector
-from gradient_selectors.filter_then_weight import positive_samples, redundancy, usable_rows
+from gradient_selectors.filter_then_weight import positive_samples, redundancy, sound, usable_rows
 from gradient_selectors.interaction import Decision, Interaction, equal_weights
 
 
@@ -43,7 +43,9 @@ class Greedy:
         if not positive:
             return Decision(torch.zeros(len(rows_N)), num_positive=0)
         looked_at = positive[: self.candidates]
-        gram: Matrix = interaction.gram(looked_at).cpu().numpy()
+        looked_at, gram = sound(looked_at, interaction.gram(looked_at).cpu().numpy())
+        if not looked_at:
+            return Decision(torch.zeros(len(rows_N)), num_positive=len(positive))
         linear = rows_N[looked_at].cpu().double().numpy()
         omega = matched_weight(gram, linear, self.chosen)
         picked = greedy_choice(gram, linear, omega, self.chosen)

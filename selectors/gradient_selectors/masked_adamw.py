@@ -136,7 +136,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         """P of `geometry` from the current moments, float32, zero where masked: a mask is an element-wise P.
 
         Learning rates count relative to the largest one. Units without any update yet have no P of their own and get
-        the mean of the parameter's others; a parameter without any gets its mask.
+        the mean of the parameter's others; a parameter without any gets its mask. Weights without any gradient have
+        P = 0, as in `geometry.adam_preconditioner`.
         """
         parameter = self.parameters[name]
         state = self.state.get(parameter)
@@ -148,12 +149,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         (beta1, beta2), rate = group["betas"], (group["lr"] / top_rate if group["lr"] else 1.0)
         scale_m1 = _per_unit(state, rate * (1 - beta1) / (1 - beta1 ** (ages_c + 1)))
         moved_m = _per_unit(state, ages_c).expand(len(state["kept"]), 1).squeeze(1) > 0
-        # As `geometry.anticipated` has it: with one more gradient of the usual size.
+        # As `geometry.anticipated` has it: with one more gradient of the usual size, zero where there was none yet.
         second = state["exp_avg_sq"].float()
-        usual = (second / _per_unit(state, 1 - beta2 ** ages_c.clamp(min=1)))[moved_m].mean()
+        num_seen = second.count_nonzero().clamp(min=1)
+        usual = (second / _per_unit(state, 1 - beta2 ** ages_c.clamp(min=1))).sum() / num_seen
         after = (second * beta2 + (1 - beta2) * usual) / _per_unit(state, 1 - beta2 ** (ages_c + 1))
-        values = scale_m1 / (after.sqrt_() + group["eps"])
-        values[~moved_m] = values[moved_m].mean()
+        values = (scale_m1 / (after.sqrt_() + group["eps"])).mul_(second != 0)
+        values[~moved_m] = values.sum() / num_seen
         return _spread(parameter, state, values, 0.0)
 
     @torch.no_grad()
