@@ -234,6 +234,43 @@ def test_a_parameter_used_behind_its_modules_back_is_named() -> None:
         GradientCapture(model)
 
 
+def test_a_parameter_that_a_zero_hides_is_named() -> None:
+    """As fresh adapters are: the gradient of what is used wrongly is zero until the other one has moved."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Linear(16, 3, bias=False), nn.Linear(3, 16, bias=False)
+            nn.init.zeros_(self.up.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.up(torch.nn.functional.linear(x, self.down.weight))
+
+    model = make_model("llama")
+    model.model.layers[0].self_attn.o_proj = Adapted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UnsupportedParameterError, match=r"layers\.0\.self_attn\.o_proj\.down\.weight"):
+        GradientCapture(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_writes_over_an_output_is_refused_and_left_as_it_was() -> None:
+    class Falcons(nn.Module):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x).add_(1.0)
+
+    model = make_model("llama")
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = Falcons(attention.o_proj)
+    with pytest.raises(UnsupportedParameterError, match=r"in place; use LoRA"):
+        GradientCapture(model)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_a_norm_of_any_class_name_is_covered() -> None:
     model = make_model("llama")
     model.model.norm = RenamedNorm()

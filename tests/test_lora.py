@@ -94,6 +94,7 @@ def test_an_adapted_layer_is_recognised_and_computes_the_same(bias: bool, rank_s
         lambda: adapted(use_dora=True),
         lambda: adapted(lora_bias=True),
         lambda: adapted(lora_dropout=0.5),
+        lambda: adapted(lora_dropout=0.5).eval(),
         lambda: adapted(nn.Embedding(OUT, IN)),
         lambda: nn.Linear(IN, OUT),
         two_adapters,
@@ -102,7 +103,19 @@ def test_an_adapted_layer_is_recognised_and_computes_the_same(bias: bool, rank_s
         of_another_dtype,
         patched,
     ],
-    ids=["dora", "bias", "dropout", "embedding", "none", "two", "merged", "disabled", "dtype", "patched"],
+    ids=[
+        "dora",
+        "bias",
+        "dropout",
+        "eval",
+        "embedding",
+        "none",
+        "two",
+        "merged",
+        "disabled",
+        "dtype",
+        "patched",
+    ],
 )
 def test_what_computes_anything_else_keeps_its_forward(make: Callable[[], Any]) -> None:
     assert recognise_lora("layer", make()) is None

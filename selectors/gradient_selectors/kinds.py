@@ -181,12 +181,14 @@ def _scale_factors(module: nn.Module, has_offset: bool, x: Tensor, grad: Tensor,
 
     Without an offset y(0), as in most RMSNorms, half of the work is left out.
     """
-    weight = module.get_parameter("weight")
+    # All in float32: outside autocast, CUDA's layer norm takes no input of another dtype than its weights.
+    parameters = {name: parameter.float() for name, parameter in module.named_parameters(recurse=False)}
+    zeros = torch.zeros_like(parameters["weight"])
     with torch.no_grad():
-        normalised = functional_call(module, {"weight": torch.ones_like(weight)}, (x,))
+        normalised = functional_call(module, parameters | {"weight": zeros + 1}, (x.float(),))
         if has_offset:
-            normalised = normalised - functional_call(module, {"weight": torch.zeros_like(weight)}, (x,))
-    products = (normalised.float() * grad.float()).reshape(rows.num_samples, -1, grad.shape[-1])
+            normalised = normalised - functional_call(module, parameters | {"weight": zeros}, (x.float(),))
+    products = (normalised * grad.float()).reshape(rows.num_samples, -1, grad.shape[-1])
     factors: dict[str, Factor] = {"weight": Written(products.sum(1))}
     if getattr(module, "bias", None) is not None:
         factors["bias"] = Written(grad.float().reshape(rows.num_samples, -1, grad.shape[-1]).sum(1))

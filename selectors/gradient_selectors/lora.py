@@ -16,10 +16,12 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradient_selectors.kinds import close, probe_input, stored_transposed, try_call
+
+PARTS = ("lora_A", "lora_B", "lora_dropout")  # of a layer, by adapter
 
 Collect = Callable[[str, Tensor, Tensor], None]
 """Takes (name of a module, its input, its output's gradient) of one call."""
@@ -102,12 +104,12 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None
 
 def recognise_lora(name: str, module: Any) -> LoraLinear | None:
     """The layer that PEFT made of a linear one, if it has one active adapter and computes nothing more."""
-    if not all(hasattr(module, part) for part in ("base_layer", "lora_A", "lora_B", "scaling", "active_adapters")):
+    if not all(hasattr(module, part) for part in ("base_layer", *PARTS, "scaling", "active_adapters")):
         return None
     if len(module.active_adapters) != 1 or "forward" in vars(module):
         return None
     (adapter,), base = module.active_adapters, module.base_layer
-    if adapter not in module.lora_A or adapter not in module.lora_B:
+    if any(adapter not in getattr(module, part) for part in PARTS) or not _keeps_all(module.lora_dropout[adapter]):
         return None
     down, up = module.lora_A[adapter], module.lora_B[adapter]
     weight: Any = getattr(base, "weight", None)
@@ -118,6 +120,11 @@ def recognise_lora(name: str, module: Any) -> LoraLinear | None:
         if transposed is None or not _adds_product(module, adapter, down.weight, up.weight):
             return None
     return LoraLinear(module, f"{name}.lora_A.{adapter}", f"{name}.lora_B.{adapter}", adapter, transposed)
+
+
+def _keeps_all(dropout: nn.Module) -> bool:
+    """Whether it never drops anything, in whichever mode the module is now."""
+    return getattr(dropout, "p", 0.0) == 0.0
 
 
 def _are_matrices(*weights: Any) -> bool:
