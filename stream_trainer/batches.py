@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from gradient_selectors.capture import Batch
+from gradient_selectors.batch import Batch
 
 from stream_trainer.records import Sample
 

@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from gradient_selectors.capture import Batch, GradientCapture, UnsupportedParameterError
+from gradient_selectors.batch import Batch
+from gradient_selectors.capture import GradientCapture, UnsupportedParameterError
 from gradient_selectors.dual_sft import Response, adam_curvature, column_scores, direction, row_scores
 from gradient_selectors.gradients import Gradient, PoolGradients
 from gradient_selectors.mask import MaskRule, choose_mask

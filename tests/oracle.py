@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gradient_selectors.capture import Batch, GradientCapture
+from gradient_selectors.batch import Batch
+from gradient_selectors.capture import GradientCapture
 from tiny_models import CONFIGS, settings_of, shake, with_config
 from torch import Tensor
 from torch.nn import functional as F

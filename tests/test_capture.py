@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from gradient_selectors import head
-from gradient_selectors.capture import Batch, GradientCapture, UnsupportedParameterError
+from gradient_selectors.batch import Batch
+from gradient_selectors.capture import GradientCapture, UnsupportedParameterError
 from gradient_selectors.factors import Outer, Written
 from gradient_selectors.geometry import plain
 from gradient_selectors.interaction import Interaction

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_selectors.capture import mean_losses
+from gradient_selectors.batch import mean_losses
 from gradient_selectors.gradients import layer_of
 from gradient_selectors.masked_adamw import MaskedAdamW
 from safetensors.torch import save_file

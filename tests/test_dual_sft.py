@@ -9,7 +9,8 @@ import math
 
 import pytest
 import torch
-from gradient_selectors.capture import Batch, GradientCapture
+from gradient_selectors.batch import Batch
+from gradient_selectors.capture import GradientCapture
 from gradient_selectors.dual_sft import (
     Curvature,
     DualSft,

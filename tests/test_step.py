@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_selectors.capture import GradientCapture, mean_losses
+from gradient_selectors.batch import mean_losses
+from gradient_selectors.capture import GradientCapture
 from oracle import make_model
 from torch import nn
 

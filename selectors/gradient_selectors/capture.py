@@ -13,7 +13,6 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from gradient_selectors.batch import Batch, mean_losses
 from gradient_selectors.factors import Factor, LowRank, Segments
 from gradient_selectors.gradients import PoolGradients
-from gradient_selectors.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses, loss_rows
+from gradient_selectors.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses
 from gradient_selectors.kinds import TOLERANCE, MakeFactors, Rows, recognise
 from gradient_selectors.lora import LoraLinear, fused, recognise_lora
 from gradient_selectors.verification import find_mistake, moved
@@ -33,24 +33,6 @@ HEAD_PROBE_SCALE = 100.0
 
 class UnsupportedParameterError(ValueError):
     """A trainable parameter whose per-sample gradients cannot be had exactly. Freeze it, or adapt it with LoRA."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """N samples padded on the right to T tokens.
-
-    Attributes:
-        input_ids_NT: token ids, int64.
-        labels_NT: the same with -100 where a token carries no loss (prompt, padding). Not shifted.
-        lengths: tokens of each sample without padding.
-    """
-
-    input_ids_NT: Tensor
-    labels_NT: Tensor
-    lengths: tuple[int, ...]
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(self.input_ids_NT.to(device), self.labels_NT.to(device), self.lengths)
 
 
 class _Tap(torch.autograd.Function):
@@ -318,14 +300,6 @@ class GradientCapture:
         return UnsupportedParameterError(
             f"no exact per-sample gradient for trainable parameter {name}: {reason}; freeze it or use LoRA"
         )
-
-
-def mean_losses(logits_NTV: Tensor, labels_NT: Tensor) -> Tensor:
-    """Mean cross-entropy of each sample over the positions that carry loss (nats per token), (N,)."""
-    predicts_NT, labels_R, segments = loss_rows(labels_NT)
-    token_losses_R = F.cross_entropy(logits_NTV[predicts_NT].float(), labels_R, reduction="none")
-    counts_N = torch.tensor(segments.offsets).diff().to(token_losses_R)
-    return segments.sum(token_losses_R) / counts_N
 
 
 def _rows_of(batch: Batch) -> Rows:

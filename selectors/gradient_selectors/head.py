@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradient_selectors.batch import loss_rows
 from gradient_selectors.factors import LowRank, Segments, add_product, nonzero_samples
 
-IGNORE = -100
 CHUNK_ELEMENTS = 8_000_000  # logits held at once: 32 MB in float32; larger chunks were not faster on two cores
 # 537 MB in float32, where plain training holds several times as many numbers: the logits, their gradient and copies. At
 # 16 x 128 tokens and a vocabulary of 49,152, computing them again took 0.18 of 4.75 s.
@@ -68,18 +68,6 @@ class HeadRows:
         step = max(1, CHUNK_ELEMENTS // vocabulary)
         for start in range(0, len(self.labels_R), step):
             yield slice(start, start + step)
-
-
-def loss_rows(labels_NT: Tensor) -> tuple[Tensor, Tensor, Segments]:
-    """Which positions predict a label, (N, T) bool; the labels they predict; which sample owns them.
-
-    Position t predicts label t + 1; labels of -100 carry no loss.
-    """
-    predicts_NT = torch.zeros_like(labels_NT, dtype=torch.bool)
-    predicts_NT[:, :-1] = labels_NT[:, 1:] != IGNORE
-    counts = predicts_NT.sum(1)
-    offsets = (0, *counts.cumsum(0).tolist())
-    return predicts_NT, labels_NT[:, 1:][predicts_NT[:, :-1]], Segments(offsets)
 
 
 def head_losses(head: Head, hidden_NTd: Tensor, labels_NT: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradient_selectors.capture import Batch, GradientCapture
-from gradient_selectors.head import CHUNK_ELEMENTS, loss_rows
+from gradient_selectors.batch import Batch, loss_rows
+from gradient_selectors.capture import GradientCapture
+from gradient_selectors.head import CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True)
