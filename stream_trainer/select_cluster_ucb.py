@@ -24,7 +24,7 @@ from dataclasses import replace
 
 import torch
 from gradient_selectors.capture import GradientCapture, UnsupportedParameterError
-from gradient_selectors.cluster_ucb import OfflineOptions, Selection, select_offline
+from gradient_selectors.cluster_ucb_offline import OfflineOptions, Selection, select_offline
 from gradient_selectors.clusters import cosine_k_means
 from gradient_selectors.geometry import plain
 from gradient_selectors.gradients import Gradient

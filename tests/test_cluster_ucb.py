@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from gradient_selectors.arm_moments import ArmMoments
-from gradient_selectors.cluster_ucb import ClusterUcb, Draw, OfflineOptions, StreamOptions, select_offline
+from gradient_selectors.cluster_ucb import ClusterUcb, Draw, StreamOptions
+from gradient_selectors.cluster_ucb_offline import OfflineOptions, select_offline
 from torch import Tensor
 
 from benchmarks.cluster_ucb_simulation import OURS, PUBLISHED, recall, recovered, simulated_pool
