@@ -6,7 +6,7 @@ Measured is one call of the service's own solver; a step calls it on its survivo
 may choose, again on those chosen. Each call has a new problem: gradients that share a direction, of lognormal lengths,
 some of them twice. Sizes are measured in turn, so that a busy machine slows all of them alike. `first_ms` is the first
 call of a new solver, which compiles the problem, and counts in nothing else. A cap of 1 bounds coefficients at the mean
-of those without a cap, which are solved for first: two programs, and two to compile.
+of those that are positive without a cap, which are solved for first: two programs, and two to compile.
 
 Before anything is timed, every solution must be feasible and as good as that of scipy's active sets, to 1e-8 of the
 objective, or nothing is. Exit codes: 0 done, 1 the solver is wrong, 2 a mistake in the options.
@@ -97,7 +97,7 @@ def disagreement(problem: Problem, cap: float | None, solver: CoefficientSolver)
     wanted_n = np.linalg.solve(lower_nn, linear_n)  # 1/2 ||L^T w - wanted||^2 is the objective but for a constant
     reference_n, upper = nnls(lower_nn.T, wanted_n)[0], np.inf
     if cap is not None:
-        upper = cap * reference_n.mean()
+        upper = cap * reference_n[reference_n > 0].mean()
         reference_n = lsq_linear(lower_nn.T, wanted_n, (0.0, upper), method="bvls", tol=1e-14).x
     ours, best = (0.5 * w_n @ hessian_nn @ w_n - linear_n @ w_n for w_n in (weights_n, reference_n))
     outside = max(0.0, -weights_n.min(), weights_n.max() - upper) / reference_n.max()
