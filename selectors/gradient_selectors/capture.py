@@ -11,9 +11,10 @@ Samples must not interact in the forward pass (no packing, no batch norm) and mu
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from gradient_selectors.batch import Batch, mean_losses
-from gradient_selectors.factors import Factor, LowRank, Segments
+from gradient_selectors.factors import Factor, LowRank, Segments, Written
 from gradient_selectors.gradients import PoolGradients
 from gradient_selectors.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses
 from gradient_selectors.kinds import TOLERANCE, MakeFactors, Rows, recognise
-from gradient_selectors.lora import LoraLinear, fused, recognise_lora
+from gradient_selectors.lora import LoraLinear, recognise_lora
+from gradient_selectors.norms import RmsNorm, recognise_rms_norm
 from gradient_selectors.verification import find_mistake, moved
 
 HEAD_PROBE_SCALE = 100.0
@@ -88,7 +90,9 @@ class GradientCapture:
         self._head_module = output if self._head_is_plain(output) else None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
-            self._handles.extend(self._attach(name, module) for name, module in self._owners())
+            found = (recognise_rms_norm(name, module) for name, module in self._model.named_modules())
+            self._norms = {norm.name: norm for norm in found if norm is not None}
+            self._attach_all()
             self._loras = list(self._lora_layers())
             self._verify()
         except BaseException:
@@ -117,11 +121,7 @@ class GradientCapture:
         self._factors = defaultdict(list)
         self._rows = _rows_of(batch)
         try:
-            with (
-                self._frozen(),
-                fused(self._loras, self._anchor, self._autocast, self._collect),
-                torch.enable_grad(),
-            ):
+            with self._frozen(), _replaced(self._forwards()), torch.enable_grad():
                 losses_N = (
                     self._through_chunked_head(batch, head_direction)
                     if self._head_module
@@ -203,34 +203,67 @@ class GradientCapture:
             if layer.down in self._sites and layer.up in self._sites:
                 yield layer
 
-    def _attach(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        make_factors = recognise(module)
-        if make_factors is None:
-            parameter = next(p for p in module.parameters(recurse=False) if id(p) in self._names)
-            raise self._unsupported(self._names[id(parameter)], f"a {type(module).__name__} of no known kind owns it")
-        self._sites[name] = (module, make_factors)
+    def _attach_all(self) -> None:
+        for name, module in self._owners():
+            make_factors = recognise(module)
+            if make_factors is None:
+                parameter = next(self._names[id(p)] for p in module.parameters(recurse=False) if id(p) in self._names)
+                raise self._unsupported(parameter, f"a {type(module).__name__} of no known kind owns it")
+            self._sites[name] = (module, make_factors)
+            if name not in self._norms:
+                self._handles.append(module.register_forward_hook(partial(self._hook, name), with_kwargs=True))
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            if self._rows is None:
-                return None
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            tapped: Tensor = _Tap.apply(output, inputs.detach(), self._anchor, self, name)  # type: ignore[no-untyped-call]
-            return tapped
+    def _hook(
+        self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        return None if self._rows is None else self._tap(name, output, _first(args, kwargs))
 
-        return module.register_forward_hook(hook, with_kwargs=True)
+    def _tap(self, name: str, output: Tensor, inputs: Tensor) -> Tensor:
+        return cast(Tensor, _Tap.apply(output, inputs.detach(), self._anchor, self, name))  # type: ignore[no-untyped-call]
+
+    def _forwards(self) -> dict[nn.Module, Callable[..., Tensor]]:
+        """Modules that compute in one piece during a pass, and how."""
+        forwards: dict[nn.Module, Callable[..., Tensor]] = {
+            norm.module: partial(self._through_norm, norm) for norm in self._norms.values()
+        }
+        for lora in self._loras:
+            if lora.is_plain:
+                forwards[lora.module] = partial(
+                    lora.forward, anchor=self._anchor, autocast=self._autocast, collect=self._collect
+                )
+        return forwards
+
+    def _through_norm(self, norm: RmsNorm, *args: Any, **kwargs: Any) -> Tensor:
+        inputs, is_asked_for = _first(args, kwargs), norm.name in self._sites
+        if len(args) + len(kwargs) == 1 and inputs.dtype == torch.float32:
+            return norm.forward(inputs, self._anchor if is_asked_for else None, self._collect_products)
+        output: Tensor = type(norm.module).forward(norm.module, *args, **kwargs)
+        return self._tap(norm.name, output, inputs) if is_asked_for else output
 
     def _collect(self, name: str, inputs: Tensor, grad: Tensor) -> None:
         module, make_factors = self._sites[name]
-        assert self._rows is not None
-        if grad.shape[0] != self._rows.num_samples:
-            raise UnsupportedParameterError(
-                f"module {name} was called with {grad.shape[0]} rows for {self._rows.num_samples} samples: "
-                "its samples cannot be told apart; freeze its parameters"
-            )
-        for local_name, factor in make_factors(inputs, grad, self._rows).items():
+        rows = self._rows_for(name, grad)
+        for local_name, factor in make_factors(inputs, grad, rows).items():
             full_name = self._names.get(id(module.get_parameter(local_name)))
             if full_name is not None:
                 self._factors[full_name].append(factor)
+
+    def _collect_products(self, name: str, products: Tensor) -> None:
+        """The factor of a norm's weight, from its normalised inputs times the gradients of its outputs."""
+        rows = self._rows_for(name, products)
+        weight = self._sites[name][0].get_parameter("weight")
+        written = Written(products.reshape(rows.num_samples, -1, len(weight)).sum(1))
+        self._factors[self._names[id(weight)]].append(written)
+
+    def _rows_for(self, name: str, values: Tensor) -> Rows:
+        """The rows of the pass, once the values of one call of a module are known to be of them."""
+        assert self._rows is not None
+        if values.shape[0] != self._rows.num_samples:
+            raise UnsupportedParameterError(
+                f"module {name} was called with {values.shape[0]} rows for {self._rows.num_samples} samples: "
+                "its samples cannot be told apart; freeze its parameters"
+            )
+        return self._rows
 
     def _autocasting(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None)
@@ -300,6 +333,23 @@ class GradientCapture:
         return UnsupportedParameterError(
             f"no exact per-sample gradient for trainable parameter {name}: {reason}; freeze it or use LoRA"
         )
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module was called with, however it was called."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def _replaced(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Within it, the modules compute what they are given here."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
 
 
 def _rows_of(batch: Batch) -> Rows:

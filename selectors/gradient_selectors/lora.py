@@ -9,10 +9,8 @@ A layer is recognised by what it computes, as in `kinds`. What computes anything
 dropout, a quantised base) keeps PEFT's forward; its adapters are then two linear layers like any other.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -140,18 +138,3 @@ def _adds_product(module: Any, adapter: str, down_rd: Tensor, up_pr: Tensor) -> 
     weights = {f"lora_A.{adapter}.weight": other_rd, f"lora_B.{adapter}.weight": other_pr}
     product = F.linear(F.linear(x, other_rd), other_pr) * module.scaling[adapter]
     return close(try_call(module, x, weights), module.base_layer(x) + product)
-
-
-@contextmanager
-def fused(
-    layers: Sequence[LoraLinear], anchor: Tensor, autocast: torch.dtype | None, collect: Collect
-) -> Iterator[None]:
-    """Within it the layers compute their output, and later their adapters' factors, in one piece."""
-    layers = [layer for layer in layers if layer.is_plain]
-    for layer in layers:
-        layer.module.forward = partial(layer.forward, anchor=anchor, autocast=autocast, collect=collect)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.module.forward
