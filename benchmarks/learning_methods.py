@@ -12,6 +12,7 @@
     ...+dual_sft                  5 % of the weights may move
     ...+dual_sft/prior            20 % may move, chosen so that answers to 16 role-play prompts stay as they are
     everything                    filter_then_weight+cluster_ucb+gast+dual_sft
+    everything/wider              the same, and 20 % may move
     ...+equal_weights             selection.max_coefficient 1: of the same survivors, none may count more than the mean
     ...+plain_geometry            inner products of gradients, never under Adam's second moment
     shuffled_target               filter_then_weight towards random samples of the stream
@@ -35,6 +36,7 @@ FTW = "filter_then_weight"
 BANDIT = {"draw": "cluster_ucb", "geometry": "sketch"}
 GAST = {"route": "gast"}
 MASK = {"mask": "dual_sft"}
+WIDER = {"dual_sft": {"density": 0.2}}
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,14 @@ METHODS: dict[str, Method] = {
     "oracle": Method({"weigh": "uniform"}, target_only=True),
     "top_k": Method({"weigh": "top_k"}),
     "everything": Method({"weigh": FTW, **BANDIT, **GAST, **MASK}),
+    "everything/wider": Method({"weigh": FTW, **BANDIT, **GAST, **MASK, **WIDER}),
     "greedy": Method({"weigh": "greedy"}),
     "full": Method({"weigh": "full"}),
     f"{FTW}+sketch": Method({"weigh": FTW, "geometry": "sketch"}),
     f"{FTW}+gast": Method({"weigh": FTW, **GAST}),
     f"{FTW}+dual_sft": Method({"weigh": FTW, **MASK}),
     f"{FTW}+cluster_ucb+dual_sft/prior": Method(
-        {"weigh": FTW, **BANDIT, **MASK, "dual_sft": {"density": 0.2, "lambda_prior": 1.0}}, anchored=True
+        {"weigh": FTW, **BANDIT, **MASK, "dual_sft": {**WIDER["dual_sft"], "lambda_prior": 1.0}}, anchored=True
     ),
     f"{FTW}+equal_weights": Method({"weigh": FTW, "max_coefficient": 1.0}),
     f"{FTW}+plain_geometry": Method({"weigh": FTW, "settle_steps": NEVER}),
