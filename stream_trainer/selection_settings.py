@@ -49,7 +49,7 @@ class DualSftSettings(Section):
     """`mask: dual_sft`. The weights that may move are chosen anew from the gradients of recent steps."""
 
     density: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Share of the trainable weights that may move."""
+    """Share of the trainable weights that may move. A short run learns slower with 0.05, the paper's, than with 0.2."""
     refresh_steps: Count = 50
     """Steps between refreshes of the mask."""
     granularity: Literal["weight", "row"] = "weight"
