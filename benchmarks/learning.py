@@ -219,8 +219,8 @@ def _tiers(args: argparse.Namespace) -> list[Tier]:
                 "or name one with --model"
             )
         name, gguf_file = spec.submodule_search_locations[0], PACKAGED
-    model = {"name": name, "gguf_file": gguf_file, "dtype": args.dtype}
-    return [replace(tier, model=model) if tier.name == "real" else tier for tier in tiers]
+    model = {"name": name, "gguf_file": gguf_file}
+    return [replace(tier, model=tier.model | model) if tier.name == "real" else tier for tier in tiers]
 
 
 def _parser() -> OneLineParser:

@@ -36,7 +36,7 @@ FTW = "filter_then_weight"
 BANDIT = {"draw": "cluster_ucb", "geometry": "sketch"}
 GAST = {"route": "gast"}
 MASK = {"mask": "dual_sft"}
-WIDER = {"dual_sft": {"density": 0.2}}
+WIDER = {"density": 0.2}
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ METHODS: dict[str, Method] = {
     "oracle": Method({"weigh": "uniform"}, target_only=True),
     "top_k": Method({"weigh": "top_k"}),
     "everything": Method({"weigh": FTW, **BANDIT, **GAST, **MASK}),
-    "everything/wider": Method({"weigh": FTW, **BANDIT, **GAST, **MASK, **WIDER}),
+    "everything/wider": Method({"weigh": FTW, **BANDIT, **GAST, **MASK, "dual_sft": WIDER}),
     "greedy": Method({"weigh": "greedy"}),
     "full": Method({"weigh": "full"}),
     f"{FTW}+sketch": Method({"weigh": FTW, "geometry": "sketch"}),
     f"{FTW}+gast": Method({"weigh": FTW, **GAST}),
     f"{FTW}+dual_sft": Method({"weigh": FTW, **MASK}),
     f"{FTW}+cluster_ucb+dual_sft/prior": Method(
-        {"weigh": FTW, **BANDIT, **MASK, "dual_sft": {**WIDER["dual_sft"], "lambda_prior": 1.0}}, anchored=True
+        {"weigh": FTW, **BANDIT, **MASK, "dual_sft": {**WIDER, "lambda_prior": 1.0}}, anchored=True
     ),
     f"{FTW}+equal_weights": Method({"weigh": FTW, "max_coefficient": 1.0}),
     f"{FTW}+plain_geometry": Method({"weigh": FTW, "settle_steps": NEVER}),

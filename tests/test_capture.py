@@ -188,6 +188,14 @@ class Gate(nn.Module):
         return x * self.gate.sigmoid()
 
 
+class Around(nn.Module):
+    """Holds a layer and does something else with it."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+
 class RenamedNorm(nn.Module):
     """An RMSNorm by behaviour only, with a weight around zero as in Gemma."""
 
@@ -220,11 +228,7 @@ def test_an_unsupported_parameter_may_stay_frozen() -> None:
 def test_a_parameter_used_behind_its_modules_back_is_named() -> None:
     """Its hooks never fire, so only the comparison with autograd can tell."""
 
-    class Bypass(nn.Module):
-        def __init__(self, inner: nn.Linear) -> None:
-            super().__init__()
-            self.inner = inner
-
+    class Bypass(Around):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(x, self.inner.weight)
 
@@ -256,11 +260,7 @@ def test_a_parameter_that_a_zero_hides_is_named() -> None:
 
 
 def test_a_model_that_writes_over_an_output_is_refused_and_left_as_it_was() -> None:
-    class Falcons(nn.Module):
-        def __init__(self, inner: nn.Linear) -> None:
-            super().__init__()
-            self.inner = inner
-
+    class Falcons(Around):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x).add_(1.0)
 

@@ -40,12 +40,13 @@ class Greedy:
         """Equal weights with a sum of 1; all zero if no candidate points towards the target."""
         rows_N = usable_rows(interaction)
         positive = positive_samples(rows_N)
+        nothing = Decision(torch.zeros(len(rows_N)), num_positive=len(positive))
         if not positive:
-            return Decision(torch.zeros(len(rows_N)), num_positive=0)
+            return nothing
         looked_at = positive[: self.candidates]
         looked_at, gram = sound(looked_at, interaction.gram(looked_at).cpu().numpy())
         if not looked_at:
-            return Decision(torch.zeros(len(rows_N)), num_positive=len(positive))
+            return nothing
         linear = rows_N[looked_at].cpu().double().numpy()
         omega = matched_weight(gram, linear, self.chosen)
         picked = greedy_choice(gram, linear, omega, self.chosen)

@@ -65,10 +65,11 @@ class _Fused(torch.autograd.Function):
         products = grad * normalised
         if ctx.collect is not None:
             ctx.collect(ctx.name, products)
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        along = (products @ weight_d).div_(-len(weight_d)).unsqueeze(-1)
-        return (grad * weight_d).addcmul_(normalised, along).mul_(inverse), None, None, None, None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            along = (products @ weight_d).div_(-len(weight_d)).unsqueeze(-1)
+            grad_x = (grad * weight_d).addcmul_(normalised, along).mul_(inverse)
+        return grad_x, None, None, None, None
 
 
 def recognise_rms_norm(name: str, module: nn.Module) -> RmsNorm | None:

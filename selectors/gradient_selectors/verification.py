@@ -17,14 +17,12 @@ MOVE, SIZE_OF_ZEROS = 0.1, 0.2  # noise relative to the size of the weights; the
 def moved(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Weights with some noise, put back afterwards: zeros, as of fresh adapters, hide what the others are used for.
 
-    Takes as much memory as the weights for the time being; Adam's moments will take twice that.
+    All on one device. Takes as much memory as the weights for the time being; Adam's moments will take twice that.
     """
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    generators: dict[torch.device, torch.Generator] = {}
+    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(0)
     with torch.no_grad():
         for parameter in parameters.values():
-            device = parameter.device
-            generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
             size = float(parameter.square().mean().sqrt()) or SIZE_OF_ZEROS
             parameter.add_(torch.empty_like(parameter).normal_(generator=generator), alpha=MOVE * size)
     try:
