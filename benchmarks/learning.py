@@ -57,6 +57,7 @@ from benchmarks.reporting import (
 from stream_trainer import __version__
 from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.logs import configure_logging
+from stream_trainer.models import passes_in
 from stream_trainer.service import stopping_on_signals
 from stream_trainer.settings import LogSettings
 
@@ -170,7 +171,7 @@ def remaining(runs: Sequence[Run], done: dict[Run, dict[str, Any]]) -> str:
 def _result(bench: Bench, runs: Sequence[Run], done: dict[Run, dict[str, Any]]) -> dict[str, Any]:
     curves = _in_order(runs, done)
     versions = {"stream_trainer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    dtype = runs[0].tier.model["dtype"]
+    dtype = str(passes_in(runs[0].tier.model["dtype"], torch.device("cpu"))).removeprefix("torch.")
     environment = machine() | versions | {"threads": bench.threads, "dtype": dtype, "data": bench.data.fingerprint}
     return {
         "summary": summarise(curves),
@@ -237,7 +238,7 @@ def _parser() -> OneLineParser:
         "--dtype",
         choices=("bfloat16", "float32"),
         default="bfloat16",
-        help="of the passes (bfloat16); float32 where the processor emulates bfloat16, as one without AVX-512 does",
+        help="of the passes (bfloat16, which is float32 on a processor without instructions for it)",
     )
     add("--methods", type=_names(METHODS), metavar="A,B", help=f"{', '.join(METHODS)}; uniform always runs")
     add("--streams", type=_names(STREAMS), metavar="A,B", help=f"{', '.join(STREAMS)} (of each tier: its own)")

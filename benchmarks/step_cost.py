@@ -40,7 +40,7 @@ from benchmarks.plotting import need_matplotlib, svg_file
 from benchmarks.processes import MissingError, start
 from benchmarks.reporting import OneLineParser, at_least_one, machine, names_of, say, table, writable_file, write_json
 from benchmarks.step_cost_plot import draw
-from benchmarks.workloads import DEFAULT_WORKLOADS, WORKLOADS
+from benchmarks.workloads import DEFAULT_WORKLOADS, WORKLOADS, Workload
 from stream_trainer.errors import SettingsError
 
 DEFAULT_GEOMETRIES = ("exact", "sketch")
@@ -104,12 +104,21 @@ def as_json(options: Options, result: Result) -> dict[str, Any]:
         "machine": machine(),
         "options": asdict(options),
         "versions": result.versions,
-        "workloads": {name: asdict(WORKLOADS[name]) for name in options.workloads},
+        "workloads": {name: _workload(WORKLOADS[name], options.device) for name in options.workloads},
         "agreement": [_agreement(agreement) for agreement in result.agreements],
         "summary": summarise(options, result),
         "missing": result.missing,
         "runs": result.runs,
     }
+
+
+def _workload(workload: Workload, device: str) -> dict[str, Any]:
+    import torch  # not needed before, and a matter of seconds
+
+    from stream_trainer.models import passes_in
+
+    passes = str(passes_in(workload.dtype, torch.device(device))).removeprefix("torch.")
+    return asdict(workload) | {"passes": passes}
 
 
 def _agreement(agreement: Agreement) -> dict[str, Any]:

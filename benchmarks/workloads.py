@@ -32,7 +32,8 @@ class Workload:
         chosen: samples k that enter an update.
         survivors: at most this many times `chosen` enter K.
         tokens: T of every sample.
-        dtype: float32, or bfloat16 for passes under autocast.
+        dtype: float32, or bfloat16 for passes under autocast; the service's own rule turns it into float32 for all
+            methods where a processor has no instructions for it.
         lora_rank: rank of the adapters, or None to train everything.
         target: samples of the target that a refresh takes, as many as half of the pool.
     """

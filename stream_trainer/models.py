@@ -56,9 +56,11 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     Raises SettingsError, in one line, for whatever the user can mend.
     """
     device = _device(settings.device)
-    if settings.dtype == "bfloat16" and device.type == "cpu" and not _multiplies_bfloat16():
+    dtype = passes_in(settings.dtype, device)
+    if str(dtype) != f"torch.{settings.dtype}":
         logger.warning(
-            "model.dtype=bfloat16 is emulated by this processor, at a fraction of the speed; set it to float32"
+            "model.dtype=bfloat16 is not for this processor, which has no instructions for it: "
+            "passes run in float32; set it to float32"
         )
     config = _load_config(settings)
     tokenizer = _load_tokenizer(settings)
@@ -85,7 +87,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
         model=model.to(device).train(),
         tokenizer=tokenizer,
         device=device,
-        autocast_dtype=torch.bfloat16 if settings.dtype == "bfloat16" else None,
+        autocast_dtype=None if dtype == torch.float32 else dtype,
         max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
         config=config,
         lora=settings.lora is not None,
@@ -105,11 +107,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 products for this CPU: torch's own were 7 to 50 times slower than float32 with AVX2.
+def passes_in(dtype: str, device: torch.device) -> torch.dtype:
+    """What `model.dtype` comes to on a device: float32 where a CPU has no instructions for bfloat16.
 
-    torch asks in the same way before it takes oneDNN's, and has no public name for it.
+    Emulated, products took 6 to 60 times as long as in float32 (AVX2), and are no more exact for it.
     """
+    emulated = device.type == "cpu" and not _multiplies_bfloat16()
+    return torch.bfloat16 if dtype == "bfloat16" and not emulated else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 products for this CPU. torch asks in the same way, and has no public name for it."""
     built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return built_in and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

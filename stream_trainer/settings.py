@@ -156,8 +156,8 @@ class ModelSettings(Section):
     tokenizer: str | None = None
     """Directory or hub name of the tokenizer, or `bytes` for the built-in byte-level one; as `name` when unset."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic: `bfloat16` keeps float32 weights and runs the passes under bf16 autocast. On a CPU without
-    instructions for it (AVX-512, AMX) it is emulated, and many times slower."""
+    """Arithmetic: `bfloat16` keeps float32 weights and runs the passes under bf16 autocast; on a CPU without
+    instructions for it (AVX-512, AMX), where it would be many times slower, they run in float32."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
     gradient_checkpointing: bool = False

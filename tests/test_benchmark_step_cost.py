@@ -224,6 +224,7 @@ def test_the_command_writes_everything(
     assert {"machine", "options", "versions", "workloads", "agreement", "summary", "missing", "runs"} == set(written)
     assert [row["method"] for row in written["summary"]] == [EXACT, SKETCH, "top_k"]
     assert written["workloads"]["tiny"]["tokens"] == WORKLOADS["tiny"].tokens
+    assert written["workloads"]["tiny"]["passes"] == "float32"
     assert EXACT in capsys.readouterr().out
 
 

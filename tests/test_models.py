@@ -10,9 +10,14 @@ from tiny_models import CONFIGS, INPUT, logits_of, overwrite, settings_of, shake
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from stream_trainer.errors import SettingsError
-from stream_trainer.models import load_model
+from stream_trainer.models import load_model, passes_in
 from stream_trainer.settings import LoraSettings, ModelSettings
 from stream_trainer.weights import save_model
+
+
+def multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -35,7 +40,8 @@ def test_random_weights_follow_from_the_seed_and_global_state_is_untouched() -> 
     assert any("base_layer" in name for name in differing)
 
 
-def test_loaded_model_says_how_it_is_to_be_run() -> None:
+def test_loaded_model_says_how_it_is_to_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplies_bfloat16(monkeypatch, True)
     loaded = load_model(settings_of("llama", dtype="bfloat16"), seed=1)
     assert loaded.autocast_dtype is torch.bfloat16
     assert all(parameter.dtype is torch.float32 for parameter in loaded.model.parameters())
@@ -178,21 +184,23 @@ def test_unknown_field_of_the_configuration_is_reported(caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     ("dtype", "supported", "lines"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
 )
-def test_bfloat16_that_the_processor_emulates_is_reported(
+def test_bfloat16_that_the_processor_would_emulate_is_float32_and_says_so(
     dtype: str,
     supported: bool,
     lines: int,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    load_model(settings_of("llama", dtype=dtype), seed=1)
+    multiplies_bfloat16(monkeypatch, supported)
+    loaded = load_model(settings_of("llama", dtype=dtype), seed=1)
+    assert loaded.autocast_dtype == (torch.bfloat16 if (dtype, supported) == ("bfloat16", True) else None)
     warnings = [record.getMessage() for record in caplog.records if record.name == "stream_trainer.models"]
-    assert (
-        warnings
-        == ["model.dtype=bfloat16 is emulated by this processor, at a fraction of the speed; set it to float32"] * lines
+    told = (
+        "model.dtype=bfloat16 is not for this processor, which has no instructions for it: "
+        "passes run in float32; set it to float32"
     )
+    assert warnings == [told] * lines
+    assert passes_in(dtype, torch.device("cuda")) == getattr(torch, dtype)
 
 
 @pytest.mark.skipif(
