@@ -31,7 +31,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def sketch_gram(gradients: PoolGradients, samples: Sequence[int], geometry: Geometry, width: int, seed: int) -> Tensor:
-    """K of a pool from sketches, of a head only if it was probed."""
+    """K of a pool from sketches."""
     target = {name: torch.zeros(shape) for name, shape in gradients.shapes.items()}
     projections = project(target, geometry, seeded(seed), width)
     return Sketches(gradients, projections, geometry).gram(gradients, samples, geometry)
@@ -112,19 +112,6 @@ def test_the_cheaper_product_is_chosen_for_every_call() -> None:
     assert not ghost_is_cheaper(256, 8, (8, 4096))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2_tied", "gpt2"])
-def test_sketches_are_unbiased(kind: str) -> None:
-    """The mean of many draws nears K."""
-    model = make_model(kind)
-    capture, batch = GradientCapture(model), make_batch((8, 6, 7))
-    preconditioner = of_rank_one(capture)
-    gradients = capture.run(batch)
-    exact = gradients.gram(range(3), preconditioner.__getitem__)
-    draws = [sketch_gram(gradients, range(3), preconditioner.__getitem__, width=8, seed=seed) for seed in range(60)]
-    error = sum(relative_error(gram, exact) for gram in draws) / len(draws)
-    assert relative_error(torch.stack(draws).mean(0), exact) < 0.3 * error
-
-
 def test_wider_sketches_come_closer_and_copies_stay_copies() -> None:
     pool, _ = outer_pool({"a.0.weight": (48, 64), "a.1.weight": (64, 96)}, (6, 6, 6, 6))
     twice = PoolGradients(pool.losses_N, {n: [_first_twice(f[0])] for n, f in pool.factors.items()}, pool.shapes)
@@ -196,12 +183,11 @@ def test_the_line_search_takes_an_error_of_scale_out() -> None:
     assert np.isfinite(report.rank_correlation)
 
 
-def test_heads_and_tables_are_exact_in_a_sketch_their_tie_included() -> None:
-    capture = GradientCapture(make_model("qwen2_tied"))
+def test_a_table_that_is_not_tied_is_exact_in_a_sketch() -> None:
+    capture = GradientCapture(make_model("llama"))
     preconditioner = random_like(capture, 5)
     gradients = capture.run(make_batch((8, 6, 7)))
-    tied = {"model.embed_tokens.weight": gradients.factors["model.embed_tokens.weight"]}
-    alone = PoolGradients(gradients.losses_N, tied, gradients.shapes)
+    table = {"model.embed_tokens.weight": gradients.factors["model.embed_tokens.weight"]}
+    alone = PoolGradients(gradients.losses_N, table, gradients.shapes)
     got = sketch_gram(alone, range(3), preconditioner.__getitem__, width=2, seed=0)
-    assert len(tied["model.embed_tokens.weight"]) == 2
     torch.testing.assert_close(got, alone.gram(range(3), preconditioner.__getitem__))

@@ -1,4 +1,4 @@
-"""Sketches: exact utilities where the target has the rank, heads by the way of the pass, unbiased redundancy."""
+"""Sketches: exact utilities where the target has the rank, heads by way of the pass, redundancy right in the mean."""
 
 import pytest
 import torch
@@ -81,27 +81,51 @@ def test_the_direction_is_almost_the_best_of_its_rank(shape: tuple[int, int]) ->
     assert float((found.left_pr @ found.right_dr.T - matrix).norm()) < 1.25 * best
 
 
-def test_projections_come_back_from_a_checkpoint() -> None:
+def masked(capture: GradientCapture, density: float) -> dict[str, Tensor]:
+    generator = seeded(3)
+    return {
+        n: v.abs() * (torch.rand(v.shape, generator=generator) < density) for n, v in random_like(capture, 5).items()
+    }
+
+
+@pytest.mark.parametrize("density", [1.0, 0.2])
+def test_projections_come_back_from_a_checkpoint(density: float) -> None:
     capture = GradientCapture(make_model("qwen2_tied"))
-    target = random_like(capture, 6)
-    projections = project(target, plain, seeded(0), width=8, head=capture.head)
+    target, geometry = random_like(capture, 6), masked(capture, density).__getitem__
+    projections = project(target, geometry, seeded(0), width=8, head=capture.head)
     again = from_tensors({name: values.clone() for name, values in to_tensors(projections).items()})
+    assert any(projection.direction is None for projection in projections.values()) == (density < 1)
     gradients = capture.run(make_batch(LENGTHS))
-    before, after = Sketches(gradients, projections, plain), Sketches(gradients, again, plain)
-    torch.testing.assert_close(after.rows(gradients, target, plain), before.rows(gradients, target, plain))
-    torch.testing.assert_close(after.gram(gradients, [0, 2], plain), before.gram(gradients, [0, 2], plain))
+    before, after = Sketches(gradients, projections, geometry), Sketches(gradients, again, geometry)
+    torch.testing.assert_close(after.rows(gradients, target, geometry), before.rows(gradients, target, geometry))
+    torch.testing.assert_close(after.gram(gradients, [0, 2], geometry), before.gram(gradients, [0, 2], geometry))
+    assert after.squared_length(target, geometry) == before.squared_length(target, geometry)
 
 
-def test_the_head_is_left_out_of_the_gram_matrix_too() -> None:
-    capture = GradientCapture(make_model("qwen2_tied"))
-    assert capture.head is not None
-    target = random_like(capture, 6)
-    draws = [sketched(capture, plain, target, seed) for seed in range(80)]
-    gradients = draws[0].gradients
-    exact = gradients.gram(range(3), plain) - gradients.gram_of(capture.head, range(3), plain)
-    grams = [draw.gram(range(3)) for draw in draws]
+def test_what_an_earlier_version_wrote_is_made_anew() -> None:
+    assert from_tensors({"target_pr.w": torch.ones(2, 1), "square.w": torch.ones(()), "left_pk.w": torch.ones(2)}) == {}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_tied", "gpt2", "gemma2_capped"])
+@pytest.mark.parametrize("density", [1.0, 0.2])
+@pytest.mark.parametrize("keep_errors", [True, False], ids=["errors kept", "errors computed again"])
+def test_redundancy_is_right_in_the_mean_of_all_draws(
+    kind: str, density: float, keep_errors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads count, tied ones too; against autograd, under a P of no low rank and under a mask."""
+    if not keep_errors:
+        monkeypatch.setattr("gradient_selectors.head.KEPT_ELEMENTS", 0)
+    model = make_model(kind)
+    capture = GradientCapture(model)
+    target, preconditioner = random_like(capture, 6), masked(capture, density)
+    oracle = dense(model, make_batch(LENGTHS))
+    scaled = oracle.gradients.double() * oracle.flat(preconditioner).double().sqrt()
+    exact = (scaled @ scaled.T)[1:, 1:]
+    draws = [sketched(capture, preconditioner.__getitem__, target, seed) for seed in range(60)]
+    grams = [draw.gram([1, 2]) for draw in draws]
     error = sum(relative_error(gram, exact) for gram in grams) / len(grams)
-    assert relative_error(torch.stack(grams).mean(0), exact) < 0.3 * error
+    assert error < 0.25
+    assert relative_error(torch.stack(grams).mean(0), exact) < max(0.3 * error, 1e-4)
 
 
 def test_a_head_by_itself_is_exact() -> None:
@@ -115,30 +139,44 @@ def test_a_head_by_itself_is_exact() -> None:
     torch.testing.assert_close(found.rows_N, Interaction(found.gradients, target, plain).rows_N)
 
 
-def test_unequal_and_equal_lengths_are_contracted_alike() -> None:
-    shapes = {"a.0.weight": (24, 32)}
-    for lengths in ((6, 6, 6), (4, 9, 5)):
-        pool, rows = outer_pool(shapes, lengths)
-        target = {"a.0.weight": torch.randn(24, 32, generator=seeded(1))}
-        projections = project(target, plain, seeded(2), width=16)
-        projection = projections["a.0.weight"]
-        assert projection.left_pk is not None
-        assert projection.right_dk is not None
-        projected = (projection.left_pk.T @ rows["a.0.weight"] @ projection.right_dk)[[0, 2]].flatten(1)
-        found = Sketches(pool, projections, plain).gram(pool, [0, 2], plain)
-        torch.testing.assert_close(found, (projected @ projected.T).double(), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (4, 9, 5)])
+def test_what_was_drawn_stands_for_all_rows(lengths: tuple[int, ...]) -> None:
+    pool, rows = outer_pool({"a.0.weight": (40, 32)}, lengths)
+    target = {"a.0.weight": torch.randn(40, 32, generator=seeded(1))}
+    projections = project(target, plain, seeded(2), width=16)
+    drawn = projections["a.0.weight"].sample.rows_n
+    assert len(drawn) == 16
+    written = rows["a.0.weight"][[0, 2]][:, drawn].flatten(1)
+    found = Sketches(pool, projections, plain).gram(pool, [0, 2], plain)
+    torch.testing.assert_close(found, (written @ written.T).double() * 40 / 16, rtol=1e-4, atol=1e-4)
 
 
-def test_under_a_mask_everything_is_exact() -> None:
-    """Projections would drown the few weights that may move in the noise of all others."""
+def test_one_row_in_sixteen_is_drawn_of_a_large_matrix() -> None:
+    target = {"a.0.weight": torch.randn(640, 20, generator=seeded(1))}
+    drawn = project(target, plain, seeded(2), width=4)["a.0.weight"].sample.rows_n
+    assert len(drawn) == 40
+    assert torch.equal(drawn, drawn.unique())
+
+
+def test_under_a_mask_utilities_are_exact_and_only_rows_that_may_move_are_drawn() -> None:
     pool, _ = outer_pool({"a.0.weight": (24, 32)}, (5, 7))
     target = {"a.0.weight": torch.randn(24, 32, generator=seeded(1))}
-    mask = {"a.0.weight": (torch.rand(24, 32, generator=seeded(3)) < 0.05).float()}
-    geometry = mask.__getitem__
+    mask = torch.zeros(24, 32)
+    mask[[3, 7, 20]] = 1.0
+    geometry = {"a.0.weight": mask}.__getitem__
     sketches = Sketches(pool, project(target, geometry, seeded(2), width=4), geometry)
     exact = Interaction(pool, target, geometry)
     torch.testing.assert_close(sketches.rows(pool, target, geometry), exact.rows_by_parameter)
     torch.testing.assert_close(sketches.gram(pool, [0, 1], geometry), exact.gram([0, 1]))
+    assert sketches.squared_length(target, geometry) == pytest.approx(float((mask * target["a.0.weight"] ** 2).sum()))
+
+
+def test_a_matrix_that_a_mask_leaves_nothing_of_has_no_share() -> None:
+    pool, _ = outer_pool({"a.0.weight": (24, 32)}, (5, 7))
+    target, geometry = {"a.0.weight": torch.ones(24, 32)}, {"a.0.weight": torch.zeros(24, 32)}.__getitem__
+    sketches = Sketches(pool, project(target, geometry, seeded(2), width=4), geometry)
+    assert not sketches.gram(pool, [0, 1], geometry).any()
+    assert not any(rows.any() for rows in sketches.rows(pool, target, geometry).values())
 
 
 def test_adapters_and_vectors_are_exact() -> None:

@@ -49,10 +49,13 @@ class LowRank:
 
 @runtime_checkable
 class MatrixFactor(Factor, Protocol):
-    """A contribution to a matrix, which knows a cheaper product with a direction of low rank."""
+    """A contribution to a matrix, which knows cheaper answers: along a direction of low rank, at some rows."""
 
     def along(self, direction: LowRank) -> Tensor:
         """`<left right^T, g_i>` for each sample, (N,) float32: `2 R r (p + d)` operations for R rows and rank r."""
+
+    def at_rows(self, samples: Sequence[int], rows: Tensor) -> Tensor:
+        """Some rows (int64, sorted) of chosen samples' gradients, (n, rows, d) float32: the caller's to overwrite."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,11 @@ class Outer:
             torch.mm(self.left_Rp[span, lo:hi].T, self.right_Rd[span], out=out[row])
         return out.float()
 
+    def at_rows(self, samples: Sequence[int], rows: Tensor) -> Tensor:
+        spans = [self.segments.span(i) for i in samples]
+        lefts = [self.left_Rp[span].index_select(1, rows) for span in spans]
+        return torch.stack([left.T @ self.right_Rd[span] for left, span in zip(lefts, spans, strict=True)]).float()
+
 
 def only_outers(factors: Sequence[Factor]) -> list[Outer]:
     """The factors of a matrix of linear layers, or none where it is used in another way too."""
@@ -198,6 +206,18 @@ class Lookup:
             inside = (ids >= lo) & (ids < hi)
             out[row].index_add_(0, ids[inside] - lo, grads[inside].float())
         return out
+
+    def at_rows(self, samples: Sequence[int], rows: Tensor) -> Tensor:
+        out = self.grads_Rd.new_zeros(len(samples), len(rows), self.grads_Rd.shape[1], dtype=torch.float32)
+        for row, i in enumerate(samples):
+            ids, grads = self.ids_R[self.segments.span(i)], self.grads_Rd[self.segments.span(i)]
+            inside = torch.isin(ids, rows)
+            out[row].index_add_(0, torch.searchsorted(rows, ids[inside]), grads[inside].float())
+        return out
+
+    def tokens(self, samples: Sequence[int]) -> Tensor:
+        """Tokens of some samples, int64: the only rows of their gradients that are not zero."""
+        return self.segments.gather(self.ids_R, samples)
 
     def compact(self, rows: Tensor) -> "Lookup":
         """The same factor for a table that holds only `rows` (sorted, and holding every id)."""

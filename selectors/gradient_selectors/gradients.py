@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Size, Tensor
 
-from gradient_selectors.factors import Factor, Lookup
+from gradient_selectors.factors import Factor, Lookup, MatrixFactor
 from gradient_selectors.geometry import Geometry, at_rows
 
 # Of written-out gradients held at once: 16 MB in float32, which stays in the cache of the processor while it is scaled
@@ -168,16 +168,32 @@ def written_gram(
     gram: Tensor | None = None
     for lo in range(0, num_rows, step):
         hi = min(lo + step, num_rows)
-        written = factors[0].per_sample(samples, lo, hi)
-        for factor in factors[1:]:
-            written += factor.per_sample(samples, lo, hi)
-        if root is not None:
-            written *= root[lo:hi]
-        flat = written.flatten(1)
-        products = _products(flat)
+        written = [factor.per_sample(samples, lo, hi) for factor in factors]
+        products = _scaled_products(written, None if root is None else root[lo:hi])
         gram = products if gram is None else gram.add_(products)
     assert gram is not None  # no parameter is empty
     return gram
+
+
+@torch.no_grad()
+def gram_at_rows(factors: Sequence[MatrixFactor], samples: Sequence[int], rows: Tensor, root: Tensor) -> Tensor:
+    """The same at some rows (int64, sorted) of a matrix only, with `root` at these rows; zero if there are none."""
+    step = max(1, CHUNK_ELEMENTS // (len(samples) * root.shape[1]))
+    gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=rows.device)
+    for lo in range(0, len(rows), step):
+        written = [factor.at_rows(samples, rows[lo : lo + step]) for factor in factors]
+        gram += _scaled_products(written, root[lo : lo + step])
+    return gram
+
+
+def _scaled_products(written: Sequence[Tensor], root: Tensor | None) -> Tensor:
+    """Inner products of the sum of what factors wrote out; the first of them is overwritten."""
+    total, *others = written
+    for other in others:
+        total += other
+    if root is not None:
+        total *= root
+    return _products(total.flatten(1))
 
 
 def _products(flat_nm: Tensor) -> Tensor:

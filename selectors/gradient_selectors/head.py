@@ -35,9 +35,9 @@ class Head:
         """Logits in float32."""
         return F.linear(hidden_Rd.to(self.weight.dtype), self.weight, self.bias).float()
 
-    def columns(self, lo: int, hi: int) -> "Head":
-        """The head for the vocabulary's rows `lo:hi`."""
-        return Head(self.weight[lo:hi], None if self.bias is None else self.bias[lo:hi])
+    def columns(self, rows: slice | Tensor) -> "Head":
+        """The head for some of the vocabulary's rows."""
+        return Head(self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,26 @@ class HeadWeight:
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         return self._columns(samples, lo, hi, with_hidden=True)
 
+    def at_rows(self, samples: Sequence[int], rows: Tensor) -> Tensor:
+        out = []
+        for i in samples:
+            positions = _gather(self.rows, [i])
+            errors_Rv = self._errors_at(i, positions, rows) * positions.scale_R[:, None]
+            out.append(errors_Rv.T @ positions.hidden_Rd.float())
+        return torch.stack(out)
+
+    def tokens(self, samples: Sequence[int]) -> Tensor:
+        """Tokens that some samples predict, int64: their rows stand out in their gradients."""
+        return self.rows.segments.gather(self.rows.labels_R, samples)
+
+    def _errors_at(self, sample: int, positions: HeadRows, rows: Tensor) -> Tensor:
+        """Some rows of the vocabulary only, of one sample whose positions are `positions`, float32."""
+        if self.rows.errors_RV is not None:
+            return self.rows.errors_RV[self.rows.segments.span(sample)].index_select(1, rows).float()
+        logits_Rv = self.head.columns(rows).logits(positions.hidden_Rd)
+        errors_Rv = logits_Rv.sub_(positions.normaliser_R[:, None]).exp_()
+        return errors_Rv.sub_((positions.labels_R[:, None] == rows).float())
+
     def _columns(self, samples: Sequence[int], lo: int, hi: int, *, with_hidden: bool) -> Tensor:
         out = []
         for i in samples:
@@ -228,7 +248,7 @@ class HeadWeight:
         """
         if self.rows.errors_RV is not None:
             return self.rows.segments.gather(self.rows.errors_RV[:, lo:hi], samples)
-        logits_Rv = self.head.columns(lo, hi).logits(rows.hidden_Rd)
+        logits_Rv = self.head.columns(slice(lo, hi)).logits(rows.hidden_Rd)
         errors_Rv = logits_Rv.sub_(rows.normaliser_R[:, None]).exp_()
         inside_R = ((rows.labels_R >= lo) & (rows.labels_R < hi)).nonzero().squeeze(1)
         errors_Rv[inside_R, rows.labels_R[inside_R] - lo] -= 1.0

@@ -1,4 +1,4 @@
-"""Cheap utilities and redundancy: the target's direction at low rank, per-sample gradients under random projections.
+"""Cheap utilities and redundancy: the target's direction at low rank, and some rows that stand for a matrix.
 
 **c**: the direction `u = P * G_target` of a matrix is replaced by its projection on the columns that a randomised range
 finder gives, `u ~ left right^T` of rank k (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). Then
@@ -8,27 +8,44 @@ of 16 the order of c on SmolLM2 has a rank correlation of 0.97 to 1.00 with the 
 0.97. The head belongs to c: without it the correlation was down to 0.88 after 50 updates. Its products are taken while
 the pass has its output gradients.
 
-**K**: a matrix's per-sample gradient is projected from both sides under the scales of the rank-one fit `P ~ x y^T`, to
-`S^T (sqrt(x) g sqrt(y)) T` with random signs S and T, so K carries the error of the fit and of the projection. It is
-computed for the survivors only. The head is left out of K, and with it a table that is tied to it: one large matrix,
-whose error no others average out. `benchmarks.fidelity` has the figures.
+**K**: of every matrix one row in 16 is drawn, the survivors' gradients are written out at these rows under the exact P,
+and their products are scaled up: right in the mean whatever P is, under a mask too. Tables of tokens have rows that
+stand out, those of a sample's own tokens; they are taken as they are, and only the others are stood for by some.
+`benchmarks.fidelity` has the figures.
 
-Exact in a sketch: vectors (biases, norms), LoRA's narrow matrices, tables of embeddings by themselves, parameters
-under a mask, and a head where nothing else is sketched. Signs are drawn anew for every matrix, so that errors do not
-add up. Projections may be kept for as long as the target's gradient is: P hardly changes in some steps, and computing
-it anew for 135 million weights takes longer than sketching six samples.
+Exact in a sketch: vectors (biases, norms), LoRA's narrow matrices, tables of embeddings by themselves, a head where
+nothing else is sketched, and c under a mask, whose direction has no low rank. Rows are drawn anew for every matrix, so
+that errors do not add up. A draw and its P may be kept for as long as the target's gradient is: P hardly changes in
+some steps, and computing it anew for 135 million weights takes longer than sketching six samples.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from gradient_selectors.factors import Factor, Lookup, LowRank, MatrixFactor, Outer, Segments, only_outers
-from gradient_selectors.geometry import Geometry, rank_one
-from gradient_selectors.gradients import Gradient, PoolGradients, preconditioned, squared_length
+from gradient_selectors.factors import Factor, Lookup, LowRank, MatrixFactor
+from gradient_selectors.geometry import NEVER_UPDATED, Geometry, at_rows
+from gradient_selectors.gradients import Gradient, PoolGradients, gram_at_rows, squared_length
+from gradient_selectors.head import HeadWeight
+
+SHARE = 16  # one row in so many stands for a matrix
+
+
+@dataclass(frozen=True, eq=False)
+class RowSample:
+    """Rows that stand for a matrix (p, d) in K.
+
+    Attributes:
+        rows_n: which, sorted, int64.
+        root_nd: sqrt(P) there, float32.
+        population: of how many rows they were drawn, () int64: those where P is not zero.
+    """
+
+    rows_n: Tensor
+    root_nd: Tensor
+    population: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,16 +53,14 @@ class Projection:
     """What stands for one parameter (p, d).
 
     Attributes:
-        direction: `P * G_target` at rank k.
+        direction: `P * G_target` at rank k, or None where it has no low rank, as under a mask.
         square: `<G_target, P * G_target>` within the parameter, exact, () float32.
-        left_pk: signs times sqrt(x), over the root of the width; None for the head, which is left out of K.
-        right_dk: signs times sqrt(y), over the root of the width; None likewise.
+        sample: the rows that stand for it in K.
     """
 
-    direction: LowRank
+    direction: LowRank | None
     square: Tensor
-    left_pk: Tensor | None = None
-    right_dk: Tensor | None = None
+    sample: RowSample
 
 
 @torch.no_grad()
@@ -54,17 +69,39 @@ def project(
 ) -> dict[str, Projection]:
     """Projections of every parameter that can be sketched; `generator` (on the CPU) gives whatever is random.
 
-    `width` is k of both. `head`: name of the head's weight, which has a direction only, and only if others have one.
+    `width`: rank of the directions, and the least number of rows. `head`: name of the head's weight, which is sketched
+    only if others are.
     """
-    projections = {}
-    for name, values in target.items():
-        if _is_large_matrix(name, values, width) and name != head:
-            projection = _project(values, geometry(name), width, generator)
-            if projection is not None:
-                projections[name] = projection
-    if projections and head is not None and head in target and _is_large_matrix(head, target[head], width):
-        projections[head] = _projection(target[head], preconditioned(target, geometry, head), width, generator)
-    return projections
+    names = [name for name, values in target.items() if _is_large_matrix(name, values, width)]
+    if all(name == head for name in names):
+        return {}
+    return {name: _project(target[name], geometry(name), width, generator) for name in names}
+
+
+def _is_large_matrix(name: str, values: Tensor, width: int) -> bool:
+    return values.ndim == 2 and min(values.shape) > width and ".lora_" not in name
+
+
+def _project(target: Tensor, preconditioner: Tensor | None, width: int, generator: torch.Generator) -> Projection:
+    sample = _draw_rows(target, preconditioner, width, generator)
+    if preconditioner is None:
+        return Projection(low_rank(target, width, generator), target.square().sum(), sample)
+    direction, known = preconditioner * target, int(preconditioner.count_nonzero())
+    square = torch.sum(direction * target)
+    if known < (1 - NEVER_UPDATED) * target.numel():
+        return Projection(None, square, sample)
+    return Projection(low_rank(direction, width, generator), square, sample)
+
+
+def _draw_rows(target: Tensor, preconditioner: Tensor | None, width: int, generator: torch.Generator) -> RowSample:
+    if preconditioner is None:
+        population = torch.arange(len(target), device=target.device)
+    else:
+        population = preconditioner.any(1).nonzero().squeeze(1)
+    drawn = torch.randperm(len(population), generator=generator)[: max(width, len(population) // SHARE)]
+    rows_n = population[drawn.sort().values.to(population.device)]
+    root_nd = target.new_ones(len(rows_n), target.shape[1]) if preconditioner is None else preconditioner[rows_n].sqrt()
+    return RowSample(rows_n, root_nd, torch.tensor(len(population)))
 
 
 def low_rank(matrix_pd: Tensor, rank: int, generator: torch.Generator) -> LowRank:
@@ -97,9 +134,7 @@ class Sketches:
         rows = {}
         for name, factors in gradients.factors.items():
             projection, matrices = self.projections.get(name), _matrices(factors)
-            if name in self._sides:
-                rows[name] = torch.stack([side.utilities() for side in self._sides[name]]).sum(0)
-            elif projection is not None and matrices:
+            if projection is not None and projection.direction is not None and matrices:
                 rows[name] = torch.stack([factor.along(projection.direction) for factor in matrices]).sum(0)
             else:
                 rows[name] = gradients.rows_of(name, target, geometry)
@@ -117,32 +152,42 @@ class Sketches:
         """K of some samples, (n, n) float64."""
         self._check(gradients, geometry)
         gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
-        for name in gradients.factors:
-            projection = self.projections.get(name)
-            if name in self._sides:
-                flat_nK = torch.stack([side.sketch(samples) for side in self._sides[name]]).sum(0).flatten(1)
-                gram += (flat_nK @ flat_nK.T).double()
-            elif projection is None or projection.left_pk is not None:  # else it is the head
+        for name, factors in gradients.factors.items():
+            projection, matrices = self.projections.get(name), _matrices(factors)
+            if projection is not None and matrices:
+                gram += self._gram_of(name, matrices, samples, projection.sample)
+            else:
                 gram += gradients.gram_of(name, samples, geometry)
         return gram
 
-    @cached_property
-    def _sides(self) -> dict[str, list["_Sides"]]:
-        """Of the parameters that are sketched, by name."""
-        sides = {}
-        for name, projection in self.projections.items():
-            outers = only_outers(self.gradients.factors.get(name, ()))
-            if outers and projection.left_pk is not None:
-                sides[name] = [_sides(outer, projection) for outer in outers]
-        return sides
+    def _gram_of(self, name: str, factors: Sequence[MatrixFactor], samples: Sequence[int], drawn: RowSample) -> Tensor:
+        """One matrix's share of K: the rows of own tokens as they are, those drawn of the others for all of these."""
+        own = _own_rows(factors, samples)
+        if own is None:
+            gram = gram_at_rows(factors, samples, drawn.rows_n, drawn.root_nd)
+            return gram * (int(drawn.population) / max(1, len(drawn.rows_n)))
+        others = ~torch.isin(drawn.rows_n, own)
+        rest = gram_at_rows(factors, samples, drawn.rows_n[others], drawn.root_nd[others])
+        root = _root_at(self.geometry, name, own, drawn.root_nd)
+        population = int(drawn.population) - int(root.any(1).sum())
+        gram = gram_at_rows(factors, samples, own, root)
+        return gram.add_(rest, alpha=population / max(1, int(others.sum())))
 
     def _check(self, gradients: PoolGradients, geometry: Geometry) -> None:
         assert gradients is self.gradients, "sketches belong to one pool"
         assert geometry is self.geometry, "sketches belong to one geometry"
 
 
-def _is_large_matrix(name: str, values: Tensor, width: int) -> bool:
-    return values.ndim == 2 and min(values.shape) > width and ".lora_" not in name
+def _root_at(geometry: Geometry, name: str, rows: Tensor, like: Tensor) -> Tensor:
+    """sqrt(P) at some rows, float32, in the form of `like`."""
+    preconditioner = at_rows(geometry, name, rows)
+    return like.new_ones(len(rows), like.shape[1]) if preconditioner is None else preconditioner.sqrt()
+
+
+def _own_rows(factors: Sequence[MatrixFactor], samples: Sequence[int]) -> Tensor | None:
+    """Rows of a table of tokens that stand out in some samples' gradients, sorted, int64; None for other matrices."""
+    tokens = [factor.tokens(samples) for factor in factors if isinstance(factor, Lookup | HeadWeight)]
+    return torch.unique(torch.cat(tokens)) if tokens else None
 
 
 def _matrices(factors: Sequence[Factor]) -> list[MatrixFactor]:
@@ -153,96 +198,27 @@ def _matrices(factors: Sequence[Factor]) -> list[MatrixFactor]:
     return matrices if len(matrices) == len(factors) else []
 
 
-def _project(
-    target: Tensor, preconditioner: Tensor | None, width: int, generator: torch.Generator
-) -> Projection | None:
-    """The projection of a parameter, or None where P has no rank-one fit, as under a mask."""
-    left_pk, right_dk = (_signs(size, width, generator).to(target.device) for size in target.shape)
-    if preconditioner is None:
-        return _projection(target, target, width, generator, left_pk, right_dk)
-    scales = rank_one(preconditioner)
-    if scales is None:
-        return None
-    x_p1, y_d1 = (scale.sqrt_().unsqueeze(1) for scale in scales)
-    return _projection(target, preconditioner * target, width, generator, left_pk * x_p1, right_dk * y_d1)
-
-
-def _projection(
-    target: Tensor, direction: Tensor, width: int, generator: torch.Generator, *sides: Tensor
-) -> Projection:
-    return Projection(low_rank(direction, width, generator), torch.sum(direction * target), *sides)
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """Both sides of the rows of a factor: under the target's direction in the first half of the columns, under the
-    signs in the other.
-    """
-
-    left_Rk: Tensor
-    right_Rk: Tensor
-    segments: Segments
-
-    def utilities(self) -> Tensor:
-        """`c_i`, (N,) float32."""
-        left_Rk, right_Rk = (side.chunk(2, dim=1)[0].float() for side in (self.left_Rk, self.right_Rk))
-        return self.segments.sum(torch.linalg.vecdot(left_Rk, right_Rk))
-
-    def sketch(self, samples: Sequence[int]) -> Tensor:
-        """`S^T g_i T` of some samples, (n, k, k) float32."""
-        sides = (side.chunk(2, dim=1)[1] for side in (self.left_Rk, self.right_Rk))
-        left_Rk, right_Rk = (self.segments.gather(side, samples).float() for side in sides)
-        return _contract(left_Rk, right_Rk, self.segments.among(samples))
-
-
-def _sides(outer: Outer, projection: Projection) -> _Sides:
-    """One product for both halves: reading the factors is what takes the time, in bfloat16 all of it.
-
-    All rows are multiplied, and those of the survivors picked out later: copying the wide ones took longer.
-    """
-    assert projection.left_pk is not None
-    assert projection.right_dk is not None
-    left_pk = torch.cat([projection.direction.left_pr, projection.left_pk], dim=1)
-    right_dk = torch.cat([projection.direction.right_dr, projection.right_dk], dim=1)
-    left_Rk = outer.left_Rp @ left_pk.to(outer.left_Rp.dtype)
-    return _Sides(left_Rk, outer.right_Rd @ right_dk.to(outer.right_Rd.dtype), outer.segments)
-
-
-def _contract(left_Rk: Tensor, right_Rk: Tensor, segments: Segments) -> Tensor:
-    """Sums of outer products within each sample, (n, k, k) float32."""
-    lengths = {segments.length(i) for i in range(segments.num_samples)}
-    if len(lengths) == 1:
-        shape = (segments.num_samples, lengths.pop(), -1)
-        return left_Rk.reshape(shape).mT @ right_Rk.reshape(shape)
-    spans = [segments.span(i) for i in range(segments.num_samples)]
-    return torch.stack([left_Rk[span].T @ right_Rk[span] for span in spans])
-
-
-def _signs(size: int, width: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (size, width), generator=generator).float().mul_(2).sub_(1).div_(width**0.5)
-
-
 def to_tensors(projections: Mapping[str, Projection]) -> dict[str, Tensor]:
     """Flat, by `<part>.<parameter>`, for a checkpoint."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, projection in projections.items():
-        tensors[f"target_pr.{name}"] = projection.direction.left_pr
-        tensors[f"target_dr.{name}"] = projection.direction.right_dr
-        tensors[f"square.{name}"] = projection.square
-        if projection.left_pk is not None and projection.right_dk is not None:
-            tensors[f"left_pk.{name}"], tensors[f"right_dk.{name}"] = projection.left_pk, projection.right_dk
+        sample = projection.sample
+        tensors |= {f"rows.{name}": sample.rows_n, f"root.{name}": sample.root_nd}
+        tensors |= {f"population.{name}": sample.population, f"square.{name}": projection.square}
+        if projection.direction is not None:
+            tensors[f"target_pr.{name}"] = projection.direction.left_pr
+            tensors[f"target_dr.{name}"] = projection.direction.right_dr
     return tensors
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Projection]:
     """Inverse of `to_tensors`; empty for anything else."""
-    names = [name.partition(".")[2] for name in tensors if name.startswith("square.")]
-    return {
-        name: Projection(
-            LowRank(tensors[f"target_pr.{name}"], tensors[f"target_dr.{name}"]),
-            tensors[f"square.{name}"],
-            tensors.get(f"left_pk.{name}"),
-            tensors.get(f"right_dk.{name}"),
-        )
-        for name in names
-    }
+    names = [part.partition(".")[2] for part in tensors if part.startswith("rows.")]
+    return {name: _projection_of(name, tensors) for name in names}
+
+
+def _projection_of(name: str, tensors: Mapping[str, Tensor]) -> Projection:
+    sides = tensors.get(f"target_pr.{name}"), tensors.get(f"target_dr.{name}")
+    direction = None if sides[0] is None or sides[1] is None else LowRank(sides[0], sides[1])
+    sample = RowSample(tensors[f"rows.{name}"], tensors[f"root.{name}"], tensors[f"population.{name}"])
+    return Projection(direction, tensors[f"square.{name}"], sample)
