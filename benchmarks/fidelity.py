@@ -36,7 +36,7 @@ from stream_trainer.settings import Settings
 from stream_trainer.step import Learner, train_step
 
 SURVIVORS = 8
-WIDTHS = (16, 32, 64)
+WIDTHS = (16, 32)
 POOL = 16
 
 

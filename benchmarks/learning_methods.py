@@ -5,7 +5,7 @@
     top_k                         the best 4 by first order, equal weights: no redundancy term
     greedy                        first order minus redundancy, sample by sample, equal weights
     filter_then_weight            the service's default
-    ...+sketch                    utilities at low rank, redundancy from one row in 16
+    ...+sketch                    utilities at low rank, redundancy from one row in 32
     ...+cluster_ucb               by sketches; a bandit draws 4 of 256 that wait (128 come in a step); 3 are trained on
     ...+cluster_ucb+min_gain      the same, and a sample that adds less than 5 % of the utility is not trained on
     ...+gast                      each layer draws 2 of the chosen; three controls draw at random or take the best

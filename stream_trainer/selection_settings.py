@@ -106,7 +106,7 @@ class SelectionSettings(Section):
     """`mean_one` steps as far as plain training does, `natural` as far as the target asks for; or `simplex`."""
     geometry: Literal["exact", "rank_one", "sketch"] = "exact"
     """How utilities and redundancy are computed: `exact`; `rank_one` fits Adam's geometry for the redundancy; `sketch`
-    takes utilities from the target's direction at low rank and redundancy from one row in 16 of each matrix, in a
+    takes utilities from the target's direction at low rank and redundancy from one row in 32 of each matrix, in a
     fraction of the time."""
     sketch_width: Annotated[int, Field(ge=2)] = 16
     """Rank of the target's direction in a matrix, and fewest rows that stand for it, under `geometry: sketch`."""

@@ -8,7 +8,7 @@ of 16 the order of c on SmolLM2 has a rank correlation of 0.97 to 1.00 with the 
 0.97. The head belongs to c: without it the correlation was down to 0.88 after 50 updates. Its products are taken while
 the pass has its output gradients.
 
-**K**: of every matrix one row in 16 is drawn, the survivors' gradients are written out at these rows under the exact P,
+**K**: of every matrix one row in 32 is drawn, the survivors' gradients are written out at these rows under the exact P,
 and their products are scaled up: right in the mean whatever P is, under a mask too. Tables of tokens have rows that
 stand out, those of a sample's own tokens; they are taken as they are, and only the others are stood for by some.
 `benchmarks.fidelity` has the figures.
@@ -30,7 +30,7 @@ from gradient_selectors.geometry import NEVER_UPDATED, Geometry, at_rows
 from gradient_selectors.gradients import Gradient, PoolGradients, gram_at_rows, squared_length
 from gradient_selectors.head import HeadWeight
 
-SHARE = 16  # one row in so many stands for a matrix
+SHARE = 32  # one row in so many stands for a matrix
 
 
 @dataclass(frozen=True, eq=False)
