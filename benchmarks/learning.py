@@ -171,7 +171,7 @@ def remaining(runs: Sequence[Run], done: dict[Run, dict[str, Any]]) -> str:
 def _result(bench: Bench, runs: Sequence[Run], done: dict[Run, dict[str, Any]]) -> dict[str, Any]:
     curves = _in_order(runs, done)
     versions = {"stream_trainer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    dtype = str(passes_in(runs[0].tier.model["dtype"], torch.device("cpu"))).removeprefix("torch.")
+    dtype = passes_in(runs[0].tier.model["dtype"], torch.device("cpu"))
     environment = machine() | versions | {"threads": bench.threads, "dtype": dtype, "data": bench.data.fingerprint}
     return {
         "summary": summarise(curves),

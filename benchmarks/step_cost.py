@@ -117,8 +117,7 @@ def _workload(workload: Workload, device: str) -> dict[str, Any]:
 
     from stream_trainer.models import passes_in
 
-    passes = str(passes_in(workload.dtype, torch.device(device))).removeprefix("torch.")
-    return asdict(workload) | {"passes": passes}
+    return asdict(workload) | {"passes": passes_in(workload.dtype, torch.device(device))}
 
 
 def _agreement(agreement: Agreement) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     """
     device = _device(settings.device)
     dtype = passes_in(settings.dtype, device)
-    if str(dtype) != f"torch.{settings.dtype}":
+    if dtype != settings.dtype:
         logger.warning(
             "model.dtype=bfloat16 is not for this processor, which has no instructions for it: "
             "passes run in float32; set it to float32"
@@ -87,7 +87,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
         model=model.to(device).train(),
         tokenizer=tokenizer,
         device=device,
-        autocast_dtype=None if dtype == torch.float32 else dtype,
+        autocast_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
         max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
         config=config,
         lora=settings.lora is not None,
@@ -107,13 +107,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def passes_in(dtype: str, device: torch.device) -> torch.dtype:
-    """What `model.dtype` comes to on a device: float32 where a CPU has no instructions for bfloat16.
+def passes_in(dtype: str, device: torch.device) -> str:
+    """What `model.dtype` comes to on a device: `float32` where a CPU has no instructions for bfloat16.
 
     Emulated, products took 6 to 60 times as long as in float32 (AVX2), and are no more exact for it.
     """
-    emulated = device.type == "cpu" and not _multiplies_bfloat16()
-    return torch.bfloat16 if dtype == "bfloat16" and not emulated else torch.float32
+    return "float32" if device.type == "cpu" and not _multiplies_bfloat16() else dtype
 
 
 def _multiplies_bfloat16() -> bool:
