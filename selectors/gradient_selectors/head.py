@@ -211,15 +211,10 @@ class HeadWeight:
             add_product(out[lo : lo + step], errors_Rv.T, weighted_Rd, begin=begin)
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
-        return self._columns(samples, lo, hi, with_hidden=True)
+        return self._columns(samples, slice(lo, hi), with_hidden=True)
 
     def at_rows(self, samples: Sequence[int], rows: Tensor) -> Tensor:
-        out = []
-        for i in samples:
-            positions = _gather(self.rows, [i])
-            errors_Rv = self._errors_at(i, positions, rows) * positions.scale_R[:, None]
-            out.append(errors_Rv.T @ positions.hidden_Rd.float())
-        return torch.stack(out)
+        return self._columns(samples, rows, with_hidden=True)
 
     def tokens(self, samples: Sequence[int]) -> Tensor:
         """Tokens that some samples predict, int64: their rows stand out in their gradients."""
@@ -233,11 +228,15 @@ class HeadWeight:
         errors_Rv = logits_Rv.sub_(positions.normaliser_R[:, None]).exp_()
         return errors_Rv.sub_((positions.labels_R[:, None] == rows).float())
 
-    def _columns(self, samples: Sequence[int], lo: int, hi: int, *, with_hidden: bool) -> Tensor:
+    def _columns(self, samples: Sequence[int], columns: slice | Tensor, *, with_hidden: bool) -> Tensor:
         out = []
         for i in samples:
             rows = _gather(self.rows, [i])
-            errors_Rv = self._errors_of_columns([i], rows, lo, hi).float() * rows.scale_R[:, None]
+            if isinstance(columns, slice):
+                errors_Rv = self._errors_of_columns([i], rows, columns.start, columns.stop).float()
+            else:
+                errors_Rv = self._errors_at(i, rows, columns)
+            errors_Rv = errors_Rv * rows.scale_R[:, None]
             out.append(errors_Rv.T @ rows.hidden_Rd.float() if with_hidden else errors_Rv.sum(0))
         return torch.stack(out)
 
@@ -284,4 +283,4 @@ class HeadBias:
         out += weights_N[samples].to(out) @ self.per_sample(samples, 0, len(out))
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
-        return self.weight._columns(samples, lo, hi, with_hidden=False)
+        return self.weight._columns(samples, slice(lo, hi), with_hidden=False)
