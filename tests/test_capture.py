@@ -43,6 +43,7 @@ def test_rows_gram_and_update_agree_with_autograd(
 ) -> None:
     """With the head in many chunks, of positions and of the vocabulary, and in one; its errors kept or made anew."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(head, "UPDATE_ELEMENTS", chunk)
     monkeypatch.setattr(head, "KEPT_ELEMENTS", kept)
     batch = make_batch(LENGTHS)
     oracle, gradients = dense(model, batch), capture.run(batch)
@@ -145,6 +146,7 @@ def test_the_update_in_bfloat16_is_that_of_autograd_but_for_rounding(
     kind: str, chunk: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(head, "UPDATE_ELEMENTS", chunk)
     monkeypatch.setattr(head, "KEPT_ELEMENTS", kept)
     model = make_model(kind)
     batch, capture = make_batch(LENGTHS), GradientCapture(model, autocast=torch.bfloat16)

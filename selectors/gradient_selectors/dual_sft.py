@@ -150,9 +150,10 @@ class DualSft:
             if name not in self._average:
                 self._average[name] = torch.zeros_like(values)
         for name, average in self._average.items():
-            average.mul_(self.decay)
             if name in gradient:
-                average.add_(gradient[name], alpha=1 - self.decay)
+                average.lerp_(gradient[name], 1 - self.decay)
+            else:
+                average.mul_(self.decay)
         self._observed += 1
         if self._since_refresh is not None:
             self._since_refresh += 1
