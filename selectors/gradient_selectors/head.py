@@ -16,7 +16,7 @@ from gradient_selectors.batch import loss_rows
 from gradient_selectors.factors import LowRank, Segments, add_product, nonzero_samples
 
 # Logits held at once, 134 MB in float32. Products of few rows read the weight too often: with a quarter of it, 162 rows
-# at a vocabulary of 49,152, the head took 3.4 s of a pass over 16 x 128 tokens instead of 2.4; twice as many gain nothing.
+# at a vocabulary of 49,152, the head took 3.4 s of a pass over 16 x 128 tokens, not 2.4; with twice as many, no less.
 CHUNK_ELEMENTS = 2**25
 UPDATE_ELEMENTS = 8_000_000  # errors gathered at once for the update; with four times as many it took a fifth longer
 # 537 MB in float32, where plain training holds several times as many numbers: the logits, their gradient and copies. At
