@@ -37,6 +37,7 @@ BANDIT = {"draw": "cluster_ucb", "geometry": "sketch"}
 GAST = {"route": "gast"}
 MASK = {"mask": "dual_sft"}
 WIDER = {"density": 0.2}
+GUARD = 4.0  # with 1 the small model's retention loss rose by 0.005 before it fell
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ METHODS: dict[str, Method] = {
     f"{FTW}+gast": Method({"weigh": FTW, **GAST}),
     f"{FTW}+dual_sft": Method({"weigh": FTW, **MASK}),
     f"{FTW}+cluster_ucb+dual_sft/prior": Method(
-        {"weigh": FTW, **BANDIT, **MASK, "dual_sft": {**WIDER, "lambda_prior": 1.0}}, anchored=True
+        {"weigh": FTW, **BANDIT, **MASK, "dual_sft": {**WIDER, "lambda_prior": GUARD}}, anchored=True
     ),
     f"{FTW}+equal_weights": Method({"weigh": FTW, "max_coefficient": 1.0}),
     f"{FTW}+plain_geometry": Method({"weigh": FTW, "settle_steps": NEVER}),

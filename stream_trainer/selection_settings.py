@@ -51,7 +51,7 @@ class DualSftSettings(Section):
     density: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Share of the trainable weights that may move. A short run learns slower with 0.05, the paper's, than with 0.2."""
     refresh_steps: Count = 50
-    """Steps between refreshes of the mask."""
+    """Steps between refreshes of the mask. The first ones come sooner: after 1, 2, 4, 8 steps and so on."""
     granularity: Literal["weight", "row"] = "weight"
     """Mask single weights, or whole rows of a parameter."""
     absolute: bool = False

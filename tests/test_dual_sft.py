@@ -230,7 +230,7 @@ def test_t30_masked_weights_stay_bit_for_bit_while_masks_change() -> None:
             moves = online.optimizer.mask(name) > 0
             assert torch.equal(parameter[~moves], before[name][~moves])
             changed += int((parameter[moves] != before[name][moves]).sum())
-    assert online.refreshed == [0, 3, 6]
+    assert online.refreshed == [0, 1, 3, 6]
     assert changed > 0
 
 
@@ -338,6 +338,14 @@ def test_a_refresh_needs_a_gradient() -> None:
         online.selector.refresh(online.optimizer, online.target)
 
 
+def test_a_mask_is_chosen_anew_when_twice_as_many_gradients_are_known() -> None:
+    """Until `refresh_steps` have gone by: the first mask knows one gradient, and nothing of what was forgotten."""
+    online = Online(refresh_steps=5)
+    for number in range(20):
+        online.step(number)
+    assert [number + 1 for number in online.refreshed] == [1, 2, 4, 8, 13, 18]
+
+
 def test_the_state_of_the_selector_travels() -> None:
     first, again = Online(), Online()
     for number in range(4):
@@ -351,7 +359,7 @@ def test_the_state_of_the_selector_travels() -> None:
     for number in range(4, 9):
         first.step(number)
         again.step(number)
-    assert first.refreshed == [0, 3, 6]
+    assert first.refreshed == [0, 1, 3, 6]
     assert again.refreshed == [6]
     for name, parameter in again.capture.parameters.items():
         assert torch.equal(parameter, first.capture.parameters[name])

@@ -123,12 +123,16 @@ def _ratio(second: float, squared_mean: float) -> float:
 class DualSft:
     """Refreshes the mask of an optimizer every `refresh_steps` steps, from the gradients of recent steps.
 
+    The first masks do not last as long: the gradient of one step tells little of the next 50, and before the model has
+    moved the gradient that guards what it knows is zero. A mask is due again when twice as many gradients have been
+    observed as it was chosen from.
+
     Keeps one float32 number for each weight, masked ones too: without it no masked weight could ever be called back.
 
     Attributes:
         rule: how the mask is chosen.
         response: weights of the terms of u.
-        refresh_steps: steps between refreshes; the first is due as soon as one gradient has been observed.
+        refresh_steps: steps between refreshes at most; the first is due as soon as one gradient has been observed.
         decay: of the moving average of the gradients.
     """
 
@@ -161,7 +165,10 @@ class DualSft:
     @property
     def due(self) -> bool:
         """Whether it is time for a refresh."""
-        return self._observed > 0 and (self._since_refresh is None or self._since_refresh >= self.refresh_steps)
+        if self._since_refresh is None:
+            return self._observed > 0
+        chosen_from = self._observed - self._since_refresh
+        return self._since_refresh >= min(self.refresh_steps, chosen_from)
 
     @property
     def age(self) -> int:
