@@ -125,7 +125,8 @@ class DualSft:
 
     The first masks do not last as long: the gradient of one step tells little of the next 50, and before the model has
     moved the gradient that guards what it knows is zero. A mask is due again when twice as many gradients have been
-    observed as it was chosen from.
+    observed as it was chosen from. Runs of 64 steps under a mask of 5 % then ended at a test loss of 1.766, where with
+    the first mask kept for 50 steps they had ended at 1.777 (means of 5, `docs/benchmarks.md`).
 
     Keeps one float32 number for each weight, masked ones too: without it no masked weight could ever be called back.
 
