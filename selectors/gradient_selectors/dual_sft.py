@@ -111,8 +111,9 @@ def masked_curvature(optimizer: MaskedAdamW, mean: Gradient) -> Curvature:
 
 
 def _moment_sums(second: Tensor, mean: Tensor) -> tuple[float, float]:
-    known = second.where(second == second, 0.0)  # without copying out what is known: a tenth of a refresh
-    squares = mean.square().masked_fill_(second.isnan(), 0.0)
+    """Sums of the second moment and the squared mean where the former is known. To copy these out took 1 of 8 s."""
+    unknown = second.isnan()
+    known, squares = second.masked_fill(unknown, 0.0), mean.square().masked_fill_(unknown, 0.0)
     return float(known.sum(dtype=torch.float64)), float(squares.sum(dtype=torch.float64))
 
 
