@@ -13,7 +13,9 @@ over the 8 steps that share it; scoring; quadratic program; update. Against it:
     opacus     the same with gradients from opacus' GradSampleModule
     dattri     dattri-llm's DataSelectionCallback: drops half of the pool by plain inner products
 
-Our step is measured by `--geometry`; with `exact` comes `top_k`, the same scores without redundancy and program.
+Our step is measured by `--geometry`; with `exact` comes `top_k`, the same scores without redundancy and program. With
+`sketch+cluster_ucb` all N candidates come in and leave at each step, but only the 3 in 8 that the bandit draws get a
+gradient, as in a service that draws: less work than the others do, for what draws must find them.
 
 Every method runs in a process of its own, so that its peak memory is its own; repetitions are interleaved, the others
 waiting meanwhile. Before anything is timed, our scores, K and weighted gradient must equal autograd's to 1e-4, or

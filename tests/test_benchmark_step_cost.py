@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradient_selectors.cluster_ucb import ClusterUcb
 from safetensors.numpy import save_file
 
 from benchmarks import scaling, step_cost
@@ -178,6 +179,24 @@ def test_a_repetition_of_ours_holds_one_refresh_of_the_target() -> None:
     method.learner.target.refresh_steps = 2
     with pytest.raises(RuntimeError, match="4 refreshes, not to one"):
         method.repetition()
+
+
+def test_a_bandit_sees_all_candidates_and_gives_three_in_eight_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    draw = ClusterUcb.draw
+
+    def watched(self: ClusterUcb, features_Md: torch.Tensor, count: int) -> Any:
+        seen.append(len(features_Md))
+        return draw(self, features_Md, count)
+
+    monkeypatch.setattr(ClusterUcb, "draw", watched)
+    workload = WORKLOADS["tiny"]
+    method: Any = make_method(GEOMETRIES["sketch+cluster_ucb"], workload, "cpu")
+    method.warm_up()
+    found = method.repetition()
+    assert set(seen) == {workload.pool}  # nobody is left over from the step before
+    assert found["mean_scored"] == 3 / 8 * workload.pool
+    assert found["mean_chosen"] <= workload.chosen
 
 
 def test_pools_are_the_same_in_every_process_and_as_stated() -> None:

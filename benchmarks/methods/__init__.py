@@ -15,6 +15,10 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "filter_then_weight/exact": ("ours.Ours", {"weigh": "filter_then_weight", "geometry": "exact"}),
     "filter_then_weight/rank_one": ("ours.Ours", {"weigh": "filter_then_weight", "geometry": "rank_one"}),
     "filter_then_weight/sketch": ("ours.Ours", {"weigh": "filter_then_weight", "geometry": "sketch"}),
+    "filter_then_weight/sketch+cluster_ucb": (
+        "ours.Ours",
+        {"weigh": "filter_then_weight", "geometry": "sketch", "draw": "cluster_ucb"},
+    ),
     "top_k": ("ours.Ours", {"weigh": "top_k"}),
 }
 GEOMETRIES = {name.partition("/")[2]: name for name in OURS if "/" in name}

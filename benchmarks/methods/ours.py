@@ -1,8 +1,9 @@
-"""Our own step, the service's: `service.make_learner` and `step.train_step` with the settings of a workload."""
+"""Our own step, the service's: `service.make_learner`, `service.make_draws` and `step.train_step`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
+from math import ceil
 from typing import Any
 
 import torch
@@ -20,37 +21,53 @@ from benchmarks.methods.common import (
 )
 from benchmarks.workloads import REFRESH_STEPS, Workload, pools, target_samples
 from stream_trainer.batches import collate
+from stream_trainer.buffer import Buffer
 from stream_trainer.records import Sample
 from stream_trainer.selection import current_geometry
-from stream_trainer.service import make_learner
+from stream_trainer.service import make_draws, make_learner
 from stream_trainer.step import APPLIED, StepReport, score, train_step
 from stream_trainer.target import mean_gradient
 
 WARM_UP_STEPS = 2  # the second is the first under Adam's geometry
+DRAWN = 3 / 8  # of the candidates, by the bandit: 6 of 16, which did the work of 16 where most of them were worth it
 
 
 class Ours:
-    """Steps of the service, as many at a time as contain one refresh of the target's gradient."""
+    """Steps of the service, as many at a time as contain one refresh of the target's gradient.
+
+    With a bandit all candidates of a step come in and leave with it, but only the share `DRAWN` gets a gradient.
+    """
 
     def __init__(self, workload: Workload, device: str, **selection: Any) -> None:
         """`selection`: settings of that section which the method stands for."""
-        self._workload = workload
+        if selection.get("draw") == "cluster_ucb":
+            room = {"waiting": workload.pool, "intake": workload.pool}
+            selection |= {"pool_size": ceil(DRAWN * workload.pool), "cluster_ucb": room}
         settings, loaded = build(workload, device, **selection)
         self._device = loaded.device
         self._targets = target_samples(workload)
         self.learner = make_learner(settings, loaded, self._targets)
+        self._buffer = Buffer(settings.buffer)
+        self._draws = make_draws(settings, self._buffer, loaded, self._targets)
         self._pools: Iterator[list[Sample]] = cycle(pools(workload))
 
     def warm_up(self) -> None:
         for _ in range(WARM_UP_STEPS):
-            train_step(self.learner, next(self._pools))
+            self._step()
+
+    def _step(self) -> StepReport:
+        for sample in next(self._pools):
+            self._buffer.put(sample)
+        report = train_step(self.learner, self._draws.pool(lambda: False))
+        self._draws.settle(report.utilities)
+        return report
 
     def repetition(self) -> dict[str, Any]:
         """Raises RuntimeError if a step made no update, or the steps did not contain one refresh: wrong work."""
         reports: list[StepReport] = []
 
         def steps() -> None:
-            reports.extend(train_step(self.learner, next(self._pools)) for _ in range(REFRESH_STEPS))
+            reports.extend(self._step() for _ in range(REFRESH_STEPS))
 
         seconds = seconds_of(steps, self._device) / REFRESH_STEPS
         results = {report.result for report in reports}
@@ -60,7 +77,9 @@ class Ours:
         phases = {phase: sum(r.seconds[phase] for r in reports) / len(reports) for phase in reports[0].seconds}
         chosen = sum(len(report.chosen) for report in reports) / len(reports)
         positive = sum(report.decision.num_positive or 0 for report in reports) / len(reports)
-        return {"seconds": seconds, "phases": phases, "mean_chosen": chosen, "mean_positive": positive}
+        scored = sum(len(report.candidates) for report in reports) / len(reports)
+        means = {"mean_scored": scored, "mean_chosen": chosen, "mean_positive": positive}
+        return {"seconds": seconds, "phases": phases, **means}
 
     def answers(self) -> Answers:
         learner, capture = self.learner, self.learner.capture
