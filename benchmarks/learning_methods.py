@@ -10,7 +10,7 @@
     ...+cluster_ucb+min_gain      the same, and a sample that adds less than 5 % of the utility is not trained on
     ...+gast                      each layer draws 2 of the chosen; three controls draw at random or take the best
     ...+dual_sft                  5 % of the weights may move
-    ...+dual_sft/prior            20 % may move, chosen so that answers to 16 role-play prompts stay as they are
+    ...+dual_sft/prior            20 % may move, chosen so that 16 anchors of role-play lose nothing
     everything                    filter_then_weight+cluster_ucb+gast+dual_sft
     everything/wider              the same, and 20 % may move
     ...+equal_weights             selection.max_coefficient 1: of the same survivors, none may count more than the mean
@@ -37,7 +37,6 @@ BANDIT = {"draw": "cluster_ucb", "geometry": "sketch"}
 GAST = {"route": "gast"}
 MASK = {"mask": "dual_sft"}
 WIDER = {"density": 0.2}
-GUARD = 4.0  # with 1 the small model's retention loss rose by 0.005 before it fell
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,7 @@ METHODS: dict[str, Method] = {
     f"{FTW}+sketch": Method({"weigh": FTW, "geometry": "sketch"}),
     f"{FTW}+gast": Method({"weigh": FTW, **GAST}),
     f"{FTW}+dual_sft": Method({"weigh": FTW, **MASK}),
-    f"{FTW}+cluster_ucb+dual_sft/prior": Method(
-        {"weigh": FTW, **BANDIT, **MASK, "dual_sft": {**WIDER, "lambda_prior": GUARD}}, anchored=True
-    ),
+    f"{FTW}+cluster_ucb+dual_sft/prior": Method({"weigh": FTW, **BANDIT, **MASK, "dual_sft": WIDER}, anchored=True),
     f"{FTW}+equal_weights": Method({"weigh": FTW, "max_coefficient": 1.0}),
     f"{FTW}+plain_geometry": Method({"weigh": FTW, "settle_steps": NEVER}),
     "shuffled_target": Method({"weigh": FTW}, shuffled_target=True),

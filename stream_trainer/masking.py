@@ -20,7 +20,7 @@ from stream_trainer.batches import micro_batches
 from stream_trainer.errors import SettingsError
 from stream_trainer.records import Sample
 from stream_trainer.selection_settings import DualSftSettings
-from stream_trainer.target import MICRO_BATCH
+from stream_trainer.target import MICRO_BATCH, mean_gradient
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,19 @@ class Masking:
         self.method.observe(gradient)
         if not self.method.due:
             return False
-        prior = None
-        if self.anchors is not None:
+        prior, answers = self._guards(capture, pad_id)
+        self.last = self.method.refresh(self.optimizer, target, prior, answers)
+        return True
+
+    def _guards(self, capture: GradientCapture, pad_id: int) -> tuple[Gradient | None, Gradient | None]:
+        """The gradients of self-distillation and of the anchors' loss, each where it counts for something."""
+        prior, answers, response = None, None, self.method.response
+        if self.anchors is not None and response.lambda_prior:
             batches = micro_batches(self.anchors.samples, pad_id, MICRO_BATCH)
             prior = prior_gradient(capture, self.anchors.base, batches)
-        self.last = self.method.refresh(self.optimizer, target, prior)
-        return True
+        if self.anchors is not None and response.lambda_answers:
+            answers = mean_gradient(capture, self.anchors.samples, pad_id)
+        return prior, answers
 
     @property
     def age(self) -> int:
@@ -75,8 +82,8 @@ def make_dual_sft(settings: DualSftSettings, learning_rate: float) -> DualSft:
     rule = MaskRule(
         settings.density, settings.granularity, settings.absolute, settings.layer_quota, settings.module_quota
     )
-    lambda_prior = settings.lambda_prior if settings.anchor_path is not None else 0.0
-    response = Response(learning_rate if settings.second_order else 0.0, settings.lambda_new, lambda_prior)
+    curvature_rate = learning_rate if settings.second_order else 0.0
+    response = Response(curvature_rate, settings.lambda_new, settings.lambda_prior, settings.lambda_answers)
     return DualSft(rule, response, settings.refresh_steps, settings.decay)
 
 

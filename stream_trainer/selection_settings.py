@@ -65,12 +65,15 @@ class DualSftSettings(Section):
     lambda_new: NonNegative = 1.0
     """Weight of the target's gradient."""
     lambda_prior: NonNegative = 0.2
-    """Weight of the gradient that guards what the model knows already; needs `anchor_path`. With 4 the loss of a small
-    model on what it guarded never stood more than 0.001 above its start, with 1 it rose by 0.005."""
+    """Weight of the gradient that keeps the anchors' answers as they were; nothing until the model has moved. With
+    `anchor_path` only."""
+    lambda_answers: NonNegative = 1.0
+    """Weight of the gradient of the anchors' loss, which guards from the first mask on: with it the loss of a small
+    model on what it guarded never rose above its start, without it by 0.001 to 0.005. With `anchor_path` only."""
     second_order: bool = True
     """Subtract the curvature's term: half the learning rate times Adam's second moment times the mean gradient."""
     anchor_path: Path | None = None
-    """JSONL file of samples whose answers should stay as they are; a frozen copy of the model is kept to compare."""
+    """JSONL file of samples that show what the model must not lose; a frozen copy of it is kept to compare."""
     anchors: Count = 16
     """Anchor samples used at a refresh, from the top of the file."""
 

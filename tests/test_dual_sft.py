@@ -47,9 +47,10 @@ class Scored:
         self.mean = self.pool.weighted_gradient(torch.full((count,), 1 / count))
         self.new = self.capture.run(target).weighted_gradient(torch.full((2,), 0.5))
         self.prior = {name: values - 1 for name, values in random_like(self.capture, 5).items()}
+        self.answers = {name: values - 1 for name, values in random_like(self.capture, 7).items()}
         self.h = random_like(self.capture, 6)
         curvature: Curvature = self.h.__getitem__ if curved else no_curvature
-        self.u = direction(response, self.mean, self.new, self.prior, curvature)
+        self.u = direction(response, self.mean, self.new, self.prior, curvature, self.answers)
         self.columns, self.rows = column_scores(self.u, self.mean), row_scores(self.pool, self.u)
 
     @property
@@ -59,12 +60,13 @@ class Scored:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_t23_columns_and_rows_are_sums_of_one_matrix(kind: str) -> None:
-    response = Response(RATE, lambda_new=1.0, lambda_prior=0.3)
+    response = Response(RATE, lambda_new=1.0, lambda_prior=0.3, lambda_answers=0.7)
     scored = Scored(kind, response)
     oracle = scored.oracle
     target = dense(scored.model, make_batch((9, 11), seed=4)).gradients.mean(0)
     mean = oracle.gradients.mean(0)
-    u = target + 0.3 * oracle.flat(scored.prior) - 0.5 * RATE * oracle.flat(scored.h) * mean
+    guards = 0.3 * oracle.flat(scored.prior) + 0.7 * oracle.flat(scored.answers)
+    u = target + guards - 0.5 * RATE * oracle.flat(scored.h) * mean
     matrix = u * oracle.gradients / len(LENGTHS)
     assert relative_error(oracle.flat(scored.columns), matrix.sum(0)) < EXACT
     assert relative_error(scored.rows / len(LENGTHS), matrix.sum(1)) < EXACT

@@ -2,16 +2,18 @@
 
 The matrix is `M[n, k] = u_k g_nk / N`, with the mean gradient `G` of a pool of N samples and
 
-    u = lambda_new v_new + lambda_prior v_prior - 1/2 eta (h * G)
+    u = lambda_new v_new + lambda_prior v_prior + lambda_answers v_answers - 1/2 eta (h * G)
 
 Columns sum to `u * G`, the predicted fall of the validation loss for each weight; rows sum to `<u, g_n> / N`, that for
 each sample. Both totals are `<u, G>`, and both are exact Shapley values of the diagonal quadratic model of one step.
 
-From the authors' released code (arXiv 2605.06166): u, the two sums, h as Adam's second moment, the self-distillation
-gradient `v_prior`, quotas and ranking of the mask. Ours: everything is a mean over samples (the release adds a sum to
-means, so its second term grows with the pool) and the common factor eta is left out (in its half precision u underflows
-to zero); h is corrected for bias; embeddings, norms and tied heads count like any other parameter; and the refresh
-while training goes on, from moving averages of the gradients that the steps compute anyway.
+From the authors' released code (arXiv 2605.06166): u without `v_answers`, the two sums, h as Adam's second moment, the
+self-distillation gradient `v_prior`, quotas and ranking of the mask. Ours: everything is a mean over samples (the
+release adds a sum to means, so its second term grows with the pool) and the common factor eta is left out (in its half
+precision u underflows to zero); h is corrected for bias; embeddings, norms and tied heads count like any other
+parameter; and the refresh while training goes on, from moving averages of the gradients that the steps compute anyway.
+Ours, too: `v_answers`, the gradient of the anchors' own loss. `v_prior` is zero until the model has moved, so it cannot
+guard the first mask, and it resists any change of an answer, for the better or the worse, only after it has come.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,11 +39,13 @@ class Response:
         learning_rate: eta, which weighs the second-order term; 0 leaves first order.
         lambda_new: weight of the target gradient.
         lambda_prior: weight of the gradient that guards what the model already knows.
+        lambda_answers: weight of the anchors' own gradient.
     """
 
     learning_rate: float
     lambda_new: float = 1.0
     lambda_prior: float = 0.2
+    lambda_answers: float = 0.0
 
 
 def no_curvature(name: str) -> None:
@@ -50,16 +54,26 @@ def no_curvature(name: str) -> None:
 
 @torch.no_grad()
 def direction(
-    response: Response, mean: Gradient, new: Gradient, prior: Gradient | None, curvature: Curvature
+    response: Response,
+    mean: Gradient,
+    new: Gradient,
+    prior: Gradient | None,
+    curvature: Curvature,
+    answers: Gradient | None = None,
 ) -> dict[str, Tensor]:
-    """The vector u of every parameter in `mean`, float32. Gradients that `new` and `prior` lack are zero.
+    """The vector u of every parameter in `mean`, float32. Gradients that the others lack are zero.
 
-    `mean` is the mean gradient G of the pool, `new` and `prior` are means over their own samples.
+    `mean` is the mean gradient G of the pool, `new`, `prior` and `answers` are means over their own samples.
     """
+    terms = (
+        (response.lambda_new, new),
+        (response.lambda_prior, prior or {}),
+        (response.lambda_answers, answers or {}),
+    )
     out = {}
     for name, mean_gradient in mean.items():
         u = torch.zeros_like(mean_gradient)
-        for weight, gradient in ((response.lambda_new, new), (response.lambda_prior, prior or {})):
+        for weight, gradient in terms:
             if name in gradient:
                 u.add_(gradient[name], alpha=weight)
         h = curvature(name) if response.learning_rate else None
@@ -179,11 +193,18 @@ class DualSft:
         return self._since_refresh or 0
 
     @torch.no_grad()
-    def refresh(self, optimizer: MaskedAdamW, target: Gradient, prior: Gradient | None = None) -> MaskChange:
+    def refresh(
+        self,
+        optimizer: MaskedAdamW,
+        target: Gradient,
+        prior: Gradient | None = None,
+        answers: Gradient | None = None,
+    ) -> MaskChange:
         """Choose a new mask and give it to `optimizer`, whose moments move with it. Call it between two steps.
 
-        `target` is the mean gradient of the target samples, `prior` that of the self-distillation or None. Needs two
-        more float32 numbers for each weight while it runs. Raises ValueError before the first `observe`.
+        `target` is the mean gradient of the target samples, `prior` that of the self-distillation and `answers` that
+        of the anchors' loss, or None. Needs two more float32 numbers for each weight while it runs. Raises ValueError
+        before the first `observe`.
         """
         if not self._observed:
             raise ValueError("no gradient has been observed yet; call observe first")
@@ -192,7 +213,7 @@ class DualSft:
             name: self._average[name] / corrected if name in self._average else torch.zeros_like(p, dtype=torch.float32)
             for name, p in optimizer.parameters.items()
         }
-        u = direction(self.response, mean, target, prior, masked_curvature(optimizer, mean))
+        u = direction(self.response, mean, target, prior, masked_curvature(optimizer, mean), answers)
         for name, gradient in mean.items():
             gradient.mul_(u.pop(name))  # now the column scores: neither of the two is needed any more
         change = optimizer.replace_mask(choose_mask(mean, self.rule))
