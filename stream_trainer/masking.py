@@ -25,15 +25,19 @@ from stream_trainer.target import MICRO_BATCH, mean_gradient
 
 @dataclass(frozen=True)
 class Anchors:
-    """What the model knows already and should keep: samples, and the model that still knows it."""
+    """What the model knows already and should keep: samples, and the model that still knows it.
 
-    base: nn.Module
+    Attributes:
+        base: None where self-distillation counts for nothing: it takes as much memory as the model.
+    """
+
+    base: nn.Module | None
     samples: Sequence[Sample]
 
     @classmethod
-    def of(cls, model: Any, samples: Sequence[Sample]) -> "Anchors":
-        """A frozen copy of a transformers model as it is now: make it before a checkpoint is restored."""
-        return cls(copy.deepcopy(model).requires_grad_(False), samples)
+    def of(cls, model: Any, samples: Sequence[Sample], lambda_prior: float) -> "Anchors":
+        """With a frozen copy of a transformers model as it is now: make it before a checkpoint is restored."""
+        return cls(copy.deepcopy(model).requires_grad_(False) if lambda_prior else None, samples)
 
 
 @dataclass
@@ -63,12 +67,13 @@ class Masking:
 
     def _guards(self, capture: GradientCapture, pad_id: int) -> tuple[Gradient | None, Gradient | None]:
         """The gradients of self-distillation and of the anchors' loss, each where it counts for something."""
-        prior, answers, response = None, None, self.method.response
-        if self.anchors is not None and response.lambda_prior:
-            batches = micro_batches(self.anchors.samples, pad_id, MICRO_BATCH)
-            prior = prior_gradient(capture, self.anchors.base, batches)
-        if self.anchors is not None and response.lambda_answers:
-            answers = mean_gradient(capture, self.anchors.samples, pad_id)
+        if self.anchors is None:
+            return None, None
+        prior, answers, samples = None, None, self.anchors.samples
+        if self.anchors.base is not None:
+            prior = prior_gradient(capture, self.anchors.base, micro_batches(samples, pad_id, MICRO_BATCH))
+        if self.method.response.lambda_answers:
+            answers = mean_gradient(capture, samples, pad_id)
         return prior, answers
 
     @property

@@ -73,7 +73,8 @@ class DualSftSettings(Section):
     second_order: bool = True
     """Subtract the curvature's term: half the learning rate times Adam's second moment times the mean gradient."""
     anchor_path: Path | None = None
-    """JSONL file of samples that show what the model must not lose; a frozen copy of it is kept to compare."""
+    """JSONL file of samples that show what the model must not lose. A frozen copy of the model is kept to compare with,
+    unless `lambda_prior` is 0, and each refresh of the mask costs two more training steps on the anchors."""
     anchors: Count = 16
     """Anchor samples used at a refresh, from the top of the file."""
 

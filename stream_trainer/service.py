@@ -219,7 +219,8 @@ def _anchors(settings: Settings, loaded: LoadedModel, decoder: Decoder) -> Ancho
     if settings.selection.mask != "dual_sft" or dual_sft.anchor_path is None:
         return None
     setting = "selection.dual_sft.anchor_path"
-    return Anchors.of(loaded.model, read_samples(dual_sft.anchor_path, decoder, dual_sft.anchors, setting))
+    samples = read_samples(dual_sft.anchor_path, decoder, dual_sft.anchors, setting)
+    return Anchors.of(loaded.model, samples, dual_sft.lambda_prior)
 
 
 @contextmanager

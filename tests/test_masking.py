@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from service_helpers import configuration, jsonl
+from service_helpers import MODEL, configuration, jsonl
 from test_step import make_samples
 
 from stream_trainer.masking import Anchors
 from stream_trainer.models import load_model
 from stream_trainer.service import make_learner
-from stream_trainer.settings import Settings
+from stream_trainer.settings import ModelSettings, Settings
 from stream_trainer.step import train_step
 from stream_trainer.target import mean_loss
 
@@ -21,7 +21,8 @@ def rises_of_the_anchors_loss(folder: Path, steps: int, **dual_sft: float) -> li
     selection = {"mask": "dual_sft", "dual_sft": {"density": 0.2, "lambda_prior": 0.0, **dual_sft}, "pool_size": 8}
     settings = Settings(**configuration(folder, jsonl(folder / "none.jsonl"), selection=selection))  # type: ignore[arg-type]
     loaded = load_model(settings.model, settings.training.seed)
-    learner = make_learner(settings, loaded, make_samples(4, seed=99), Anchors.of(loaded.model, ANCHORS))
+    anchors = Anchors.of(loaded.model, ANCHORS, settings.selection.dual_sft.lambda_prior)
+    learner = make_learner(settings, loaded, make_samples(4, seed=99), anchors)
     start, rises = mean_loss(learner.capture, ANCHORS, learner.pad_id), []
     for seed in range(steps):
         train_step(learner, make_samples(8, seed=seed))
@@ -41,3 +42,11 @@ def test_masks_that_the_answers_guard_keep_the_anchors_loss_down(tmp_path: Path)
     unguarded = rises_of_the_anchors_loss(tmp_path, 6, lambda_answers=0.0)
     guarded = rises_of_the_anchors_loss(tmp_path, 6, lambda_answers=4.0)
     assert all(ours < theirs for ours, theirs in zip(guarded, unguarded, strict=True))
+
+
+def test_no_copy_of_the_model_is_kept_where_self_distillation_counts_for_nothing() -> None:
+    model = load_model(ModelSettings(config=MODEL, tokenizer="bytes"), 0).model
+    base = Anchors.of(model, ANCHORS, lambda_prior=0.2).base
+    assert base is not None
+    assert base is not model
+    assert Anchors.of(model, ANCHORS, lambda_prior=0.0).base is None
