@@ -45,7 +45,7 @@ from benchmarks.step_cost_plot import draw
 from benchmarks.workloads import DEFAULT_WORKLOADS, WORKLOADS, Workload
 from stream_trainer.errors import SettingsError
 
-DEFAULT_GEOMETRIES = ("exact", "sketch")
+DEFAULT_GEOMETRIES = ("exact", "sketch", "sketch+cluster_ucb")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
