@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import ceil
 from typing import Any
 
 from stream_trainer.records import Partition, Sample
@@ -17,6 +18,7 @@ from stream_trainer.settings import Settings
 
 REFRESH_STEPS = 8  # steps between refreshes of the target's gradient
 NUM_POOLS = 8
+DRAWN = 3 / 8  # of the candidates, by a bandit: 6 of 16, which did the work of 16 where most of them were worth it
 TARGET_SEED = 1000
 MANDELBROT = 2.7  # the usual offset of ranks for words
 PARTITION = Partition("benchmark", 0)
@@ -89,7 +91,14 @@ def settings_of(workload: Workload, device: str, **selection: Any) -> Settings:
     }
     if workload.lora_rank is not None:
         model["lora"] = {"rank": workload.lora_rank}
-    shape = {"pool_size": workload.pool, "chosen": workload.chosen, "survivors": workload.survivors}
+    shape: dict[str, Any] = {
+        "pool_size": workload.pool,
+        "chosen": workload.chosen,
+        "survivors": workload.survivors,
+    }
+    if selection.get("draw") == "cluster_ucb":  # all candidates come in and leave, but only some get a gradient
+        shape["pool_size"] = ceil(DRAWN * workload.pool)
+        shape["cluster_ucb"] = {"waiting": workload.pool, "intake": workload.pool}
     # The path is required and never opened: the samples are made here.
     return Settings.model_validate(
         {

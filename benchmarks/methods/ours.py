@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
-from math import ceil
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,20 +29,16 @@ from stream_trainer.step import APPLIED, StepReport, score, train_step
 from stream_trainer.target import mean_gradient
 
 WARM_UP_STEPS = 2  # the second is the first under Adam's geometry
-DRAWN = 3 / 8  # of the candidates, by the bandit: 6 of 16, which did the work of 16 where most of them were worth it
 
 
 class Ours:
     """Steps of the service, as many at a time as contain one refresh of the target's gradient.
 
-    With a bandit all candidates of a step come in and leave with it, but only the share `DRAWN` gets a gradient.
+    With a bandit all candidates of a step come in and leave with it, but only those it draws get a gradient.
     """
 
     def __init__(self, workload: Workload, device: str, **selection: Any) -> None:
         """`selection`: settings of that section which the method stands for."""
-        if selection.get("draw") == "cluster_ucb":
-            room = {"waiting": workload.pool, "intake": workload.pool}
-            selection |= {"pool_size": ceil(DRAWN * workload.pool), "cluster_ucb": room}
         settings, loaded = build(workload, device, **selection)
         self._device = loaded.device
         self._targets = target_samples(workload)
@@ -74,12 +70,13 @@ class Ours:
         refreshes = sum(report.target_refreshed for report in reports)
         if results != {APPLIED} or refreshes != 1:
             raise RuntimeError(f"{REFRESH_STEPS} steps came to {results} with {refreshes} refreshes, not to one")
-        phases = {phase: sum(r.seconds[phase] for r in reports) / len(reports) for phase in reports[0].seconds}
-        chosen = sum(len(report.chosen) for report in reports) / len(reports)
-        positive = sum(report.decision.num_positive or 0 for report in reports) / len(reports)
-        scored = sum(len(report.candidates) for report in reports) / len(reports)
-        means = {"mean_scored": scored, "mean_chosen": chosen, "mean_positive": positive}
-        return {"seconds": seconds, "phases": phases, **means}
+        return {
+            "seconds": seconds,
+            "phases": {phase: fmean(report.seconds[phase] for report in reports) for phase in reports[0].seconds},
+            "mean_scored": fmean(len(report.candidates) for report in reports),
+            "mean_chosen": fmean(len(report.chosen) for report in reports),
+            "mean_positive": fmean(report.decision.num_positive or 0 for report in reports),
+        }
 
     def answers(self) -> Answers:
         learner, capture = self.learner, self.learner.capture
