@@ -6,10 +6,10 @@ and ablation, five seeds, all steps.
 
 How often the target is refreshed, how many records wait and come in for a bandit, the least gain of a sample, and the
 service's `settle_steps` were chosen on SmolLM2 by the target's loss and by the domains that were drawn, on streams of
-seeds that no result has; the density of the guarded mask also by the retention loss of two such runs. The weight of its
-guard was chosen by the retention loss of two such runs of `broad`; a larger one was tried on a reported stream, too,
-and not taken, for retention still rose there. The learning rate of `broad` is the one of 3e-4, 1e-4 and 5e-5 at which
-uniform's own target loss ended lowest, on a stream of such a seed. No number was tuned on the test loss.
+seeds that no result has; the density of the guarded mask also by the retention loss of two such runs, and
+so was the weight of its guard, `dual_sft.lambda_answers`, on `broad`; 1 and 4 were tried on a reported stream first,
+where both kept retention down. The learning rate of `broad` is the one of 3e-4, 1e-4 and 5e-5 at which uniform's
+own target loss ended lowest, on a stream of such a seed. No number was tuned on the test loss.
 """
 
 import hashlib

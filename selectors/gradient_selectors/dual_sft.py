@@ -140,7 +140,7 @@ class DualSft:
     """Refreshes the mask of an optimizer every `refresh_steps` steps, from the gradients of recent steps.
 
     The first masks do not last as long: the gradient of one step tells little of the next 50, and before the model has
-    moved the gradient that guards what it knows is zero. A mask is due again when twice as many gradients have been
+    moved the gradient of self-distillation is zero. A mask is due again when twice as many gradients have been
     observed as it was chosen from. Runs of 64 steps under a mask of 5 % then ended at a test loss of 1.766, where with
     the first mask kept for 50 steps they had ended at 1.777 (means of 5, `docs/benchmarks.md`).
 
