@@ -35,7 +35,7 @@ bench-step-cost: $(VENV)/.installed ## Measure what a step costs, against plain 
 
 bench-scaling: $(VENV)/.installed ## Measure how the cost of a step grows with each of its dimensions
 	@mkdir -p build
-	$(BIN)/python -m benchmarks.scaling --json build/scaling.json
+	$(BIN)/python -m benchmarks.step_cost.scaling --json build/scaling.json
 
 bench-solver: $(VENV)/.installed ## Measure how long the quadratic program of a step takes
 	@mkdir -p build
@@ -58,25 +58,25 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e ".[test]"
+$(VENV)/.installed: pyproject.toml selectors/pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ./selectors -e ".[test]"
 	@touch $@ $(VENV)/.installed-demo
 
-$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e ".[demo]"
+$(VENV)/.installed-demo: pyproject.toml selectors/pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ./selectors -e ".[demo]"
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(INSTALL) -e ".[bench]"
+	$(INSTALL) -e ./selectors -e ".[bench]"
 	@touch $@
 
 .venv-opacus/.installed: PEER := opacus==1.6.0
 .venv-dattri/.installed: PEER := dattri-llm==0.1.0
 
 # A torchvision or torchaudio that does not fit our torch would keep transformers from being imported.
-.venv-opacus/.installed .venv-dattri/.installed: pyproject.toml constraints.txt
+.venv-opacus/.installed .venv-dattri/.installed: pyproject.toml selectors/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	@echo '*' > $(@D)/.gitignore
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lora]" $(PEER)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./selectors -e ".[lora]" $(PEER)
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	@touch $@

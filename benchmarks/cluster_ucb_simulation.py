@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from gradient_selectors.cluster_ucb import ClusterUcb, StreamOptions
-from gradient_selectors.cluster_ucb_offline import OfflineOptions, select_offline
+from gradient_selectors.draw.cluster_ucb import ClusterUcb, StreamOptions
+from gradient_selectors.draw.cluster_ucb_offline import OfflineOptions, select_offline
 from torch import Tensor
 
 POOL, CLUSTERS, BETWEEN = 20_000, 50, 0.5

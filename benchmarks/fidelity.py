@@ -19,21 +19,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from gradient_selectors.approximate import rank_one_gram
-from gradient_selectors.coefficients import CoefficientSolver
 from gradient_selectors.fidelity import Fidelity, fidelity, seen_as
-from gradient_selectors.filter_then_weight import positive_samples, usable_rows
-from gradient_selectors.interaction import Interaction
-from gradient_selectors.sketches import Sketches, project
+from gradient_selectors.views.interaction import Interaction
+from gradient_selectors.views.rank_one import rank_one_gram
+from gradient_selectors.views.sketches import Sketches, project
+from gradient_selectors.weigh.coefficients import CoefficientSolver
+from gradient_selectors.weigh.filter_then_weight import positive_samples, usable_rows
 
-from stream_trainer.batches import collate
-from stream_trainer.models import load_model
+from stream_trainer.models.loading import load_model
 from stream_trainer.records import Sample
-from stream_trainer.samples import Decoder, read_samples
-from stream_trainer.selection import current_geometry
+from stream_trainer.samples.collate import collate
+from stream_trainer.samples.decoder import Decoder, read_samples
 from stream_trainer.service import make_learner
-from stream_trainer.settings import Settings
-from stream_trainer.step import Learner, train_step
+from stream_trainer.settings.schema import Settings
+from stream_trainer.training.build import current_geometry
+from stream_trainer.training.step import Learner, train_step
 
 SURVIVORS = 8
 WIDTHS = (16, 32)

@@ -21,12 +21,21 @@ from platform import python_version
 from typing import Any
 
 import numpy as np
-from gradient_selectors.coefficients import CoefficientSolver, Matrix, Vector
-from gradient_selectors.filter_then_weight import FilterThenWeight, with_ridge
+from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Vector
+from gradient_selectors.weigh.filter_then_weight import FilterThenWeight, with_ridge
 from scipy.optimize import lsq_linear, nnls  # type: ignore[import-untyped]
 
-from benchmarks.agreement import DisagreementError
-from benchmarks.reporting import OneLineParser, at_least_one, duration, machine, say, table, writable_file, write_json
+from benchmarks.common.reporting import (
+    OneLineParser,
+    at_least_one,
+    duration,
+    machine,
+    say,
+    table,
+    writable_file,
+    write_json,
+)
+from benchmarks.step_cost.agreement import DisagreementError
 
 Case = tuple[int, float | None]  # candidates and cap
 Problem = tuple[Matrix, Vector]

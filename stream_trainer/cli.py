@@ -81,7 +81,7 @@ class _SettingsHelp(argparse.Action):
     """`--help` with every setting, which takes a moment to gather and so is done only when asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from stream_trainer.settings_help import describe_settings
+        from stream_trainer.settings.help import describe_settings
 
         _print(f"{parser.format_help()}\n{_SETTINGS_HELP}\n{describe_settings()}".rstrip("\n"))
         parser.exit()
@@ -127,9 +127,9 @@ def _run(arguments: Sequence[str]) -> int:
     )
     known, overrides = parser.parse_known_args(arguments)
     with _ending_on_sigterm():
-        from stream_trainer.checks import check_offline, require
-        from stream_trainer.logs import configure_logging
-        from stream_trainer.settings_loading import load_settings
+        from stream_trainer.commands.check import check_offline, require
+        from stream_trainer.monitoring.logs import configure_logging
+        from stream_trainer.settings.loading import load_settings
 
         settings = load_settings(known.config, overrides)
         require(check_offline(settings))
@@ -154,7 +154,7 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 
 def _produce(arguments: Sequence[str]) -> int:
-    from stream_trainer.produce import add_produce_arguments, run_produce
+    from stream_trainer.commands.produce import add_produce_arguments, run_produce
 
     parser = _parser("stream-trainer produce", "Publish a JSONL file as records of a topic.")
     add_produce_arguments(parser)
@@ -162,7 +162,7 @@ def _produce(arguments: Sequence[str]) -> int:
 
 
 def _demo(arguments: Sequence[str]) -> int:
-    from stream_trainer.demo import add_demo_arguments, run_demo
+    from stream_trainer.demo.run import add_demo_arguments, run_demo
 
     parser = _parser("stream-trainer demo", "Broker, stream, training and report on this machine, in minutes.")
     add_demo_arguments(parser)
@@ -175,9 +175,9 @@ def _select(arguments: Sequence[str]) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the method")
     known = parser.parse_args(arguments)
     if known.method == "dual-sft":
-        from stream_trainer.select_dual_sft import add_arguments, run
+        from stream_trainer.commands.select_dual_sft import add_arguments, run
     else:
-        from stream_trainer.select_cluster_ucb import add_arguments, run
+        from stream_trainer.commands.select_cluster_ucb import add_arguments, run
     method = _parser(f"stream-trainer select {known.method}", "Choose from a file of samples, once and offline.")
     add_arguments(method)
     return run(method.parse_args(known.arguments))
@@ -193,8 +193,8 @@ def _config(arguments: Sequence[str]) -> int:
     )
     known, overrides = parser.parse_known_args(arguments)
 
-    from stream_trainer.settings_help import schema, show
-    from stream_trainer.settings_loading import load_settings
+    from stream_trainer.settings.help import schema, show
+    from stream_trainer.settings.loading import load_settings
 
     if known.action == "schema":
         _print(json.dumps(schema(), indent=2))
@@ -204,7 +204,7 @@ def _config(arguments: Sequence[str]) -> int:
         _print(show(settings).rstrip("\n"))
         return 0
 
-    from stream_trainer.checks import check_all, require
+    from stream_trainer.commands.check import check_all, require
 
     checks = check_all(settings)
     for check in checks:
@@ -215,7 +215,7 @@ def _config(arguments: Sequence[str]) -> int:
 
 
 def _dead_letters(arguments: Sequence[str]) -> int:
-    from stream_trainer.dead_letters_command import EXAMPLES, add_arguments, run
+    from stream_trainer.commands.dead_letters import EXAMPLES, add_arguments, run
 
     parser = _parser("stream-trainer dead-letters", "Show what could not be used, and why.", EXAMPLES)
     add_arguments(parser)

@@ -16,33 +16,33 @@ from typing import Any
 
 import torch
 import transformers
-from gradient_selectors.capture import GradientCapture, UnsupportedParameterError
-from gradient_selectors.cluster_ucb import ClusterUcb
-from gradient_selectors.masked_adamw import MaskedAdamW
+from gradient_selectors.capture.capture import GradientCapture, UnsupportedParameterError
+from gradient_selectors.draw.cluster_ucb import ClusterUcb
+from gradient_selectors.mask.masked_adamw import MaskedAdamW
 
 from stream_trainer import __version__
-from stream_trainer.buffer import Buffer
-from stream_trainer.checkpoint import load_latest, restore
-from stream_trainer.cursor import Cursor
-from stream_trainer.dead_letters import open_dead_letters
+from stream_trainer.checkpoints.checkpoint import load_latest, restore
 from stream_trainer.errors import SettingsError
-from stream_trainer.features import EmbeddingFeatures
-from stream_trainer.ingest import Ingest
-from stream_trainer.masking import Anchors, Masking, make_dual_sft, start_from
-from stream_trainer.memory import keep_freed_memory
-from stream_trainer.metrics import Metrics, State
-from stream_trainer.models import LoadedModel, load_model
-from stream_trainer.optimization import make_optimizer
+from stream_trainer.ingest.buffer import Buffer
+from stream_trainer.ingest.cursor import Cursor
+from stream_trainer.ingest.dead_letters import open_dead_letters
+from stream_trainer.ingest.thread import Ingest
+from stream_trainer.models.loading import LoadedModel, load_model
+from stream_trainer.monitoring.allocator import keep_freed_memory
+from stream_trainer.monitoring.metrics import Metrics, State
+from stream_trainer.monitoring.server import Health, Server
 from stream_trainer.records import Outcome, Sample
-from stream_trainer.samples import REASONS, Decoder, read_samples
-from stream_trainer.selection import make_generators, make_selector, stream_options
-from stream_trainer.server import Health, Server
-from stream_trainer.settings import Settings
+from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
+from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
-from stream_trainer.step import Learner
-from stream_trainer.target import Target
-from stream_trainer.trainer import OnEvaluation, OnStep, Trainer
-from stream_trainer.waiting import ByClusters, Draws, InOrder
+from stream_trainer.training.build import make_generators, make_selector, stream_options
+from stream_trainer.training.features import EmbeddingFeatures
+from stream_trainer.training.masking import Anchors, Masking, make_dual_sft, start_from
+from stream_trainer.training.optimizer import make_optimizer
+from stream_trainer.training.pools import ByClusters, Draws, InOrder
+from stream_trainer.training.step import Learner
+from stream_trainer.training.target import Target
+from stream_trainer.training.trainer import OnEvaluation, OnStep, Trainer
 
 logger = logging.getLogger(__name__)
 

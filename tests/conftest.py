@@ -6,10 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from brokers import ApacheKafka, why_no_apache_kafka
-from brokers import apache_kafka as run_apache_kafka
 
-from stream_trainer.embedded_broker import embedded_broker as run_embedded_broker
+from stream_trainer.demo.broker import embedded_broker as run_embedded_broker
+from tests.helpers.brokers import ApacheKafka, why_no_apache_kafka
+from tests.helpers.brokers import apache_kafka as run_apache_kafka
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ SERVICE = sorted((ROOT / "stream_trainer").rglob("*.py"))
 LIBRARY = sorted((ROOT / "selectors" / "gradient_selectors").rglob("*.py"))
 
 KAFKA = {
-    "stream_trainer/dead_letters.py",
-    "stream_trainer/kafka_connection.py",
-    "stream_trainer/produce.py",
+    "stream_trainer/commands/produce.py",
+    "stream_trainer/ingest/dead_letters.py",
+    "stream_trainer/sources/connection.py",
     "stream_trainer/sources/kafka.py",
 }
 
@@ -60,7 +60,7 @@ def test_only_the_modules_that_talk_to_brokers_import_kafka() -> None:
 
 
 def test_only_the_coefficient_solver_imports_cvxpy() -> None:
-    assert importers("cvxpy", SERVICE + LIBRARY) <= {"selectors/gradient_selectors/coefficients.py"}
+    assert importers("cvxpy", SERVICE + LIBRARY) <= {"selectors/gradient_selectors/weigh/coefficients.py"}
 
 
 def test_only_metrics_makes_metrics() -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradient_selectors.coefficients import CoefficientSolver, Matrix, Vector
-from gradient_selectors.filter_then_weight import with_ridge
-from gradient_selectors.interaction import Interaction
+from gradient_selectors.views.interaction import Interaction
+from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Vector
+from gradient_selectors.weigh.filter_then_weight import with_ridge
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What selection buys: samples and seconds until a loss is reached."""

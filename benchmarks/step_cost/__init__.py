@@ -1,0 +1,1 @@
+"""What a step costs, against plain training and peers."""

@@ -1,0 +1,363 @@
+"""One forward and one backward pass over a pool, from which per-sample gradients of every parameter follow as factors.
+
+During the pass no weight requires a gradient, so no weight gradient is computed; a tap on each module's output keeps
+the module's input and the output's gradient. The update is book-keeping afterwards (`PoolGradients.weighted_gradient`),
+which is exact because backpropagation is linear in its seed (Bu et al., arXiv 2210.00038). A step over N candidates
+therefore costs less than plain training on the same N.
+
+Backward runs on the *sum* of the samples' losses, each the mean over its own labels, so rows are not divided by N.
+Samples must not interact in the forward pass (no packing, no batch norm) and must be padded on the right.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from gradient_selectors.capture.batch import Batch, mean_losses
+from gradient_selectors.capture.factors import Factor, LowRank, Segments, Written
+from gradient_selectors.capture.gradients import PoolGradients
+from gradient_selectors.capture.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses
+from gradient_selectors.capture.kinds import TOLERANCE, MakeFactors, Rows, recognise
+from gradient_selectors.capture.lora import LoraLinear, recognise_lora
+from gradient_selectors.capture.norms import RmsNorm, recognise_rms_norm
+from gradient_selectors.capture.verification import find_mistake, moved
+
+HEAD_PROBE_SCALE = 100.0
+
+
+class UnsupportedParameterError(ValueError):
+    """A trainable parameter whose per-sample gradients cannot be had exactly. Freeze it, or adapt it with LoRA."""
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a module's output; its backward hands (input, output gradient) to the capture.
+
+    The input is a saved tensor of the graph, so gradient checkpointing drops and recomputes it like any other, and
+    pairs each input with the right gradient however often a module is called.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, _anchor: Tensor, capture: "GradientCapture", name: str
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.capture, ctx.name = capture, name
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        (inputs,) = ctx.saved_tensors
+        ctx.capture._collect(ctx.name, inputs, grad)
+        return (grad if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+class GradientCapture:
+    """Hooks on a causal language model; `run` turns a batch into its `PoolGradients`.
+
+    Hooks are registered once and do nothing outside `run`. The parameters covered are those that require a gradient
+    when the capture is made; they are named as `model.named_parameters()` names them.
+    """
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        """Attach to `model`, a transformers causal LM or a PEFT model around one.
+
+        `autocast`: dtype of the passes (bfloat16), or None for the model's own.
+        Raises UnsupportedParameterError naming the first trainable parameter that is not covered exactly: every kind
+        is checked against autograd on a small batch and slightly other weights, so a wrong factor cannot go unnoticed.
+        """
+        causal_lm: Any = model  # duck-typed: transformers and PEFT add methods that nn.Module does not know
+        self._model = causal_lm.get_base_model() if hasattr(model, "get_base_model") else causal_lm
+        self._autocast = autocast
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter")
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._sites: dict[str, tuple[nn.Module, MakeFactors]] = {}
+        self._rows: Rows | None = None
+        self._factors: dict[str, list[Factor]] = defaultdict(list)
+        self._device = next(iter(self.parameters.values())).device
+        self._anchor = torch.zeros((), requires_grad=True, device=self._device)
+        output = self._model.get_output_embeddings()
+        self._head_module = output if self._head_is_plain(output) else None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        try:
+            found = (recognise_rms_norm(name, module) for name, module in self._model.named_modules())
+            self._norms = {norm.name: norm for norm in found if norm is not None}
+            self._attach_all()
+            self._loras = list(self._lora_layers())
+            self._verify()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def head(self) -> str | None:
+        """Name of the head's weight, if it is trainable and captured on its own path."""
+        return None if self._head_module is None else self._names.get(id(self._head_module.weight))
+
+    def run(self, batch: Batch, head_direction: LowRank | None = None) -> PoolGradients:
+        """One forward and one backward pass. Weights and their `.grad` are left as they are.
+
+        `head_direction`: a direction of `head` along which products are to be cheap: they are taken during the pass.
+        Raises ValueError if a sample has no label after its first token.
+        """
+        batch = batch.to(self._device)
+        if not bool((batch.labels_NT[:, 1:] != -100).any(dim=1).all()):
+            raise ValueError("every sample needs at least one label after its first token")
+        self._factors = defaultdict(list)
+        self._rows = _rows_of(batch)
+        try:
+            with self._frozen(), _replaced(self._forwards()), torch.enable_grad():
+                losses_N = (
+                    self._through_chunked_head(batch, head_direction)
+                    if self._head_module
+                    else self._through_logits(batch)
+                )
+            return PoolGradients(losses_N, dict(self._factors), {n: p.shape for n, p in self.parameters.items()})
+        finally:
+            self._rows = None
+            self._factors = defaultdict(list)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Mean loss of each sample (nats per token), (N,) float32: a forward pass only."""
+        batch = batch.to(self._device)
+        with torch.no_grad(), self._autocasting():
+            if self._head_module is None:
+                return mean_losses(self._model(**self._inputs(batch)).logits, batch.labels_NT)
+            return head_losses(self._head(self._head_module), self._hidden(batch), batch.labels_NT)
+
+    def _through_chunked_head(self, batch: Batch, direction: LowRank | None) -> Tensor:
+        module = self._head_module
+        assert module is not None
+        with self._autocasting():
+            hidden_NTd = self._hidden(batch)
+            with torch.no_grad():
+                head, hidden, labels = self._head(module), hidden_NTd.detach(), batch.labels_NT
+                trainable = any(id(p) in self._names for p in module.parameters())
+                losses_N, grad_NTd, rows = head_forward_backward(head, hidden, labels, direction, trainable=trainable)
+        weight = HeadWeight(head, rows)
+        for parameter, factor in ((module.weight, weight), (module.bias, HeadBias(weight))):
+            if id(parameter) in self._names:  # before those of a tied embedding, which only add to some of its rows
+                self._factors[self._names[id(parameter)]].append(factor)
+        if hidden_NTd.requires_grad:
+            torch.autograd.backward([hidden_NTd], [grad_NTd])
+        return losses_N
+
+    def _head(self, module: nn.Linear) -> Head:
+        dtype = self._autocast or module.weight.dtype
+        return Head(module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype))
+
+    def _through_logits(self, batch: Batch) -> Tensor:
+        """For heads that are more than a linear map (logit scaling, soft capping): all logits at once."""
+        with self._autocasting():
+            logits_NTV = self._model(**self._inputs(batch)).logits.float()
+        losses_N = mean_losses(logits_NTV, batch.labels_NT)
+        torch.autograd.backward([losses_N.sum()])
+        return losses_N.detach()
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """No attention mask: padding is on the right, where a causal model never looks back from.
+
+        Positions are given for every sample, else a learned position embedding would be called once for all of them
+        and its gradient summed over the pool (the failure of opacus on GPT-2).
+        """
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids_NT, "use_cache": False}
+        if "position_ids" in inspect.signature(self._model.forward).parameters:
+            num_samples, num_tokens = batch.input_ids_NT.shape
+            positions_T = torch.arange(num_tokens, device=self._device)
+            inputs["position_ids"] = positions_T.expand(num_samples, num_tokens)
+        return inputs
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        hidden: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
+        return hidden
+
+    def _owners(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules that own a trainable parameter, by name; the plain head is captured on its own path."""
+        for name, module in self._model.named_modules():
+            if module is self._head_module:
+                continue
+            if any(id(p) in self._names for p in module.parameters(recurse=False)):
+                yield name, module
+
+    def _lora_layers(self) -> Iterator[LoraLinear]:
+        """Layers of LoRA with a frozen base, whose adapters are then captured by the layer and not by their taps."""
+        for name, module in self._model.named_modules():
+            layer = recognise_lora(name, module)
+            if layer is None or any(id(p) in self._names for p in layer.module.base_layer.parameters()):
+                continue
+            if layer.down in self._sites and layer.up in self._sites:
+                yield layer
+
+    def _attach_all(self) -> None:
+        for name, module in self._owners():
+            make_factors = recognise(module)
+            if make_factors is None:
+                parameter = next(self._names[id(p)] for p in module.parameters(recurse=False) if id(p) in self._names)
+                raise self._unsupported(parameter, f"a {type(module).__name__} of no known kind owns it")
+            self._sites[name] = (module, make_factors)
+            if name not in self._norms:
+                self._handles.append(module.register_forward_hook(partial(self._hook, name), with_kwargs=True))
+
+    def _hook(
+        self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        return None if self._rows is None else self._tap(name, output, _first(args, kwargs))
+
+    def _tap(self, name: str, output: Tensor, inputs: Tensor) -> Tensor:
+        return cast(Tensor, _Tap.apply(output, inputs.detach(), self._anchor, self, name))  # type: ignore[no-untyped-call]
+
+    def _forwards(self) -> dict[nn.Module, Callable[..., Tensor]]:
+        """Modules that compute in one piece during a pass, and how."""
+        forwards: dict[nn.Module, Callable[..., Tensor]] = {
+            norm.module: partial(self._through_norm, norm) for norm in self._norms.values()
+        }
+        for lora in self._loras:
+            if lora.is_plain:
+                forwards[lora.module] = partial(
+                    lora.forward, anchor=self._anchor, autocast=self._autocast, collect=self._collect
+                )
+        return forwards
+
+    def _through_norm(self, norm: RmsNorm, *args: Any, **kwargs: Any) -> Tensor:
+        inputs, is_asked_for = _first(args, kwargs), norm.name in self._sites
+        if len(args) + len(kwargs) == 1 and inputs.dtype == torch.float32:
+            return norm.forward(inputs, self._anchor if is_asked_for else None, self._collect_products)
+        output: Tensor = type(norm.module).forward(norm.module, *args, **kwargs)
+        return self._tap(norm.name, output, inputs) if is_asked_for else output
+
+    def _collect(self, name: str, inputs: Tensor, grad: Tensor) -> None:
+        module, make_factors = self._sites[name]
+        rows = self._rows_for(name, grad)
+        for local_name, factor in make_factors(inputs, grad, rows).items():
+            full_name = self._names.get(id(module.get_parameter(local_name)))
+            if full_name is not None:
+                self._factors[full_name].append(factor)
+
+    def _collect_products(self, name: str, products: Tensor) -> None:
+        """The factor of a norm's weight, from its normalised inputs times the gradients of its outputs."""
+        rows = self._rows_for(name, products)
+        weight = self._sites[name][0].get_parameter("weight")
+        written = Written(products.reshape(rows.num_samples, -1, len(weight)).sum(1))
+        self._factors[self._names[id(weight)]].append(written)
+
+    def _rows_for(self, name: str, values: Tensor) -> Rows:
+        """The rows of the pass, once the values of one call of a module are known to be of them."""
+        assert self._rows is not None
+        if values.shape[0] != self._rows.num_samples:
+            raise UnsupportedParameterError(
+                f"module {name} was called with {values.shape[0]} rows for {self._rows.num_samples} samples: "
+                "its samples cannot be told apart; freeze its parameters"
+            )
+        return self._rows
+
+    def _autocasting(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No trainable weight requires a gradient: autograd then skips every weight-gradient matmul."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(True)
+
+    def _head_is_plain(self, module: nn.Module | None) -> bool:
+        """Whether the logits are just `hidden W^T + b`, found out by comparing the two.
+
+        The head's weight is scaled up for the probe: soft capping is invisible on the small logits of a fresh model.
+        """
+        if type(module) is not nn.Linear:
+            return False
+        batch, scaled = self._probe(), module.weight.detach() * HEAD_PROBE_SCALE
+        name = next(name for name, other in self._model.named_modules() if other is module)
+        with torch.no_grad():
+            output = functional_call(
+                self._model, {f"{name}.weight": scaled}, kwargs=self._inputs(batch), tie_weights=False
+            )
+            expected = F.linear(self._hidden(batch), scaled, module.bias)
+        return bool((output.logits - expected).norm() <= TOLERANCE * expected.norm())
+
+    def _probe(self) -> Batch:
+        """Two short samples of different length, the first half of each without loss."""
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(vocabulary, (2, 6), generator=torch.Generator().manual_seed(0))
+        labels = ids.clone()
+        labels[:, :2] = -100
+        labels[1, 4:] = -100
+        return Batch(ids, labels, (6, 4)).to(self._device)
+
+    def _verify(self) -> None:
+        """Compare every parameter's weighted gradient with autograd's; unequal weights tell samples apart."""
+        batch, weights_N = self._probe(), torch.tensor([0.3, 1.7])
+        autocast, self._autocast = self._autocast, None  # the formulas are checked in the weights' own precision
+        try:
+            with moved(self.parameters):
+                mistake = find_mistake(self.run(batch), self._autograd(batch, weights_N), weights_N)
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise UnsupportedParameterError(
+                "no exact per-sample gradients: the model changes a trained module's output in place; use LoRA"
+            ) from error
+        finally:
+            self._autocast = autocast
+        if mistake is not None:
+            raise self._unsupported(*mistake)
+
+    def _autograd(self, batch: Batch, weights_N: Tensor) -> Mapping[str, Tensor | None]:
+        with torch.enable_grad():
+            logits_NTV = self._model(**self._inputs(batch)).logits.float()
+            loss = (mean_losses(logits_NTV, batch.labels_NT) * weights_N.to(self._device)).sum()
+            grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        return dict(zip(self.parameters, grads, strict=True))
+
+    def _unsupported(self, name: str, reason: str) -> UnsupportedParameterError:
+        return UnsupportedParameterError(
+            f"no exact per-sample gradient for trainable parameter {name}: {reason}; freeze it or use LoRA"
+        )
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module was called with, however it was called."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def _replaced(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Within it, the modules compute what they are given here."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+def _rows_of(batch: Batch) -> Rows:
+    num_samples, num_tokens = batch.input_ids_NT.shape
+    offsets = (0, *torch.tensor(batch.lengths).cumsum(0).tolist())
+    keep_R = None
+    if offsets[-1] < num_samples * num_tokens:
+        lengths_N = torch.tensor(batch.lengths, device=batch.input_ids_NT.device)
+        inside_NT = torch.arange(num_tokens, device=lengths_N.device) < lengths_N[:, None]
+        keep_R = inside_NT.flatten().nonzero().squeeze(1)
+    return Rows(num_samples, num_tokens, keep_R, Segments(offsets))

@@ -1,0 +1,209 @@
+"""What a capture pass knows: the per-sample gradients of a pool, as factors that are never written out in full."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Size, Tensor
+
+from gradient_selectors.capture.factors import Factor, Lookup, MatrixFactor
+from gradient_selectors.preconditioner import Geometry, at_rows
+
+# Of written-out gradients held at once: 16 MB in float32, which stays in the cache of the processor while it is scaled
+# and multiplied, and which the allocator reuses. Chunks four times as large took a third longer.
+CHUNK_ELEMENTS = 4_000_000
+BLOCK_COLUMNS = 4096
+BLOCK = re.compile(r"(.*?\.\d+)\.")
+
+Gradient = Mapping[str, Tensor]
+"""A gradient by parameter name, each in its parameter's shape, float32."""
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter: its numbered block (`model.layers.3`), or its module where it is in none."""
+    block = BLOCK.match(name)
+    return block.group(1) if block else name.rpartition(".")[0] or name
+
+
+@dataclass(frozen=True)
+class PoolGradients:
+    """The per-sample gradients of N samples.
+
+    Attributes:
+        losses_N: mean loss of each sample before any update (nats per token): progressive validation for free.
+        factors: contributions to each parameter's per-sample gradients; a parameter without any has no gradient.
+        shapes: shapes of all trainable parameters.
+    """
+
+    losses_N: Tensor
+    factors: Mapping[str, Sequence[Factor]]
+    shapes: Mapping[str, Size]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.losses_N)
+
+    @torch.no_grad()
+    def dots(self, direction: Gradient) -> dict[str, Tensor]:
+        """`<u, g_i>` within each parameter, (N,) float32 each. Exact for any direction u."""
+        return {
+            name: torch.stack([factor.dot(direction[name]) for factor in factors]).sum(0)
+            for name, factors in self.factors.items()
+        }
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that hold the trainable parameters, in the model's order."""
+        return tuple(dict.fromkeys(layer_of(name) for name in self.shapes))
+
+    def gram(self, samples: Sequence[int], geometry: Geometry) -> Tensor:
+        """`K_ij = <g_i, P g_j>` of the given samples, (n, n) float64, exact for any element-wise P.
+
+        Gradients are written out some rows of a parameter at a time: 2 R d p + 2 n^2 d p operations for a matrix, as
+        much as the weight gradient itself. Token-pair products would cost 8 to 500 times more at usual shapes.
+        """
+        gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.losses_N.device)
+        for name in self.factors:
+            gram += self.gram_of(name, samples, geometry)
+        return gram
+
+    @torch.no_grad()
+    def gram_of(self, name: str, samples: Sequence[int], geometry: Geometry) -> Tensor:
+        """One parameter's share of `gram`, (n, n) float64."""
+        factors, rows = self._touched(name)
+        preconditioner = at_rows(geometry, name, rows)
+        root = None if preconditioner is None else preconditioner.sqrt()
+        num_rows = self.shapes[name][0] if rows is None else len(rows)
+        return written_gram(factors, samples, num_rows, self.shapes[name][1:].numel(), root)
+
+    @torch.no_grad()
+    def rows_of(self, name: str, target: Gradient, geometry: Geometry) -> Tensor:
+        """`<g_i, P G_target>` within one parameter that has factors, (N,) float32."""
+        factors, rows = self._touched(name)
+        values, preconditioner = target[name], at_rows(geometry, name, rows)
+        direction = values if rows is None else values[rows]
+        if preconditioner is not None:
+            direction = preconditioner * direction
+        return torch.stack([factor.dot(direction) for factor in factors]).sum(0)
+
+    def _touched(self, name: str) -> tuple[Sequence[Factor], Tensor | None]:
+        """A parameter's factors; those of a table of embeddings reduced to the rows that the pool's tokens touch.
+
+        All others have no gradient. At 49,152 tokens, P of the whole table took an eighth of a step.
+        """
+        factors = self.factors[name]
+        lookups = [factor for factor in factors if isinstance(factor, Lookup)]
+        if len(lookups) < len(factors):
+            return factors, None
+        rows = torch.unique(torch.cat([lookup.ids_R for lookup in lookups]))
+        return [lookup.compact(rows) for lookup in lookups], rows
+
+    @torch.no_grad()
+    def weighted_gradient_of(self, name: str, weights: Tensor) -> Tensor:
+        """`sum_i w_i g_i` for one parameter, float32; samples of weight zero are not read.
+
+        `weights` are (N,), or (L, N) with a row for each of `layers`.
+        """
+        weights_N = weights if weights.ndim == 1 else weights[self.layers.index(layer_of(name))]
+        out = torch.empty(self.shapes[name], dtype=torch.float32, device=self.losses_N.device)
+        factors = self.factors.get(name, ())
+        if not factors or not bool((weights_N != 0).any()):
+            return out.zero_()
+        for i, factor in enumerate(factors):
+            factor.add_weighted(weights_N, out, begin=i == 0)
+        return out
+
+    def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        """`sum_i w_i g_i`: the gradient of the weighted loss, without another backward pass. `weights` as above."""
+        return {name: self.weighted_gradient_of(name, weights) for name in self.shapes}
+
+    @torch.no_grad()
+    def squared_length(self, weights: Tensor, geometry: Geometry) -> float:
+        """`w^T K w = ||sqrt(P) * G(w)||^2` of the update's gradient `G(w) = sum_i w_i g_i`, exact and without K."""
+        # One parameter at a time: all of them are as large as the model.
+        return sum(
+            (squared_length({name: self.weighted_gradient_of(name, weights)}, geometry) for name in self.factors), 0.0
+        )
+
+
+GramMode = Callable[[PoolGradients, Sequence[int], Geometry], Tensor]
+"""How K is computed: `PoolGradients.gram`, which is exact, `approximate.rank_one_gram`, or `Sketches.gram`."""
+
+RowsMode = Callable[[PoolGradients, Gradient, Geometry], dict[str, Tensor]]
+"""How `c` within each parameter is computed from the target's gradient: `exact_rows`, or `Sketches.rows`."""
+
+SquareMode = Callable[[Gradient, Geometry], float]
+"""How the target's own utility is computed: `squared_length`, which is exact, or `Sketches.squared_length`."""
+
+
+def exact_rows(gradients: PoolGradients, target: Gradient, geometry: Geometry) -> dict[str, Tensor]:
+    """`<g_i, P G_target>` within each parameter, (N,) float32 each; as much work as a forward pass."""
+    return {name: gradients.rows_of(name, target, geometry) for name in gradients.factors}
+
+
+def preconditioned(gradient: Gradient, geometry: Geometry, name: str) -> Tensor:
+    """`P * G` of one parameter."""
+    preconditioner, values = geometry(name), gradient[name]
+    return values if preconditioner is None else preconditioner * values
+
+
+@torch.no_grad()
+def squared_length(gradient: Gradient, geometry: Geometry) -> float:
+    """`<G, P G> = ||sqrt(P) * G||^2`; of the target's gradient, the first-order utility of a sample just like it."""
+    products = [torch.sum(preconditioned(gradient, geometry, name) * values) for name, values in gradient.items()]
+    return float(torch.stack(products).sum()) if products else 0.0
+
+
+@torch.no_grad()
+def written_gram(
+    factors: Sequence[Factor], samples: Sequence[int], num_rows: int, row_size: int, root: Tensor | None
+) -> Tensor:
+    """Gram matrix of some samples' gradients, scaled by `root` where given, written out some rows at a time.
+
+    `factors` are all those of one parameter, of `num_rows` rows with `row_size` weights each. (n, n) float64.
+    """
+    step = max(1, CHUNK_ELEMENTS // (len(samples) * row_size))
+    gram: Tensor | None = None
+    for lo in range(0, num_rows, step):
+        hi = min(lo + step, num_rows)
+        written = [factor.per_sample(samples, lo, hi) for factor in factors]
+        products = _scaled_products(written, None if root is None else root[lo:hi])
+        gram = products if gram is None else gram.add_(products)
+    assert gram is not None  # no parameter is empty
+    return gram
+
+
+@torch.no_grad()
+def gram_at_rows(factors: Sequence[MatrixFactor], samples: Sequence[int], rows: Tensor, root: Tensor) -> Tensor:
+    """The same at some rows (int64, sorted) of a matrix only, with `root` at these rows; zero if there are none."""
+    step = max(1, CHUNK_ELEMENTS // (len(samples) * root.shape[1]))
+    gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=rows.device)
+    for lo in range(0, len(rows), step):
+        written = [factor.at_rows(samples, rows[lo : lo + step]) for factor in factors]
+        gram += _scaled_products(written, root[lo : lo + step])
+    return gram
+
+
+def _scaled_products(written: Sequence[Tensor], root: Tensor | None) -> Tensor:
+    """Inner products of the sum of what factors wrote out; the first of them is overwritten."""
+    total, *others = written
+    for other in others:
+        total += other
+    if root is not None:
+        total *= root
+    return _products(total.flatten(1))
+
+
+def _products(flat_nm: Tensor) -> Tensor:
+    """Inner products of a few very long rows, (n, n) float64.
+
+    In blocks: float32 products of few rows and millions of columns were off by 1e-4 to 2e-3 on CPU kernels.
+    """
+    length = flat_nm.shape[1]
+    whole = length - length % BLOCK_COLUMNS
+    rest = flat_nm[:, whole:]
+    blocks = flat_nm[:, :whole].view(len(flat_nm), -1, BLOCK_COLUMNS).transpose(0, 1) if whole else None
+    products = (rest @ rest.T).double()
+    return products if blocks is None else products.add_((blocks @ blocks.mT).double().sum(0))

@@ -1,0 +1,48 @@
+"""Whether captured gradients are autograd's: looked at once, when a capture is attached to a model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gradient_selectors.capture.gradients import PoolGradients
+
+# Relative. Looser than for the kinds: float32 products of a few rows over a large vocabulary were seen off by 4e-4.
+TOLERANCE = 2e-3
+MOVE, SIZE_OF_ZEROS = 0.1, 0.2  # noise relative to the size of the weights; their size if all are zero
+
+
+@contextmanager
+def moved(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Weights with some noise, put back afterwards: zeros, as of fresh adapters, hide what the others are used for.
+
+    All on one device. Takes as much memory as the weights for the time being; Adam's moments will take twice that.
+    """
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            size = float(parameter.square().mean().sqrt()) or SIZE_OF_ZEROS
+            parameter.add_(torch.empty_like(parameter).normal_(generator=generator), alpha=MOVE * size)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(kept[name])
+
+
+def find_mistake(
+    gradients: PoolGradients, expected: Mapping[str, Tensor | None], weights_N: Tensor
+) -> tuple[str, str] | None:
+    """The first parameter whose weighted gradient is not autograd's, `expected` by name, and what is wrong."""
+    for name, want in expected.items():
+        if name not in gradients.factors:
+            if want is not None and want.any():
+                return name, "it is used outside the modules that were recognised"
+            continue
+        got = gradients.weighted_gradient_of(name, weights_N)
+        if want is None or bool((got - want).norm() > TOLERANCE * want.norm() + 1e-7):
+            return name, "its captured gradient differs from autograd's"
+    return None

@@ -1,0 +1,1 @@
+"""Which of the samples that wait get a gradient."""

@@ -1,0 +1,231 @@
+"""DualSFT: which weights may move and which samples are worth training on, from one interaction matrix.
+
+The matrix is `M[n, k] = u_k g_nk / N`, with the mean gradient `G` of a pool of N samples and
+
+    u = lambda_new v_new + lambda_prior v_prior + lambda_answers v_answers - 1/2 eta (h * G)
+
+Columns sum to `u * G`, the predicted fall of the validation loss for each weight; rows sum to `<u, g_n> / N`, that for
+each sample. Both totals are `<u, G>`, and both are exact Shapley values of the diagonal quadratic model of one step.
+
+From the authors' released code (arXiv 2605.06166): u without `v_answers`, the two sums, h as Adam's second moment, the
+self-distillation gradient `v_prior`, quotas and ranking of the mask. Ours: everything is a mean over samples (the
+release adds a sum to means, so its second term grows with the pool) and the common factor eta is left out (in its half
+precision u underflows to zero); h is corrected for bias; embeddings, norms and tied heads count like any other
+parameter; and the refresh while training goes on, from moving averages of the gradients that the steps compute anyway.
+Ours, too: `v_answers`, the gradient of the anchors' own loss. `v_prior` is zero until the model has moved, so it cannot
+guard the first mask, and it resists any change of an answer, for the better or the worse, only after it has come.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradient_selectors.capture.gradients import Gradient, PoolGradients
+from gradient_selectors.mask.masked_adamw import MaskChange, MaskedAdamW
+from gradient_selectors.mask.rule import MaskRule, choose_mask
+
+Curvature = Callable[[str], Tensor | None]
+"""The curvature proxy h of a parameter by name, in the parameter's shape; None stands for zero."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """How the validation loss is thought to answer a step.
+
+    Attributes:
+        learning_rate: eta, which weighs the second-order term; 0 leaves first order.
+        lambda_new: weight of the target gradient.
+        lambda_prior: weight of the gradient that guards what the model already knows.
+        lambda_answers: weight of the anchors' own gradient.
+    """
+
+    learning_rate: float
+    lambda_new: float = 1.0
+    lambda_prior: float = 0.2
+    lambda_answers: float = 0.0
+
+
+def no_curvature(name: str) -> None:
+    """First order: h = 0."""
+
+
+@torch.no_grad()
+def direction(
+    response: Response,
+    mean: Gradient,
+    new: Gradient,
+    prior: Gradient | None,
+    curvature: Curvature,
+    answers: Gradient | None = None,
+) -> dict[str, Tensor]:
+    """The vector u of every parameter in `mean`, float32. Gradients that the others lack are zero.
+
+    `mean` is the mean gradient G of the pool, `new`, `prior` and `answers` are means over their own samples.
+    """
+    terms = (
+        (response.lambda_new, new),
+        (response.lambda_prior, prior or {}),
+        (response.lambda_answers, answers or {}),
+    )
+    out = {}
+    for name, mean_gradient in mean.items():
+        u = torch.zeros_like(mean_gradient)
+        for weight, gradient in terms:
+            if name in gradient:
+                u.add_(gradient[name], alpha=weight)
+        h = curvature(name) if response.learning_rate else None
+        out[name] = u if h is None else u.addcmul_(h, mean_gradient, value=-0.5 * response.learning_rate)
+    return out
+
+
+def column_scores(direction: Gradient, mean: Gradient) -> dict[str, Tensor]:
+    """`u * G`: what each weight's movement is predicted to take off the validation loss, by parameter name."""
+    return {name: u * mean[name] for name, u in direction.items()}
+
+
+def row_scores(gradients: PoolGradients, direction: Gradient) -> Tensor:
+    """`<u, g_n>` over all trainable parameters, (N,) float32; over the size of the whole pool they add to `<u, G>`."""
+    return torch.stack(list(gradients.dots(direction).values())).sum(0)
+
+
+def adam_curvature(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> Curvature:
+    """The proxy h from a torch Adam or AdamW: its second moment, corrected for bias; zero before the first update."""
+    betas = {id(p): group["betas"] for group in optimizer.param_groups for p in group["params"]}
+
+    def curvature(name: str) -> Tensor | None:
+        state = optimizer.state.get(parameters[name])
+        if not state:
+            return None
+        beta2 = betas[id(parameters[name])][1]
+        second: Tensor = state["exp_avg_sq"].float() / (1 - beta2 ** int(state["step"]))
+        return second
+
+    return curvature
+
+
+@torch.no_grad()
+def masked_curvature(optimizer: MaskedAdamW, mean: Gradient) -> Curvature:
+    """The proxy h from a masked optimizer, which knows no second moment of masked weights.
+
+    For those it is estimated as `ratio * G^2`, the ratio of second moment to squared mean being that of the parameter's
+    kept weights, or of all kept weights where the parameter has none. Zero would favour masked weights over kept ones.
+    """
+    sums = {name: _moment_sums(optimizer.second_moment(name), values) for name, values in mean.items()}
+    overall = _ratio(*(sum(sums[name][i] for name in sums) for i in range(2)))
+
+    def curvature(name: str) -> Tensor:
+        second = optimizer.second_moment(name)
+        ratio = _ratio(*sums[name]) if sums[name][0] else overall
+        return torch.where(second.isnan(), mean[name].square().mul_(ratio), second)
+
+    return curvature
+
+
+def _moment_sums(second: Tensor, mean: Tensor) -> tuple[float, float]:
+    """Sums of the second moment and the squared mean where the former is known. To copy these out took 1 of 8 s."""
+    unknown = second.isnan()
+    known, squares = second.masked_fill(unknown, 0.0), mean.square().masked_fill_(unknown, 0.0)
+    return float(known.sum(dtype=torch.float64)), float(squares.sum(dtype=torch.float64))
+
+
+def _ratio(second: float, squared_mean: float) -> float:
+    return second / squared_mean if squared_mean > 0 else 0.0
+
+
+@dataclass
+class DualSft:
+    """Refreshes the mask of an optimizer every `refresh_steps` steps, from the gradients of recent steps.
+
+    The first masks do not last as long: the gradient of one step tells little of the next 50, and before the model has
+    moved the gradient of self-distillation is zero. A mask is due again when twice as many gradients have been
+    observed as it was chosen from. Runs of 64 steps under a mask of 5 % then ended at a test loss of 1.766, where with
+    the first mask kept for 50 steps they had ended at 1.777 (means of 5, `docs/benchmarks.md`).
+
+    Keeps one float32 number for each weight, masked ones too: without it no masked weight could ever be called back.
+
+    Attributes:
+        rule: how the mask is chosen.
+        response: weights of the terms of u.
+        refresh_steps: steps between refreshes at most; the first is due as soon as one gradient has been observed.
+        decay: of the moving average of the gradients.
+    """
+
+    rule: MaskRule
+    response: Response
+    refresh_steps: int
+    decay: float = 0.9
+    _average: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _observed: int = field(default=0, init=False)
+    _since_refresh: int | None = field(default=None, init=False)  # None before the first
+
+    @torch.no_grad()
+    def observe(self, gradient: Gradient) -> None:
+        """Take in the gradient of a step's update, before masking and clipping. It must be finite and is not kept.
+
+        `PoolGradients.weighted_gradient` with weights that sum to 1 is a mean, as the target gradient is.
+        """
+        for name, values in gradient.items():
+            if name not in self._average:
+                self._average[name] = torch.zeros_like(values)
+        for name, average in self._average.items():
+            if name in gradient:
+                average.lerp_(gradient[name], 1 - self.decay)
+            else:
+                average.mul_(self.decay)
+        self._observed += 1
+        if self._since_refresh is not None:
+            self._since_refresh += 1
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a refresh."""
+        if self._since_refresh is None:
+            return self._observed > 0
+        chosen_from = self._observed - self._since_refresh
+        return self._since_refresh >= min(self.refresh_steps, chosen_from)
+
+    @property
+    def age(self) -> int:
+        """Gradients observed since the last refresh; 0 before the first."""
+        return self._since_refresh or 0
+
+    @torch.no_grad()
+    def refresh(
+        self,
+        optimizer: MaskedAdamW,
+        target: Gradient,
+        prior: Gradient | None = None,
+        answers: Gradient | None = None,
+    ) -> MaskChange:
+        """Choose a new mask and give it to `optimizer`, whose moments move with it. Call it between two steps.
+
+        `target` is the mean gradient of the target samples, `prior` that of the self-distillation and `answers` that
+        of the anchors' loss, or None. Needs two more float32 numbers for each weight while it runs. Raises ValueError
+        before the first `observe`.
+        """
+        if not self._observed:
+            raise ValueError("no gradient has been observed yet; call observe first")
+        corrected = 1 - self.decay**self._observed
+        mean = {
+            name: self._average[name] / corrected if name in self._average else torch.zeros_like(p, dtype=torch.float32)
+            for name, p in optimizer.parameters.items()
+        }
+        u = direction(self.response, mean, target, prior, masked_curvature(optimizer, mean), answers)
+        for name, gradient in mean.items():
+            gradient.mul_(u.pop(name))  # now the column scores: neither of the two is needed any more
+        change = optimizer.replace_mask(choose_mask(mean, self.rule))
+        self._since_refresh = 0
+        return change
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Flat tensors and JSON for a checkpoint; the tensors share memory with the live ones."""
+        counters = {"observed": self._observed, "since_refresh": self._since_refresh}
+        return {f"average.{name}": tensor for name, tensor in self._average.items()}, counters
+
+    def load_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Take over a copy of what `state` returned."""
+        self._average = {name.removeprefix("average."): tensor.clone() for name, tensor in tensors.items()}
+        self._observed, self._since_refresh = counters["observed"], counters["since_refresh"]

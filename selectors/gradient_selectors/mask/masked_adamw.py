@@ -1,0 +1,294 @@
+"""AdamW whose moments live on unmasked weights only: memory falls with density, masked weights never change.
+
+What may move is a set of units: single weights, or whole leading rows of a parameter. The moments of a parameter are
+compact tensors over its kept units, beside the units' positions in int32: 12 bytes for each kept weight, with rows a
+little over 8, where torch's AdamW holds 8 for every weight. At 5 % density that is 7.5 % of it.
+
+Every weight has its own age. A weight that joins at a change of the mask begins as under a fresh AdamW: zero moments
+and a bias correction that counts from its joining. (Under the old step count it would move by up to 6.5 learning rates
+a step, for its second moment is slower to fill than its first.) One that leaves and comes back begins again. Units
+that joined together form a cohort and lie together, so ages cost two numbers for each cohort.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradient_selectors.mask.rule import Granularity, unit_size
+
+FIELDS = ("step", "kept", "exp_avg", "exp_avg_sq", "cohort_sizes", "cohort_joined")
+
+
+@dataclass(frozen=True)
+class MaskChange:
+    """What a new mask changed, in weights.
+
+    Attributes:
+        kept: weights that may move now.
+        joined: of these, the ones that could not before.
+        left: weights that could move before and cannot now.
+    """
+
+    kept: int
+    joined: int
+    left: int
+
+    @property
+    def churn(self) -> float:
+        """Share of the mask that is new."""
+        return self.joined / self.kept if self.kept else 0.0
+
+
+class MaskedAdamW(torch.optim.Optimizer):
+    """AdamW on the weights that a mask keeps. Until the first `replace_mask` nothing moves.
+
+    State of a parameter with m kept units of s weights in c cohorts: `kept` (m,) int32 positions, `exp_avg` and
+    `exp_avg_sq` (m, s) in the parameter's dtype, `step` () int64 updates made, `cohort_sizes` (c,) and `cohort_joined`
+    (c,) int64: how many units joined at which step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        granularity: Granularity = "weight",
+    ) -> None:
+        """`params`: (name, parameter) pairs, or groups of them; masks go by these names.
+
+        Raises ValueError for parameters without names, or that are not contiguous.
+        """
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if any("param_names" not in group for group in self.param_groups):
+            raise ValueError("MaskedAdamW needs named parameters; pass (name, parameter) pairs")
+        self.granularity = granularity
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
+        for name, parameter in self.parameters.items():
+            if not parameter.is_contiguous():
+                raise ValueError(f"parameter {name} is not contiguous; store it so")
+
+    @torch.no_grad()
+    def replace_mask(self, masks: Mapping[str, Tensor]) -> MaskChange:
+        """Let the weights move where the mask of each parameter (bool, in its shape) is true, and no others.
+
+        Moments of weights that stay are kept; those that join begin with none. Raises ValueError, before anything
+        changes, if a parameter's mask is missing or does not fit.
+        """
+        units = {name: self._selected_units(name, masks.get(name)) for name in self.parameters}
+        counts = {name: self._replace(name, selected) for name, selected in units.items()}
+        sizes = {name: unit_size(parameter.shape, self.granularity) for name, parameter in self.parameters.items()}
+        kept, joined, left = (sum(counts[name][i] * sizes[name] for name in counts) for i in range(3))
+        return MaskChange(kept, joined, left)
+
+    @property
+    def density(self) -> float:
+        """Share of all weights that may move; 0 before the first mask."""
+        kept: int = sum(state["exp_avg"].numel() for state in self.state.values())
+        return kept / sum(parameter.numel() for parameter in self.parameters.values())
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of the kept weights, as torch's AdamW would make it; masked ones are not even read."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state.get(parameter)
+                if parameter.grad is not None and state and len(state["kept"]):
+                    _update(parameter, state, group)
+        return loss
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients of masked weights, so that clipping measures only what will be applied."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                continue
+            state = self.state.get(parameter)
+            if not state:
+                parameter.grad.zero_()
+                continue
+            kept, grad = state["kept"].long(), parameter.grad.reshape(-1, state["exp_avg"].shape[1])
+            grads = grad[kept]
+            parameter.grad = grad.zero_().index_copy_(0, kept, grads).view(parameter.shape)
+
+    def mask(self, name: str) -> Tensor:
+        """The mask of a parameter as numbers: 1 where it may move, else 0. As a geometry, plain inner products."""
+        parameter = self.parameters[name]
+        state = self.state.get(parameter)
+        if not state:
+            return torch.zeros_like(parameter)
+        return _spread(parameter, state, torch.ones_like(state["exp_avg"]), 0.0)
+
+    @torch.no_grad()
+    def preconditioner(self, name: str) -> Tensor:
+        """P of `geometry` from the current moments, float32, zero where masked: a mask is an element-wise P.
+
+        Learning rates count relative to the largest one. Units without any update yet have no P of their own and get
+        the mean of the parameter's others; a parameter without any gets its mask. Weights without any gradient have
+        P = 0, as in `geometry.adam_preconditioner`.
+        """
+        parameter = self.parameters[name]
+        state = self.state.get(parameter)
+        ages_c = _ages(state) if state else torch.zeros(0)
+        if not state or not bool((ages_c > 0).any()):
+            return self.mask(name).float()
+        group = self._group_of(name)
+        top_rate = max(g["lr"] for g in self.param_groups) or 1.0
+        (beta1, beta2), rate = group["betas"], (group["lr"] / top_rate if group["lr"] else 1.0)
+        scale_m1 = _per_unit(state, rate * (1 - beta1) / (1 - beta1 ** (ages_c + 1)))
+        moved_m = _per_unit(state, ages_c).expand(len(state["kept"]), 1).squeeze(1) > 0
+        # As `geometry.anticipated` has it: with one more gradient of the usual size, zero where there was none yet.
+        second = state["exp_avg_sq"].float()
+        num_seen = second.count_nonzero().clamp(min=1)
+        usual = (second / _per_unit(state, 1 - beta2 ** ages_c.clamp(min=1))).sum() / num_seen
+        after = (second * beta2 + (1 - beta2) * usual) / _per_unit(state, 1 - beta2 ** (ages_c + 1))
+        values = (scale_m1 / (after.sqrt_() + group["eps"])).mul_(second != 0)
+        values[~moved_m] = values.sum() / num_seen
+        return _spread(parameter, state, values, 0.0)
+
+    @torch.no_grad()
+    def second_moment(self, name: str) -> Tensor:
+        """Bias-corrected second moment in the parameter's shape, float32; NaN where none is known."""
+        parameter = self.parameters[name]
+        state = self.state.get(parameter)
+        if not state:
+            return torch.full_like(parameter, torch.nan, dtype=torch.float32)
+        settled_m1 = _per_unit(state, 1 - self._group_of(name)["betas"][1] ** _ages(state))
+        return _spread(parameter, state, state["exp_avg_sq"].float() / settled_m1, torch.nan)  # 0 / 0 for age zero
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state as `<parameter name>.<field>`, for a checkpoint; it shares memory with the live one."""
+        return {
+            f"{name}.{field}": self.state[parameter][field]
+            for name, parameter in self.parameters.items()
+            if self.state.get(parameter)
+            for field in FIELDS
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a copy of what `tensors` returned. Raises ValueError, naming the parameter, if it does not fit."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, field = key.rpartition(".")
+            found.setdefault(name, {})[field] = tensor
+        for name, fields in found.items():
+            self._check_fields(name, fields)
+        self.state.clear()
+        for name, fields in found.items():
+            parameter = self.parameters[name]
+            self.state[parameter] = {
+                field: fields[field].clone().to(parameter.device if field in FIELDS[1:4] else "cpu") for field in FIELDS
+            }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Not offered: torch would turn the positions into floating point. Use `load_tensors`."""
+        raise NotImplementedError("MaskedAdamW restores its state with load_tensors")
+
+    def _group_of(self, name: str) -> dict[str, Any]:
+        return next(group for group in self.param_groups if name in group["param_names"])
+
+    def _selected_units(self, name: str, mask: Tensor | None) -> Tensor:
+        """Which units a mask selects, (units,) bool."""
+        parameter = self.parameters[name]
+        if mask is None or mask.dtype != torch.bool or mask.shape != parameter.shape:
+            raise ValueError(f"the mask of {name} must be bool of shape {tuple(parameter.shape)}")
+        units = mask.to(parameter.device).reshape(-1, unit_size(parameter.shape, self.granularity))
+        if not torch.equal(units.all(1), units.any(1)):
+            raise ValueError(f"the mask of {name} cuts through a row; use granularity='weight'")
+        if len(units) > torch.iinfo(torch.int32).max:
+            raise ValueError(f"parameter {name} has too many weights for int32 positions; use granularity='row'")
+        return units[:, 0]
+
+    def _replace(self, name: str, selected: Tensor) -> tuple[int, int, int]:
+        """New state of one parameter; returns units kept, joined and left."""
+        parameter = self.parameters[name]
+        state = self.state.get(parameter) or self._empty_state(parameter)
+        positions = state["kept"].long()
+        stays_m = selected[positions]
+        joins = selected.clone()
+        joins[positions] = False
+        joined = joins.nonzero().squeeze(1).int()
+        cohorts_m = torch.repeat_interleave(torch.arange(len(state["cohort_sizes"])), state["cohort_sizes"])
+        sizes_c = torch.bincount(cohorts_m[stays_m.cpu()], minlength=len(state["cohort_sizes"]))
+        sizes_c = torch.cat([sizes_c, torch.tensor([len(joined)])])
+        joined_c = torch.cat([state["cohort_joined"], state["step"][None]])
+        fresh = state["exp_avg"].new_zeros(len(joined), state["exp_avg"].shape[1])
+        self.state[parameter] = {
+            "step": state["step"],
+            "kept": torch.cat([state["kept"][stays_m], joined]),
+            "exp_avg": torch.cat([state["exp_avg"][stays_m], fresh]),
+            "exp_avg_sq": torch.cat([state["exp_avg_sq"][stays_m], fresh]),
+            "cohort_sizes": sizes_c[sizes_c > 0],
+            "cohort_joined": joined_c[sizes_c > 0],
+        }
+        return int(sizes_c.sum()), len(joined), len(positions) - int(stays_m.sum())
+
+    def _empty_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        moments = parameter.new_zeros(0, unit_size(parameter.shape, self.granularity))
+        none = torch.zeros(0, dtype=torch.int64)
+        kept = torch.zeros(0, dtype=torch.int32, device=parameter.device)
+        return dict(zip(FIELDS, (torch.tensor(0), kept, moments, moments, none, none), strict=True))
+
+    def _check_fields(self, name: str, fields: Mapping[str, Tensor]) -> None:
+        parameter = self.parameters.get(name)
+        if parameter is None or set(fields) != set(FIELDS):
+            raise ValueError(f"the state of {name} is not that of a masked optimizer with this parameter")
+        size = unit_size(parameter.shape, self.granularity)
+        kept, moments, sizes_c = fields["kept"], fields["exp_avg"], fields["cohort_sizes"]
+        fits = (
+            moments.shape == fields["exp_avg_sq"].shape == (len(kept), size)
+            and kept.dtype == torch.int32
+            and sizes_c.shape == fields["cohort_joined"].shape
+            and int(sizes_c.sum()) == len(kept)
+            and (not len(kept) or (int(kept.min()) >= 0 and int(kept.max()) < parameter.numel() // size))
+        )
+        if not fits:
+            raise ValueError(f"the state of {name} does not fit its shape {tuple(parameter.shape)} or itself")
+
+
+def _update(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> None:
+    """Gather, update, scatter: dense memory is touched at the kept units only."""
+    assert parameter.grad is not None
+    state["step"] += 1
+    (beta1, beta2), ages_c = group["betas"], _ages(state)
+    exp_avg, exp_avg_sq, kept = state["exp_avg"], state["exp_avg_sq"], state["kept"].long()
+    weights = parameter.view(-1, exp_avg.shape[1])
+    grads = parameter.grad.reshape(weights.shape)[kept]
+    exp_avg.lerp_(grads, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_(_per_unit(state, (1 - beta2**ages_c).sqrt())).add_(group["eps"])
+    step = (exp_avg / denominator).mul_(_per_unit(state, group["lr"] / (1 - beta1**ages_c)))
+    weights.index_copy_(0, kept, weights[kept].mul_(1 - group["lr"] * group["weight_decay"]).sub_(step))
+
+
+def _ages(state: Mapping[str, Tensor]) -> Tensor:
+    """Updates that each cohort has taken part in, (c,) float64."""
+    return (state["step"] - state["cohort_joined"]).double()
+
+
+def _per_unit(state: Mapping[str, Tensor], values_c: Tensor) -> Tensor:
+    """A number for each cohort as one for each unit, (m, 1) in the moments' dtype; (1, 1) if there is one cohort."""
+    moments = state["exp_avg"]
+    values = values_c.to(moments)
+    if len(values) != 1:
+        sizes_c = state["cohort_sizes"].to(moments.device)
+        values = torch.repeat_interleave(values, sizes_c, output_size=len(moments))
+    return values[:, None]
+
+
+def _spread(parameter: Tensor, state: Mapping[str, Tensor], values: Tensor, fill: float) -> Tensor:
+    """Values of the kept units in the parameter's shape, `fill` elsewhere."""
+    dense = values.new_full((parameter.numel() // values.shape[1], values.shape[1]), fill)
+    return dense.index_copy_(0, state["kept"].long(), values).view(parameter.shape)

@@ -1,0 +1,1 @@
+"""Which candidates enter the update, and with what coefficient."""

@@ -1,0 +1,321 @@
+"""The durable truth: weights, optimizer, random states and cursor in one directory that exists whole or not at all.
+
+    <checkpoint.dir>/step-00000042/
+        model/                  a plain transformers checkpoint, adapters merged in
+        adapter.safetensors     with LoRA: the adapters' weights by parameter name
+        optimizer.safetensors   `<parameter name>.<field>`, for example `lm_head.weight.exp_avg`
+        selector.safetensors    tensors of the selection by name
+        random.safetensors      generator states by name
+        trainer.json            step, cursor, identity of the source, and whatever else the trainer keeps
+        manifest.json           written last: size and SHA-256 of every other file, and of itself
+
+A checkpoint is written to a temporary directory, made durable, and renamed. A crash at any point leaves either the old
+or the new one. On resume the newest that verifies is used; a damaged one is reported and passed over. No pickle.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gradient_selectors.mask.masked_adamw import MaskedAdamW
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from stream_trainer.checkpoints.manifest import DamagedError, sync, verify, write_manifest, written
+from stream_trainer.errors import CheckpointError
+from stream_trainer.models.loading import LoadedModel
+from stream_trainer.models.saving import (
+    check_merged,
+    check_shapes,
+    load_adapter,
+    load_weights,
+    save_adapter,
+    save_model,
+)
+
+logger = logging.getLogger(__name__)
+
+MODEL = "model"
+ADAPTER = "adapter.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+SELECTOR = "selector.safetensors"
+RANDOM = "random.safetensors"
+TRAINER = "trainer.json"
+
+# A checkpoint that is being replaced keeps its old self under the first prefix until the new one is in place.
+CHECKPOINT_NAME = re.compile(r"(\.replaced-)?step-(\d{8,})")
+TEMPORARY_PREFIX = ".tmp-"
+REPLACED_PREFIX = ".replaced-"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a run is, beside its weights and optimizer.
+
+    Attributes:
+        step: optimizer steps made.
+        cursor: JSON snapshot of what is decided.
+        source_identity: JSON that tells the stream apart from another of the same name.
+        extra: any other JSON. Keys of every object are strings.
+        tensors: state of the selection, none sharing memory with another. Read back on the CPU.
+        random: generator states, uint8.
+    """
+
+    step: int
+    cursor: dict[str, Any]
+    source_identity: dict[str, Any]
+    extra: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    random: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that is durable. `bytes` is the size of all its files."""
+
+    path: Path
+    step: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every file has been verified against its manifest.
+
+    Attributes:
+        time: when it was written (Unix time).
+        bytes: size of all its files.
+    """
+
+    path: Path
+    step: int
+    time: float
+    bytes: int
+
+
+def save_checkpoint(
+    directory: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer, state: TrainerState, keep: int
+) -> SavedCheckpoint:
+    """Write a checkpoint of `state.step` durably, then delete all but the `keep` newest up to that step.
+
+    Raises CheckpointError if it cannot be written; every earlier checkpoint is then as it was.
+    """
+    name = f"step-{state.step:08d}"
+    final, temporary = directory / name, directory / f"{TEMPORARY_PREFIX}{name}"
+    with _stage("the directory", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(directory)
+        temporary.mkdir()
+    try:
+        _write_files(temporary, loaded, optimizer, state)
+        with _stage("the manifest", temporary):
+            size = write_manifest(temporary, state.step)
+        with _stage("the rename", final):
+            _put_in_place(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _prune(directory, state.step, keep)
+    return SavedCheckpoint(final, state.step, size)
+
+
+def load_latest(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None if there is none at all.
+
+    Damaged ones are logged and passed over. Raises CheckpointError if there are some and none verifies: to start afresh
+    would apply records twice, so that is for the user to decide.
+    """
+    try:
+        found = _list(directory)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint.dir={directory} cannot be read ({error}); mend its permissions") from error
+    for step, path in found:
+        try:
+            verify(path, step)
+        except (OSError, DamagedError) as error:
+            logger.error("checkpoint %s is damaged and passed over: %s", path, error)
+        else:
+            return Checkpoint(path, step, *written(path))
+    if found:
+        raise CheckpointError(
+            f"checkpoint.dir={directory} holds {len(found)} checkpoints and none is whole; restore one from a backup, "
+            f"or set another directory to start afresh"
+        )
+    return None
+
+
+def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> TrainerState:
+    """Put weights and optimizer state into the live objects, bit for bit, and return the rest.
+
+    Optimizer state is matched by parameter name. Learning rate and its like stay as the settings have them.
+    Raises CheckpointError, naming the first parameter that does not fit.
+    """
+    path = checkpoint.path
+    if (path / ADAPTER).exists() != loaded.lora:
+        made, remedy = ("without", "unset") if loaded.lora else ("with", "set")
+        raise CheckpointError(
+            f"checkpoint {path} was made {made} adapters; {remedy} model.lora, or set another checkpoint.dir"
+        )
+    if loaded.lora:
+        load_adapter(loaded, path / ADAPTER)
+        check_merged(loaded, path / MODEL)
+    else:
+        load_weights(loaded, path / MODEL)
+    _restore_optimizer(path / OPTIMIZER, loaded, optimizer)
+    trainer = json.loads((path / TRAINER).read_text())
+    return TrainerState(**trainer, tensors=_read_tensors(path / SELECTOR), random=_read_tensors(path / RANDOM))
+
+
+@contextmanager
+def _stage(what: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint.dir: writing {what} to {path} failed ({error}); free space or mend its permissions"
+        ) from error
+
+
+def _write_files(directory: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+    with _stage("the model", directory):
+        save_model(loaded, directory / MODEL)
+        if loaded.lora:
+            save_adapter(loaded, directory / ADAPTER)
+    with _stage("the optimizer", directory):
+        parameters = _optimized(loaded, optimizer)
+        tensors = {
+            f"{name}.{field}": value.detach().contiguous()
+            for name, parameter in parameters.items()
+            for field, value in optimizer.state.get(parameter, {}).items()
+        }
+        # A parameter may have no state yet, so the names are kept apart from it.
+        save_file(tensors, directory / OPTIMIZER, metadata={"parameters": json.dumps(list(parameters))})
+    with _stage("the trainer's state", directory):
+        # Only contiguous tensors can be written.
+        tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
+        save_file(tensors, directory / SELECTOR)
+        save_file(state.random, directory / RANDOM)
+        trainer = {
+            "step": state.step,
+            "cursor": state.cursor,
+            "source_identity": state.source_identity,
+            "extra": state.extra,
+        }
+        (directory / TRAINER).write_text(json.dumps(trainer, indent=2))
+
+
+def _optimized(loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
+    """Parameters of the optimizer by name."""
+    members = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {name: parameter for name, parameter in loaded.model.named_parameters() if id(parameter) in members}
+
+
+def _restore_optimizer(path: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> None:
+    with safe_open(path, framework="pt") as file:
+        masked = any(key.endswith(".kept") for key in file.keys())  # noqa: SIM118
+        any_state = bool(file.keys())
+    if any_state and masked != isinstance(optimizer, MaskedAdamW):
+        made, remedy = ("with", "fixed or dual_sft") if masked else ("without", "none")
+        raise CheckpointError(
+            f"checkpoint {path.parent} was made {made} a mask; set selection.mask={remedy}, or another checkpoint.dir"
+        )
+    if isinstance(optimizer, MaskedAdamW):
+        _restore_masked(path, optimizer)
+    else:
+        _restore_dense(path, loaded, optimizer)
+
+
+def _restore_masked(path: Path, optimizer: MaskedAdamW) -> None:
+    try:
+        optimizer.load_tensors(load_file(path))
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit ({error}); restore the settings it was made with, or set another "
+            "checkpoint.dir"
+        ) from error
+
+
+def _restore_dense(path: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> None:
+    parameters = _optimized(loaded, optimizer)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    # torch keeps the step on the CPU unless the whole update runs on the device.
+    on_device = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        names = json.loads(file.metadata()["parameters"])
+        check_shapes("optimizer state of", shapes, {name: shapes.get(name, ()) for name in names}, path)
+        for key in file.keys():  # noqa: SIM118
+            name, _, field = key.rpartition(".")
+            tensor, parameter = file.get_tensor(key).clone(), parameters[name]
+            if tensor.dim() > 0:
+                check_shapes(f"{field} of", {name: shapes[name]}, {name: tuple(tensor.shape)}, path)
+            if tensor.dim() > 0 or id(parameter) in on_device:
+                tensor = tensor.to(parameter.device)
+            state.setdefault(name, {})[field] = tensor
+    optimizer.state.clear()
+    for name, fields in state.items():
+        optimizer.state[parameters[name]] = fields
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name, copied: those of safetensors are mapped from the file, which will be deleted in time."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Rename durably. Where a checkpoint of the same step exists, one of the two is readable at every moment."""
+    if final.exists():
+        replaced = final.with_name(f"{REPLACED_PREFIX}{final.name}")
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        final.rename(replaced)
+    temporary.rename(final)
+    sync(final.parent)
+
+
+def _list(directory: Path) -> list[tuple[int, Path]]:
+    """Steps and paths of all checkpoints, newest first, one being replaced after the one that replaces it."""
+    if not directory.exists():
+        return []
+    matches = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
+    found = [(int(match[2]), match[1] is None, path) for match, path in matches if match]
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Delete what a crash left half written or half deleted."""
+    for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        try:
+            shutil.rmtree(leftover)
+        except OSError as error:
+            logger.warning("%s cannot be deleted: %s", leftover, error)
+
+
+def _prune(directory: Path, step: int, keep: int) -> None:
+    """Delete what is not among the `keep` newest up to `step`.
+
+    Later ones were passed over when the run resumed from an older one: what they hold is being done again.
+    """
+    try:
+        found = [path for _, path in _list(directory) if not path.name.startswith(REPLACED_PREFIX)]
+        kept = [path for path in found if int(path.name.removeprefix("step-")) <= step][:keep]
+        for path in [path for _, path in _list(directory) if path not in kept]:
+            # Renamed first, so that a crash half way leaves nothing that looks like a damaged checkpoint.
+            doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+            logger.info("deleted checkpoint %s", path)
+    except OSError as error:
+        logger.warning("old checkpoints in %s cannot be deleted: %s", directory, error)

@@ -1,0 +1,213 @@
+"""Whether what the settings name is there: looked at before anything is loaded, and by `config check`."""
+
+import math
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from stream_trainer.errors import SettingsError, StreamTrainerError
+from stream_trainer.monitoring.server import listen_problem
+from stream_trainer.settings.schema import ModelSettings, Settings
+
+FLOAT32_BYTES = 4
+
+# What the hub accepts, and no path on disk that a user would mean: `name` or `owner/name`.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at. `detail` is the whole error line if it is not `ok`."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def check_all(settings: Settings) -> list[Check]:
+    """Everything: what `check_offline` looks at, then the port and the brokers."""
+    return [*check_offline(settings), *_server(settings), *_kafka(settings)]
+
+
+def check_offline(settings: Settings) -> list[Check]:
+    """What this machine alone can tell, in milliseconds (longer where a CUDA device must be looked for)."""
+    return [
+        *_files(settings),
+        *_directories(settings),
+        *_model(settings.model),
+        *_extras(settings.model),
+        _device(settings.model),
+    ]
+
+
+def require(checks: list[Check]) -> None:
+    """Raise SettingsError with one line for each check that failed."""
+    failed = [check.detail for check in checks if not check.ok]
+    if failed:
+        raise SettingsError("\n".join(failed))
+
+
+def _files(settings: Settings) -> Iterator[Check]:
+    kafka = settings.source.kafka
+    named: dict[str, Path | None] = {
+        "target.path": settings.target.path,
+        "evaluation.retention_path": settings.evaluation.retention_path,
+        "selection.mask_path": settings.selection.mask_path,
+    }
+    named |= {f"evaluation.sets.{name}": path for name, path in settings.evaluation.sets.items()}
+    if settings.selection.mask == "dual_sft":
+        named["selection.dual_sft.anchor_path"] = settings.selection.dual_sft.anchor_path
+    if settings.source.kind == "jsonl" and settings.source.jsonl.path != "-":
+        named["source.jsonl.path"] = Path(settings.source.jsonl.path or "")
+    if settings.source.kind == "kafka":
+        named |= {
+            "source.kafka.ssl_cafile": kafka.ssl_cafile,
+            "source.kafka.ssl_certfile": kafka.ssl_certfile,
+            "source.kafka.ssl_keyfile": kafka.ssl_keyfile,
+        }
+    for name, path in named.items():
+        if path is not None:
+            yield _readable(name, path)
+
+
+def _readable(name: str, path: Path) -> Check:
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        return Check(name, False, f"{name}={path} cannot be read ({error.strerror}); correct the path")
+    return Check(name, True, str(path))
+
+
+def _directories(settings: Settings) -> Iterator[Check]:
+    directory = settings.checkpoint.dir
+    writable = _writable("checkpoint.dir", directory, directory)
+    yield writable
+    if writable.ok:
+        yield _room(settings)
+    # Also beside a topic: records that are too large for it go to the file.
+    path = settings.dead_letters.path
+    if path.is_dir():
+        yield Check("dead_letters.path", False, f"dead_letters.path={path} is a directory; name a file")
+    elif path.exists() and not os.access(path, os.W_OK):
+        yield Check("dead_letters.path", False, f"dead_letters.path={path} cannot be written; change its permissions")
+    else:
+        yield _writable("dead_letters.path", path, path.parent)
+
+
+def _writable(name: str, path: Path, directory: Path) -> Check:
+    """Whether files can be made in `directory`, which itself is made later if its nearest parent allows that."""
+    nearest = _nearest(directory)
+    if not nearest.is_dir():
+        return Check(name, False, f"{name}={path} cannot be made, {nearest} is no directory; name another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return Check(name, False, f"{name}={path} cannot be written, {nearest} is read-only for us; name another place")
+    return Check(name, True, str(path))
+
+
+def _nearest(path: Path) -> Path:
+    """`path`, or its nearest ancestor that exists."""
+    return next((place for place in (path, *path.absolute().parents) if place.exists()), Path("/"))
+
+
+def _room(settings: Settings) -> Check:
+    """Room for one more checkpoint: weights and two moments of the same shape. Adapters take next to nothing."""
+    directory, model = settings.checkpoint.dir, settings.model
+    weights = [] if model.lora or model.name is None else Path(model.name).glob("*.safetensors")
+    free, needed = shutil.disk_usage(_nearest(directory)).free, 3 * FLOAT32_BYTES * sum(map(_num_weights, weights))
+    text = f"{free / 2**30:.1f} GiB free"
+    if free < needed:
+        remedy = f"one checkpoint takes {needed / 2**30:.1f} GiB or more; free some or name another disk"
+        return Check("checkpoint room", False, f"checkpoint.dir={directory} has {text}, {remedy}")
+    return Check("checkpoint room", True, text)
+
+
+def _num_weights(file: Path) -> int:
+    """How many a safetensors file holds, of whatever dtype; checkpoints hold them in float32."""
+    try:
+        with safe_open(file, "np") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return 0  # loading it will say what is wrong
+
+
+def _model(model: ModelSettings) -> Iterator[Check]:
+    if model.name is not None:
+        yield _origin("model.name", model.name, f"a file {model.gguf_file}" if model.gguf_file else "a model directory")
+        if model.gguf_file is not None and Path(model.name).is_dir():
+            yield _readable("model.gguf_file", Path(model.name) / model.gguf_file)
+    if model.tokenizer not in (None, "bytes"):
+        yield _origin("model.tokenizer", str(model.tokenizer), "a tokenizer directory")
+
+
+def _origin(name: str, value: str, wanted: str) -> Check:
+    """A directory, or what may be a name on the hub: only loading tells whether it is."""
+    if Path(value).is_dir():
+        return Check(name, True, f"directory {value}")
+    if _HUB_NAME.fullmatch(value) and not Path(value).exists():
+        return Check(name, True, f"{value} is no directory here, so it will be looked up on the hub")
+    return Check(name, False, f"{name}={value} is not a directory; set it to {wanted} or a name on the hub")
+
+
+def _extras(model: ModelSettings) -> Iterator[Check]:
+    if model.lora is not None:
+        yield _extra("lora", ("peft",), f"model.lora.rank={model.lora.rank}")
+    if model.gguf_file is not None:
+        yield _extra("gguf", ("gguf", "accelerate"), f"model.gguf_file={model.gguf_file}")
+
+
+def _extra(name: str, modules: tuple[str, ...], setting: str) -> Check:
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        line = f"{setting} needs the module {', '.join(missing)}; pip install 'stream-trainer[{name}]'"
+        return Check(f"extra {name}", False, line)
+    return Check(f"extra {name}", True, "installed")
+
+
+def _device(model: ModelSettings) -> Check:
+    known = re.fullmatch(r"cpu|cuda(?::(\d+))?", model.device)
+    if known is None:
+        return Check("model.device", False, f"model.device={model.device} is unknown; set it to cpu, cuda or cuda:N")
+    if model.device != "cpu":
+        import torch  # it takes seconds, which only those pay who ask for a device
+
+        found = torch.cuda.device_count()
+        if int(known[1] or 0) >= found:
+            line = f"model.device={model.device} is not available, torch sees {found} CUDA devices; set it to cpu"
+            return Check("model.device", False, line)
+    return Check("model.device", True, model.device)
+
+
+def _server(settings: Settings) -> Iterator[Check]:
+    server = settings.server
+    if not server.enabled:
+        return
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((server.host, server.port))
+        except OSError as error:
+            yield Check("server.port", False, listen_problem(server, error))
+            return
+    yield Check("server.port", True, f"{server.host}:{server.port} is free")
+
+
+def _kafka(settings: Settings) -> Iterator[Check]:
+    if settings.source.kind != "kafka":
+        return
+    from stream_trainer.sources.kafka import probe  # kafka is loaded only where it is used
+
+    try:
+        probe(settings.source.kafka)
+    except StreamTrainerError as error:
+        yield Check("source.kafka", False, str(error))
+    else:
+        yield Check("source.kafka", True, f"{settings.source.kafka.topic} at {settings.source.kafka.bootstrap_servers}")

@@ -1,0 +1,162 @@
+"""A file of samples to select from, and the files a selection leaves: what offline selectors share.
+
+Lines are found again by their position, so a pool need not fit in memory; every use decodes them anew. Lines that are
+no samples are set aside with the reason, as dead letters.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from stream_trainer.errors import SampleError, SettingsError
+from stream_trainer.ingest.dead_letters import FileDeadLetters
+from stream_trainer.records import Partition, Record, Sample
+from stream_trainer.samples.decoder import Decoder
+
+READ_TOGETHER = 1024  # lines decoded at a time
+
+
+@dataclass(frozen=True)
+class PoolFile:
+    """The samples of a JSONL file, in its order.
+
+    Attributes:
+        starts, sizes: bytes of each sample's line, newline included.
+        lines: line number of each, from 1.
+        ids: the producer's name for each, or None.
+        tokens: tokens of each.
+        rejected: lines that are no samples, by reason.
+    """
+
+    path: Path
+    decoder: Decoder
+    starts: list[int]
+    sizes: list[int]
+    lines: list[int]
+    ids: list[str | None]
+    tokens: list[int]
+    rejected: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """Some samples, decoded anew. Raises SettingsError if the file has changed."""
+        with self.path.open("rb") as file:
+            records = [self._record(file, index) for index in indices]
+        samples = []
+        for index, result in zip(indices, self.decoder.decode_batch(records), strict=True):
+            if not isinstance(result, Sample) or result.num_tokens != self.tokens[index]:
+                raise SettingsError(f"--pool={self.path} line {self.lines[index]} changed while it was read; run again")
+            samples.append(result)
+        return samples
+
+    def write_lines(self, indices: Sequence[int], path: Path) -> None:
+        """Write the original lines of some samples, in the order given."""
+        with self.path.open("rb") as file, replacing(path) as out:
+            for index in indices:
+                out.write((self._record(file, index).value or b"").rstrip(b"\r\n") + b"\n")
+
+    def write_scores(self, scores: Sequence[float], path: Path) -> list[int]:
+        """Write `line`, `id`, `score` and `rank` of every sample, best first, and return the indices in that order.
+
+        Samples whose score is not finite come last, with neither score nor rank, and are not returned.
+        """
+        order = sorted(range(len(self)), key=lambda i: -scores[i] if math.isfinite(scores[i]) else math.inf)
+        ranked = [index for index in order if math.isfinite(scores[index])]
+        with replacing(path) as out:
+            for rank, index in enumerate(order, start=1):
+                score, place = (scores[index], rank) if rank <= len(ranked) else (None, None)
+                fields = {"line": self.lines[index], "id": self.ids[index], "score": score, "rank": place}
+                out.write(json.dumps(fields).encode() + b"\n")
+        return ranked
+
+    def _record(self, file: BinaryIO, index: int) -> Record:
+        start, size = self.starts[index], self.sizes[index]
+        file.seek(start)
+        return Record(Partition(str(self.path), 0), start, start + size, file.read(size))
+
+
+def read_pool(path: Path, decoder: Decoder, rejected: Path, progress: Callable[[int], None]) -> PoolFile:
+    """Decode every line once. Those that are no samples are written to `rejected`; blank lines are skipped.
+
+    `progress` is told of bytes as they are read. Raises SettingsError if the file cannot be read or holds no
+    sample, OSError if `rejected` cannot be replaced.
+    """
+    pool = PoolFile(path, decoder, [], [], [], [], [], Counter())
+    rejected.unlink(missing_ok=True)
+    with closing(FileDeadLetters(rejected)) as rejects:
+        for numbers, records in _chunks(path):
+            for number, record, result in zip(numbers, records, decoder.decode_batch(records), strict=True):
+                if isinstance(result, Sample):
+                    pool.starts.append(record.offset)
+                    pool.sizes.append(record.next_offset - record.offset)
+                    pool.lines.append(number)
+                    pool.ids.append(result.id)
+                    pool.tokens.append(result.num_tokens)
+                else:
+                    error = result or SampleError("empty", "the line has no bytes")
+                    rejects.send(record, error.reason, str(error))
+                    pool.rejected[error.reason] += 1
+            progress(records[-1].next_offset - records[0].offset)
+    if not len(pool):
+        raise SettingsError(
+            f"--pool={path} holds no samples ({pool.rejected.total()} lines rejected); correct the file"
+        )
+    return pool
+
+
+def size_of(path: Path) -> int:
+    """Bytes of the pool. Raises SettingsError if it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise SettingsError(f"--pool={path} cannot be read ({error.strerror}); name a readable file") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its place once it is written to the end."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _chunks(path: Path) -> Iterator[tuple[list[int], list[Record]]]:
+    """Lines that are not blank with their numbers, some at a time."""
+    partition, offset = Partition(str(path), 0), 0
+    numbers: list[int] = []
+    records: list[Record] = []
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise SettingsError(f"--pool={path} cannot be read ({error.strerror}); name a readable file") from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                numbers.append(number)
+                records.append(Record(partition, offset, offset + len(line), line))
+            offset += len(line)
+            if len(records) == READ_TOGETHER:
+                yield numbers, records
+                numbers, records = [], []
+    if records:
+        yield numbers, records
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn a failure to write below `--out` into a SettingsError."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(f"--out={directory} cannot be written ({error}); name a writable directory") from error

@@ -1,0 +1,328 @@
+"""Publish JSON lines to a topic, mixed as asked: for demos, load tests and backfills.
+
+Each line becomes a record with its original bytes, no key and the current time. Records go to the partitions in turn,
+so the same arguments give the same topic.
+"""
+
+import argparse
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from stream_trainer.errors import SettingsError, SourceError
+from stream_trainer.settings.schema import ENVIRONMENT_PREFIX, KafkaSettings
+from stream_trainer.sources.connection import Topic, connect, describe_topic
+
+IN_FLIGHT_RECORDS = 2_000  # the client has no memory limit of its own, so wait for acknowledgements this often
+IN_FLIGHT_BYTES = 16 * 1024 * 1024
+LINGER_MS = 5
+FLUSH_TIMEOUT_S = 60
+
+EXAMPLES = """\
+examples:
+  stream-trainer produce math.jsonl --topic samples
+      all lines of one file, as fast as the broker takes them
+  stream-trainer produce math.jsonl:0.25 roleplay.jsonl:0.35 tools.jsonl:0.40 --topic samples --rate 100
+      a mixture: each record is drawn from a file with the stated probability, 100 records a second,
+      until a file runs out, so that the mixture stays as stated
+  stream-trainer produce math.jsonl tools.jsonl --topic samples --count 1000 --seed 1
+      without shares the files are interleaved in proportion to their length
+
+Whatever an option leaves out comes from the same environment variables as for `run`, such as
+STREAM_TRAINER_SOURCE__KAFKA__BOOTSTRAP_SERVERS; the password comes from there only
+(STREAM_TRAINER_SOURCE__KAFKA__SASL_PASSWORD).
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ProduceReport:
+    """What was published.
+
+    Attributes:
+        records, bytes: acknowledged by the brokers; bytes of the values.
+        seconds: from the first record to the last acknowledgement.
+        per_file: records of each file, in the order the files were given.
+        ended_by: why it stopped there.
+    """
+
+    records: int
+    bytes: int
+    seconds: float
+    per_file: tuple[tuple[Path, int], ...]
+    ended_by: str
+
+
+def produce(
+    files: Sequence[Path],
+    shares: Sequence[float] | None,
+    settings: KafkaSettings,
+    *,
+    rate: float | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    partitions: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> ProduceReport:
+    """Publish the lines of `files` to `settings.topic`, which is created with `partitions` if missing.
+
+    With `shares` (positive, any scale) each record is drawn from a file with that probability and publishing ends when
+    a drawn file has no line left; without, it ends with the last line of all. `count` ends it earlier, `rate` limits
+    the records per second. `progress(sent, total)` is called after each record; `total` is an estimate with `shares`.
+    Raises SettingsError for files or shares that cannot be used, SourceError if the brokers cannot take the records.
+    """
+    with ExitStack() as stack:
+        rng = random.Random(seed)  # noqa: S311 - a mixture, no secret
+        mixture = _Mixture([stack.enter_context(_open(path)) for path in files], shares, rng)
+        total = mixture.expected_records() if count is None else min(count, mixture.expected_records())
+        numbers = _ensure_topic(settings, partitions).partitions
+        sender = _Sender(connect(KafkaProducer, settings, "stream-trainer-produce", acks="all", linger_ms=LINGER_MS))
+        stack.callback(sender.close)
+        begun = time.monotonic()
+        while count is None or sender.records < count:
+            line = mixture.next_line()
+            if line is None:
+                break
+            if rate is not None:
+                time.sleep(max(0.0, begun + sender.records / rate - time.monotonic()))
+            sender.send(settings.topic, numbers[sender.records % len(numbers)], line)
+            if progress is not None:
+                progress(sender.records, total)
+        sender.flush()
+        return ProduceReport(
+            records=sender.records,
+            bytes=sender.bytes,
+            seconds=time.monotonic() - begun,
+            per_file=tuple(zip(files, mixture.drawn(), strict=True)),
+            ended_by=mixture.ended_by or f"count={count} reached",
+        )
+
+
+class _Mixture:
+    """Lines drawn from several files at random, each file's own in order."""
+
+    def __init__(self, files: Sequence[BinaryIO], shares: Sequence[float] | None, rng: random.Random) -> None:
+        self._files = files
+        self._lines = [_count_lines(file) for file in files]
+        self._shares = shares
+        self._rng = rng
+        self._taken = [0] * len(files)
+        self.ended_by = ""
+
+    def expected_records(self) -> int:
+        """Records until it ends: exact without shares, else the expectation."""
+        if self._shares is None:
+            return sum(self._lines)
+        total = sum(self._shares)
+        return min(int(lines * total / share) for lines, share in zip(self._lines, self._shares, strict=True))
+
+    def next_line(self) -> bytes | None:
+        """The next line without its newline, or None at the end, after which `ended_by` says why."""
+        left = [lines - taken for lines, taken in zip(self._lines, self._taken, strict=True)]
+        if self._shares is None and not any(left):
+            self.ended_by = "every file was read to its end"
+            return None
+        # Weights that fall as lines are used up make every order of the remaining lines equally likely.
+        (index,) = self._rng.choices(range(len(left)), self._shares or left)
+        if not left[index]:
+            self.ended_by = f"{self._files[index].name} ran out"
+            return None
+        self._taken[index] += 1
+        return self._files[index].readline().removesuffix(b"\n")
+
+    def drawn(self) -> list[int]:
+        """Lines taken of each file."""
+        return list(self._taken)
+
+
+class _Sender:
+    """A producer whose failures are raised by the next call, and that never holds much."""
+
+    def __init__(self, producer: Any) -> None:
+        self._producer = producer
+        self._failure: BaseException | None = None
+        self._waiting_records = 0
+        self._waiting_bytes = 0
+        self.records = 0
+        self.bytes = 0
+
+    def send(self, topic: str | None, partition: int, value: bytes) -> None:
+        try:
+            self._producer.send(topic, value=value, partition=partition).add_errback(self._note_failure)
+        except KafkaError as error:
+            raise SourceError(
+                f"record {self.records + 1} of {len(value)} bytes cannot be published ({error}); "
+                "check the topic's max.message.bytes"
+            ) from error
+        self.records += 1
+        self.bytes += len(value)
+        self._waiting_records += 1
+        self._waiting_bytes += len(value)
+        if self._waiting_records >= IN_FLIGHT_RECORDS or self._waiting_bytes >= IN_FLIGHT_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until the brokers have acknowledged everything. Raises SourceError if they did not."""
+        try:
+            self._producer.flush(timeout=FLUSH_TIMEOUT_S)
+        except KafkaError as error:
+            self._note_failure(error)
+        if self._failure is not None:
+            raise SourceError(
+                f"of {self.records} records sent the last {self._waiting_records} may be missing ({self._failure}); "
+                "check the brokers and publish again"
+            ) from self._failure
+        self._waiting_records = self._waiting_bytes = 0
+
+    def close(self) -> None:
+        self._producer.close(timeout=0)
+
+    def _note_failure(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise SettingsError(f"file {path} cannot be opened ({error.strerror}); correct the path") from None
+
+
+def _count_lines(file: BinaryIO) -> int:
+    """Lines of a file, the last with or without its newline; leaves it at its beginning."""
+    lines, last = 0, b"\n"
+    while chunk := file.read(1024 * 1024):
+        lines += chunk.count(b"\n")
+        last = chunk[-1:]
+    file.seek(0)
+    return lines + (last != b"\n")
+
+
+def _ensure_topic(settings: KafkaSettings, partitions: int) -> Topic:
+    """The topic, created if it is missing. Raises SourceError if that fails."""
+    name = settings.topic or ""
+    admin = connect(KafkaAdminClient, settings, "stream-trainer-produce-admin")
+    try:
+        topic = describe_topic(admin, name)
+        if topic is None:
+            try:
+                admin.create_topics({name: {"num_partitions": partitions}}, wait_for_metadata=True)
+            except TopicAlreadyExistsError:
+                admin.wait_for_topics([name])  # somebody else was faster
+            topic = describe_topic(admin, name)
+    except KafkaError as error:
+        raise SourceError(f"topic {name} cannot be created or described ({error}); check access") from error
+    finally:
+        admin.close()
+    if topic is None:
+        raise SourceError(f"topic {name} vanished right after it was created; check who deletes topics")
+    return topic
+
+
+def add_produce_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `stream-trainer produce`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Publish JSONL files to a Kafka topic, one record a line, mixed as asked."
+    parser.epilog = EXAMPLES
+    parser.add_argument("files", nargs="+", metavar="FILE[:SHARE]", help="JSONL file, and its share of the mixture")
+    parser.add_argument("--topic", help="topic to publish to; created if missing")
+    parser.add_argument("--bootstrap-servers", metavar="HOST:PORT,...", help="brokers (default localhost:9092)")
+    parser.add_argument("--rate", type=float, metavar="N", help="records per second (default: as fast as possible)")
+    parser.add_argument("--count", type=int, metavar="N", help="records to publish at most (default: until files end)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the mixture (default 0)")
+    parser.add_argument("--partitions", type=int, default=1, metavar="N", help="partitions of a new topic (default 1)")
+    parser.add_argument("--security-protocol", choices=["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"])
+    parser.add_argument("--sasl-mechanism", choices=["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+    parser.add_argument("--sasl-username", metavar="NAME")
+    parser.add_argument("--ssl-cafile", metavar="PEM", help="authorities to trust (default: the system's)")
+
+
+def run_produce(args: argparse.Namespace) -> int:
+    """Publish as the command line says, with a progress bar on a terminal; returns the exit code.
+
+    Raises SettingsError for input that cannot be used, SourceError if the brokers cannot take it.
+    """
+    for name, value in (("--rate", args.rate), ("--count", args.count), ("--partitions", args.partitions)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise SettingsError(f"{name} {value:g} is not above zero; correct it")
+    files, shares = parse_files(args.files)
+    settings = _settings_of(args)
+    columns = (TextColumn("publishing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("publishing")
+        report = produce(
+            files,
+            shares,
+            settings,
+            rate=args.rate,
+            count=args.count,
+            seed=args.seed,
+            partitions=args.partitions,
+            progress=lambda sent, total: bar.update(task, completed=sent, total=max(sent, total)),
+        )
+    print(
+        f"published {report.records} records, {report.bytes} bytes, to {settings.topic} in {report.seconds:.1f} s; "
+        f"{report.ended_by}"
+    )
+    for path, records in report.per_file:
+        print(f"  {records:>8}  {path}")
+    return 0
+
+
+def parse_files(arguments: Sequence[str]) -> tuple[list[Path], list[float] | None]:
+    """Files and their shares from `FILE` or `FILE:SHARE`. Raises SettingsError unless all or none have a share."""
+    files: list[Path] = []
+    shares: list[float] = []
+    for argument in arguments:
+        name, colon, share = argument.rpartition(":")
+        if not colon or Path(argument).exists():
+            files.append(Path(argument))
+            continue
+        files.append(Path(name))
+        shares.append(_parse_share(argument, share))
+    for path in files:
+        if not path.is_file():
+            raise SettingsError(f"file {path} does not exist; correct the path")
+    if shares and len(shares) < len(files):
+        raise SettingsError(f"{len(shares)} of {len(files)} files have a share; give every file one, or none")
+    return files, shares or None
+
+
+def _parse_share(argument: str, text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not (math.isfinite(share) and share > 0):
+        raise SettingsError(f"{argument}: the share {text!r} is not a number above zero; write FILE:SHARE, as in a:0.5")
+    return share
+
+
+def _settings_of(args: argparse.Namespace) -> KafkaSettings:
+    """Options first, then the environment of `source.kafka`, then the defaults."""
+    values: dict[str, str] = {}
+    for name in KafkaSettings.model_fields:
+        value = getattr(args, name, None) or os.environ.get(f"{ENVIRONMENT_PREFIX}SOURCE__KAFKA__{name.upper()}")
+        if value is not None:
+            values[name] = value
+    try:
+        settings = KafkaSettings.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(("source.kafka", *map(str, problem["loc"])))
+        raise SettingsError(f"{field}: {problem['msg'].removeprefix('Value error, ')}") from None
+    if settings.topic is None:
+        raise SettingsError("--topic is missing; name the topic to publish to")
+    return settings

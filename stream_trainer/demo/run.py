@@ -1,0 +1,276 @@
+"""The demo: broker, stream, training and report on this machine, in a minute or two.
+
+Two runs of the service read the same stream: one selects, the control draws at random and trains on as many samples.
+What each has learned is measured on held-out samples of the target that took no part in either. Domain labels are
+counted for the report and select nothing.
+"""
+
+import argparse
+import json
+import math
+import signal
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from gradient_selectors.capture.capture import GradientCapture
+from rich.console import Console
+
+from stream_trainer import service
+from stream_trainer.checkpoints.checkpoint import MODEL, load_latest
+from stream_trainer.commands.produce import produce
+from stream_trainer.demo.broker import HOST, embedded_broker, free_port
+from stream_trainer.demo.display import Display, Watch, print_report, share
+from stream_trainer.demo.stream import HELD_OUT_SAMPLES, TARGET, TARGET_SAMPLES, DemoStream, write_stream
+from stream_trainer.errors import SettingsError
+from stream_trainer.models.loading import load_model
+from stream_trainer.monitoring.logs import configure_logging
+from stream_trainer.samples.decoder import Decoder, read_samples
+from stream_trainer.settings.schema import (
+    CheckpointSettings,
+    DeadLetterSettings,
+    EvaluationSettings,
+    JsonlSettings,
+    KafkaSettings,
+    LogSettings,
+    ModelSettings,
+    OptimizerSettings,
+    SampleSettings,
+    ServerSettings,
+    Settings,
+    SourceSettings,
+    TargetSettings,
+    TrainingSettings,
+)
+from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.training.target import mean_loss
+
+POOL_SIZE, CHOSEN = 16, 4
+DEFAULT_STEPS = 250
+TOPIC = "demo"
+THREADS = 1  # the model is too small to gain from more, and two wait for each other where cores are shared
+
+MODEL_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 259,  # of the tokenizer `bytes`
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
+
+EXAMPLES = """\
+examples:
+  stream-trainer demo
+      a broker of its own, a made-up stream, and a report of what selection bought
+  stream-trainer demo --dir demo --summary demo.json
+      keep stream, checkpoints, dead letters and log in the directory demo, and the figures in a file
+"""
+
+Method = Literal["filter_then_weight", "uniform"]
+
+
+@dataclass(frozen=True)
+class _Demo:
+    """What every part of the demo works with."""
+
+    directory: Path
+    steps: int
+    seed: int
+    port: int
+    stream: DemoStream
+    display: Display
+    stop: threading.Event
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A finished run.
+
+    Attributes:
+        outcomes: records by outcome.
+        loss: on held-out samples of the target, after it (nats per token).
+    """
+
+    watch: Watch
+    outcomes: dict[str, int]
+    loss: float
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `stream-trainer demo`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "--steps", type=int, default=DEFAULT_STEPS, metavar="N", help=f"steps of training (default {DEFAULT_STEPS})"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of stream, model and draws (default 0)")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument(
+        "--dir", type=Path, metavar="DIR", help="work there and keep everything (default: a temporary one)"
+    )
+    parser.add_argument(
+        "--source", choices=["kafka", "jsonl"], help="read a topic or a file (default: kafka if a broker is installed)"
+    )
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Run the demo. Returns the exit code: 0, or 130 after Ctrl-C.
+
+    Raises SettingsError for arguments that cannot be used, and what the service raises.
+    """
+    if args.steps < 1:
+        raise SettingsError(f"--steps {args.steps} is not above zero; correct it")
+    started = time.monotonic()
+    console = Console(soft_wrap=True, highlight=False)
+    stop = threading.Event()
+    with ExitStack() as stack:
+        received = stack.enter_context(service.stopping_on_signals(stop))
+        directory = _directory(args.dir, stack)
+        _check_summary(args.summary)
+        configure_logging(LogSettings(), stack.enter_context((directory / "service.log").open("w")))
+        port = free_port()
+        demo = _Demo(
+            directory=directory,
+            steps=args.steps,
+            seed=args.seed,
+            port=port,
+            stream=write_stream(directory, args.steps * POOL_SIZE, args.seed),
+            display=Display(console, f"http://{HOST}:{port}"),
+            stop=stop,
+        )
+        source = _publish(demo, args.source, console, stack)
+        runs = _train(demo, source, console)
+        if len(runs) < 2:
+            console.print(f"Stopped by {received[0].name}; without both runs there is no report.")
+            return 130 if received[0] is signal.SIGINT else 0
+        before = _held_out_loss(demo, _model_settings())
+    selected, uniform = runs
+    print_report(console, demo.stream.counts, [run.watch for run in runs], before, [run.loss for run in runs])
+    if args.dir is not None:
+        console.print(f"Stream, checkpoints, dead letters and log are in {args.dir}.")
+    if args.summary is not None:
+        figures = _summary(selected, uniform, before)
+        figures |= {"seconds": round(time.monotonic() - started, 1), "source": source.kind, "seed": args.seed}
+        args.summary.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _directory(path: Path | None, stack: ExitStack) -> Path:
+    """An empty directory. Checkpoints of an earlier demo would be resumed, so one that holds anything is refused."""
+    if path is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stream-trainer-demo-")))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise SettingsError(f"--dir {path} is not empty; name a new directory")
+    except OSError as error:
+        raise SettingsError(f"--dir {path} cannot be used ({error.strerror}); name another directory") from None
+    return path
+
+
+def _check_summary(path: Path | None) -> None:
+    """Before minutes of work, not after."""
+    if path is None:
+        return
+    try:
+        path.touch()
+    except OSError as error:
+        raise SettingsError(f"--summary {path} cannot be written ({error.strerror}); name another file") from None
+
+
+def _publish(demo: _Demo, kind: str | None, console: Console, stack: ExitStack) -> SourceSettings:
+    """Start a broker that runs until `stack` closes and fill its topic; or read the file, where there is none."""
+    if kind is None and find_spec("noida_db") is None:
+        console.print("The embedded broker (package noida-db) is not installed: the stream is read from a file.")
+        kind = "jsonl"
+    if kind == "jsonl":
+        return SourceSettings(kind="jsonl", jsonl=JsonlSettings(path=str(demo.stream.records)))
+    servers = stack.enter_context(embedded_broker(demo.directory / "broker"))
+    kafka = KafkaSettings(bootstrap_servers=servers, topic=TOPIC, stop_at_end=True)
+    report = produce([demo.stream.records], None, kafka, seed=demo.seed)
+    console.print(f"Published {report.records} records to the topic {TOPIC} at {servers}, in {report.seconds:.1f} s.")
+    return SourceSettings(kind="kafka", kafka=kafka)
+
+
+def _train(demo: _Demo, source: SourceSettings, console: Console) -> list[_Run]:
+    """Both runs; fewer if a signal came in between."""
+    console.print(f"Metrics: http://{HOST}:{demo.port}/metrics  Status: http://{HOST}:{demo.port}/")
+    runs: list[_Run] = []
+    with demo.display.shown():
+        selected = _serve(demo, _settings(demo, source, "filter_then_weight"), demo.steps)
+        if demo.stop.is_set():
+            return runs
+        runs.append(selected)
+        # The control trains on as many samples: a step that selects may choose fewer than it is allowed to, or none.
+        steps = max(1, math.ceil(selected.watch.trained.total() / CHOSEN))
+        uniform = _serve(demo, _settings(demo, source, "uniform", steps), steps)
+        if not demo.stop.is_set():
+            runs.append(uniform)
+    return runs
+
+
+def _serve(demo: _Demo, settings: Settings, steps: int) -> _Run:
+    """One run of the service."""
+    watch = Watch(settings.selection.weigh, steps)
+    demo.display.begin(watch)
+    summary = service.serve(settings, demo.stop, demo.display.step)
+    checkpoint = load_latest(settings.checkpoint.dir)
+    loss = math.nan
+    if checkpoint is not None and not demo.stop.is_set():
+        loss = _held_out_loss(demo, ModelSettings(name=str(checkpoint.path / MODEL)))
+    return _Run(watch, summary.counts, loss)
+
+
+def _held_out_loss(demo: _Demo, settings: ModelSettings) -> float:
+    """Loss of a model on samples of the target that no run has seen (nats per token)."""
+    loaded = load_model(settings, demo.seed)
+    decoder = Decoder(loaded.tokenizer, SampleSettings(), loaded.max_positions)
+    samples = read_samples(demo.stream.held_out, decoder, HELD_OUT_SAMPLES, "the held-out set")
+    capture = GradientCapture(loaded.model, loaded.autocast_dtype)
+    return mean_loss(capture, samples, loaded.tokenizer.pad_token_id)
+
+
+def _model_settings() -> ModelSettings:
+    return ModelSettings(config=dict(MODEL_CONFIG), tokenizer="bytes")
+
+
+def _settings(demo: _Demo, source: SourceSettings, method: Method, max_steps: int | None = None) -> Settings:
+    """What a user would write into the file; each run has a consumer group and a directory of its own."""
+    directory = demo.directory / method
+    return Settings(
+        source=source.model_copy(
+            update={"kafka": source.kafka.model_copy(update={"group_id": f"{TOPIC}-{method}"})},
+        ),
+        model=_model_settings(),
+        target=TargetSettings(path=demo.stream.target, max_samples=TARGET_SAMPLES, refresh_steps=2),
+        selection=SelectionSettings(weigh=method, pool_size=POOL_SIZE, chosen=CHOSEN),
+        optimizer=OptimizerSettings(learning_rate=2e-3, warmup_steps=20),
+        training=TrainingSettings(max_steps=max_steps, seed=demo.seed, threads=THREADS),
+        evaluation=EvaluationSettings(every_steps=max(1, demo.steps // 20)),
+        checkpoint=CheckpointSettings(dir=directory / "checkpoints"),
+        dead_letters=DeadLetterSettings(path=directory / "dead-letters.jsonl"),
+        server=ServerSettings(host=HOST, port=demo.port),
+    )
+
+
+def _summary(selected: _Run, uniform: _Run, before: float) -> dict[str, object]:
+    """The figures, for scripts. Shares are of usable records."""
+    return {
+        "records_consumed": sum(selected.outcomes.values()),
+        "records_trained": selected.outcomes["trained"],
+        "outcomes": selected.outcomes,
+        "target_share_stream": share(selected.watch.scored, TARGET),
+        "target_share_trained": share(selected.watch.trained, TARGET),
+        "target_loss_before": before,
+        "target_loss_after": selected.loss,
+        "uniform_records_trained": uniform.outcomes["trained"],
+        "uniform_target_share_trained": share(uniform.watch.trained, TARGET),
+        "uniform_target_loss_after": uniform.loss,
+    }

@@ -1,0 +1,123 @@
+"""What waits between the ingest thread and the trainer: a queue of samples, bounded in records, bytes and tokens."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from stream_trainer.records import Sample
+from stream_trainer.settings.schema import BufferSettings
+
+STOP_CHECK_S = 0.1  # a stop is noticed within this time
+
+
+class Buffer:
+    """Thread-safe, first in, first out. The limits are advice to the one who puts: `put` never blocks or drops."""
+
+    def __init__(self, settings: BufferSettings) -> None:
+        self._settings = settings
+        self._changed = threading.Condition()
+        self._samples: deque[Sample] = deque()
+        self._bytes = 0
+        self._tokens = 0
+        self._ended = False
+        self._error: BaseException | None = None
+        self._starved = False
+
+    def put(self, sample: Sample) -> None:
+        """Append a sample."""
+        with self._changed:
+            assert not self._ended, "the stream has ended"
+            self._samples.append(sample)
+            self._bytes += sample.size
+            self._tokens += sample.num_tokens
+            self._changed.notify()
+
+    def take(self, n: int, wait_s: float, stopped: Callable[[], bool], *, or_none: bool = False) -> list[Sample]:
+        """The oldest `n` samples.
+
+        Fewer only if the stream has ended, if no more fit in, or if `wait_s` seconds have passed since there was one
+        to take. Empty only if `stopped()` turned true, or the stream has ended and all is taken. With `or_none` the
+        taker can do without: the wait begins at once, and what came by its end is enough, even nothing. Raises what
+        `fail` was given.
+        """
+        with self._changed:
+            deadline = time.monotonic() + wait_s if or_none else None
+            while not stopped():
+                if self._error is not None:
+                    raise self._error
+                now = time.monotonic()
+                if deadline is None and self._samples:
+                    deadline = now + wait_s
+                if len(self._samples) >= n or self._ended or self._is_full() or (deadline and now >= deadline):
+                    return self._pop(n)
+                self._starved = True
+                self._changed.wait(STOP_CHECK_S if deadline is None else min(STOP_CHECK_S, deadline - now))
+            return []
+
+    def _pop(self, n: int) -> list[Sample]:
+        self._starved = False
+        taken = [self._samples.popleft() for _ in range(min(n, len(self._samples)))]
+        self._bytes -= sum(sample.size for sample in taken)
+        self._tokens -= sum(sample.num_tokens for sample in taken)
+        return taken
+
+    def end(self) -> None:
+        """Note that no sample will follow."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+    def fail(self, error: BaseException) -> None:
+        """Make `take` raise `error`, now and from then on."""
+        with self._changed:
+            self._error = error
+            self._changed.notify()
+
+    def _is_full(self) -> bool:
+        limits = self._settings
+        return (
+            len(self._samples) >= limits.max_records
+            or self._bytes >= limits.max_bytes
+            or self._tokens >= limits.max_tokens
+        )
+
+    @property
+    def full(self) -> bool:
+        """Whether any limit is reached: stop reading."""
+        with self._changed:
+            return self._is_full()
+
+    @property
+    def low(self) -> bool:
+        """Whether to go on reading: less than half of every limit is used, or a taker waits for more than there is."""
+        with self._changed:
+            limits = self._settings
+            return not self._is_full() and (
+                self._starved
+                or (
+                    2 * len(self._samples) < limits.max_records
+                    and 2 * self._bytes < limits.max_bytes
+                    and 2 * self._tokens < limits.max_tokens
+                )
+            )
+
+    @property
+    def ended(self) -> bool:
+        """Whether `end` was called."""
+        return self._ended
+
+    @property
+    def records(self) -> int:
+        """Samples that wait."""
+        return len(self._samples)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of their records' values."""
+        return self._bytes
+
+    @property
+    def tokens(self) -> int:
+        """Their tokens."""
+        return self._tokens

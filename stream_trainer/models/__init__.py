@@ -1,0 +1,1 @@
+"""Models and tokenizers: loading them, and saving what was trained."""

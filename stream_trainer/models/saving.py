@@ -1,0 +1,138 @@
+"""Write a model's weights and read them back: a plain transformers checkpoint, and the adapters beside it.
+
+A saved model is whole: adapters are merged into a copy of the weights and the user's own configuration comes along, so
+servers load it without this package. Reading it back for a resume is bit for bit.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from stream_trainer.errors import CheckpointError
+from stream_trainer.models.loading import ADAPTER, LoadedModel
+
+REMEDY = "restore the model settings it was made with, or set another checkpoint.dir"
+
+
+def save_model(loaded: LoadedModel, directory: Path) -> None:
+    """Write a checkpoint that `AutoModelForCausalLM` and `AutoTokenizer` load, adapters merged in.
+
+    The live model is not touched. Raises OSError or SafetensorError if `directory` cannot be written.
+    """
+    model: Any = loaded.model
+    model.save_pretrained(directory, state_dict=dict(_plain_weights(loaded)))
+    loaded.config.save_pretrained(directory)  # over the one just written, whose dropouts are zero
+    loaded.tokenizer.save_pretrained(directory)
+
+
+def load_weights(loaded: LoadedModel, directory: Path) -> None:
+    """Copy the weights that `save_model` wrote to `directory` into the live model without adapters, bit for bit.
+
+    Raises CheckpointError, naming the first weight that is missing or has another shape.
+    """
+    saved = _read_saved(loaded, directory)
+    with torch.no_grad():
+        for name, tensor in loaded.model.state_dict().items():
+            tensor.copy_(saved[name])
+
+
+def save_adapter(loaded: LoadedModel, path: Path) -> None:
+    """Write the adapters' weights by parameter name. Raises OSError or SafetensorError."""
+    save_file({name: weight.detach().contiguous() for name, weight in _trainable(loaded.model).items()}, path)
+
+
+def load_adapter(loaded: LoadedModel, path: Path) -> None:
+    """Copy the adapters' weights that `save_adapter` wrote to `path` into the live model, bit for bit.
+
+    Raises CheckpointError, naming the first weight that is missing or has another shape.
+    """
+    weights = _trainable(loaded.model)
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        check_shapes("adapter weight", {name: tuple(weight.shape) for name, weight in weights.items()}, shapes, path)
+        for name, weight in weights.items():
+            weight.copy_(file.get_tensor(name))
+
+
+def check_merged(loaded: LoadedModel, directory: Path) -> None:
+    """Check that the live base model and adapters merge to what `save_model` wrote to `directory`.
+
+    The adapters alone do not tell which model they belong to. Raises CheckpointError if it was another one.
+    """
+    saved = _read_saved(loaded, directory)
+    for name, tensor in _plain_weights(loaded):
+        # The merge is a matrix product, whose rounding may differ between machines.
+        if not torch.allclose(tensor.cpu(), saved[name], rtol=1e-4, atol=1e-5):
+            raise CheckpointError(
+                f"checkpoint {directory} was trained from another base model ({name} differs); restore model.name, "
+                f"model.revision, model.config and training.seed, or set another checkpoint.dir"
+            )
+
+
+def check_shapes(
+    noun: str, ours: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """Check that a checkpoint holds exactly what the live model has; CheckpointError names the first difference."""
+    for name, shape in ours.items():
+        if name not in saved:
+            raise CheckpointError(f"checkpoint {path} lacks the {noun} {name}; {REMEDY}")
+        if saved[name] != shape:
+            raise CheckpointError(
+                f"checkpoint {path} holds the {noun} {name} with shape {saved[name]}, the model has {shape}; {REMEDY}"
+            )
+    for name in saved:
+        if name not in ours:
+            raise CheckpointError(f"checkpoint {path} holds the {noun} {name}, which the model lacks; {REMEDY}")
+
+
+def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _plain_weights(loaded: LoadedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights under the names of the plain model, adapters merged into a copy.
+
+    peft's own merge adds to the live weights and subtracts again, which leaves rounding errors in them.
+    """
+    model = loaded.model
+    if not loaded.lora:
+        yield from model.state_dict().items()
+        return
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        adapted, _, leaf = name.rpartition(".base_layer.")
+        if leaf == "weight" and adapted:
+            layer: Any = model.get_submodule(adapted)
+            with torch.no_grad():
+                tensor = tensor + layer.get_delta_weight(ADAPTER)
+        yield f"{adapted}.{leaf}" if adapted else name, tensor
+
+
+def _read_saved(loaded: LoadedModel, directory: Path) -> dict[str, torch.Tensor]:
+    """Weights that `save_model` wrote, under the names of the plain model, on the CPU.
+
+    transformers reads them: it knows which of them it renamed, split into shards or left out as tied.
+    """
+    saved, report = type(loaded.model).from_pretrained(  # type: ignore[attr-defined]
+        directory,
+        config=copy.deepcopy(loaded.config),
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+    )
+    for name, theirs, ours in sorted(report["mismatched_keys"]):
+        raise CheckpointError(
+            f"checkpoint {directory} holds {name} with shape {tuple(theirs)}, the model has {tuple(ours)}; {REMEDY}"
+        )
+    for problem, said in (("missing_keys", "lacks"), ("unexpected_keys", "holds what the model lacks:")):
+        for name in sorted(report[problem]):
+            raise CheckpointError(f"checkpoint {directory} {said} {name}; {REMEDY}")
+    weights: dict[str, torch.Tensor] = saved.state_dict()
+    return weights

@@ -1,0 +1,93 @@
+"""Settings as people and tools read them: the list for `--help`, the JSON schema, and YAML without secrets."""
+
+import re
+import textwrap
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+
+from stream_trainer.settings.mistakes import fields, section_of
+from stream_trainer.settings.schema import Settings
+
+_WIDTH = 100
+_WORDS = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH", SecretStr: "SECRET", dict: "MAPPING"}
+_BOUNDS = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
+
+
+def describe_settings() -> str:
+    """Every setting by section: dotted name, type and limits, default and meaning. Plain text of 100 columns."""
+    lines: list[str] = []
+    for name, field in fields():
+        section = section_of(field)
+        if section is None:
+            lines.append(f"  --{name}={_word(field.annotation)}  ({'; '.join([_default(field), *_bounds(field)])})")
+            lines += textwrap.wrap(_plain(field.description), _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        else:
+            heading = f"{name}: {_plain(section.__doc__)}" + (
+                " Off unless one is given." if field.default is None else ""
+            )
+            lines += ["", *textwrap.wrap(heading, _WIDTH)]
+    return "\n".join(lines).strip() + "\n"
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the settings file."""
+    return Settings.model_json_schema()
+
+
+def show(settings: Settings) -> str:
+    """YAML that loads as the same settings, apart from secrets, which are masked."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _plain(text: str | None) -> str:
+    """A docstring without its line breaks and code marks."""
+    return re.sub(r"\s+", " ", (text or "").replace("`", "")).strip()
+
+
+def _bounds(field: FieldInfo) -> list[str]:
+    """The limits of a number: `>= 0`, `< 1`."""
+    return [
+        f"{sign} {getattr(limit, name):g}"
+        for limit in _limits(field)
+        for kind, name, sign in _BOUNDS
+        if isinstance(limit, kind)
+    ]
+
+
+def _limits(field: FieldInfo) -> list[Any]:
+    """Limits of a field, also where it is a union or a tuple whose members have them."""
+    inner = [limit for part in get_args(field.annotation) for limit in getattr(part, "__metadata__", ())]
+    nested = [limit for info in inner for limit in getattr(info, "metadata", [info])]
+    return list(dict.fromkeys([*field.metadata, *nested]))
+
+
+def _word(annotation: Any) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if hasattr(annotation, "__metadata__"):
+        return _word(parts[0])
+    if origin is Literal:
+        return "|".join(str(part) for part in parts)
+    if annotation is bool:
+        return "true|false"
+    if origin is tuple:
+        return "[" + ", ".join("..." if part is Ellipsis else _word(part) for part in parts) + "]"
+    if origin is dict:
+        return _WORDS[dict]
+    if parts:
+        return "|".join(_word(part) for part in parts if part is not NoneType)
+    return _WORDS[annotation]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if isinstance(value, tuple):
+        return f"default {list(value)}"
+    return f"default {str(value).lower() if isinstance(value, bool) else value}" if value is not None else "unset"

@@ -1,0 +1,342 @@
+"""Every setting of the service, documented once: name, unit, default and meaning.
+
+Values come from a YAML file, then the environment (`STREAM_TRAINER_SOURCE__KAFKA__TOPIC=...`), then the command line
+(`--source.kafka.topic=...`); the later wins. `settings_loading` reads them and turns every mistake into one line.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from stream_trainer.settings.base import Count, NonNegative, Positive, Section, Share
+from stream_trainer.settings.selection import SelectionSettings
+
+ENVIRONMENT_PREFIX = "STREAM_TRAINER_"
+
+
+class KafkaSettings(Section):
+    """A Kafka topic. Offsets are kept in our own checkpoints; the group's offsets are committed for lag tools,
+    and are where a run without a checkpoint begins.
+    """
+
+    bootstrap_servers: str = "localhost:9092"
+    """Brokers to start from, `host:port[,host:port...]`."""
+    topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] | None = None
+    """Topic to train on. Required when `source.kind` is `kafka`."""
+    group_id: str = "stream-trainer"
+    """Consumer group under which progress is committed, so that lag tools see it."""
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where to begin in a partition that neither a checkpoint nor the group knows."""
+    on_data_loss: Literal["fail", "skip"] = "fail"
+    """When undecided records are gone from the log: stop with the reason, or skip them and count them as lost."""
+    stop_at_end: bool = False
+    """End the run once everything that was in the topic at the start is decided. For batch use and tests."""
+    discovery_interval_s: Positive = 30.0
+    """Seconds between looks for new partitions, which are read from their earliest record."""
+    bootstrap_timeout_s: Positive = 30.0
+    """Seconds to wait for a broker at start-up."""
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """How to talk to the brokers."""
+    ssl_cafile: Path | None = None
+    """PEM file of the authorities to trust; the system's when unset."""
+    ssl_certfile: Path | None = None
+    """PEM file of the client's certificate, for mutual TLS."""
+    ssl_keyfile: Path | None = None
+    """PEM file of the client's private key, for mutual TLS."""
+    ssl_password: SecretStr | None = None
+    """Password of the private key."""
+    ssl_check_hostname: bool = True
+    """Whether the broker's certificate must name the host."""
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    """SASL mechanism; required by the SASL protocols."""
+    sasl_username: str | None = None
+    """SASL user name."""
+    sasl_password: SecretStr | None = None
+    """SASL password. Give it through the environment rather than the file."""
+
+    @model_validator(mode="after")
+    def _security_is_complete(self) -> Self:
+        if self.security_protocol.startswith("SASL"):
+            for name in ("sasl_mechanism", "sasl_username", "sasl_password"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"security_protocol={self.security_protocol} needs {name}; set it")
+        elif self.sasl_mechanism is not None:
+            raise ValueError(
+                f"sasl_mechanism={self.sasl_mechanism} has no effect with security_protocol="
+                f"{self.security_protocol}; set security_protocol to SASL_SSL or SASL_PLAINTEXT"
+            )
+        return self
+
+
+class JsonlSettings(Section):
+    """A file of one JSON object a line, or standard input."""
+
+    path: str | None = None
+    """File to read, or `-` for standard input. Required when `source.kind` is `jsonl`."""
+    follow: bool = False
+    """Wait for the file to grow instead of ending the run at its end."""
+
+
+class SourceSettings(Section):
+    """Where records come from."""
+
+    kind: Literal["kafka", "jsonl"] = "kafka"
+    """`kafka` for a topic, `jsonl` for a file or standard input."""
+    kafka: KafkaSettings = KafkaSettings()
+    jsonl: JsonlSettings = JsonlSettings()
+
+    @model_validator(mode="after")
+    def _kind_is_configured(self) -> Self:
+        if self.kind == "kafka" and self.kafka.topic is None:
+            raise ValueError("kind=kafka needs kafka.topic; name the topic to train on")
+        if self.kind == "jsonl" and self.jsonl.path is None:
+            raise ValueError("kind=jsonl needs jsonl.path; name a file, or - for standard input")
+        return self
+
+
+class BufferSettings(Section):
+    """What waits between the stream and the trainer. Reading pauses when any limit is reached."""
+
+    max_records: Count = 512
+    """Samples held at most."""
+    max_bytes: Count = 64 * 1024 * 1024
+    """Bytes of record values held at most."""
+    max_tokens: Count = 1_000_000
+    """Tokens held at most."""
+    wait_s: NonNegative = 10.0
+    """Seconds a step waits for a full pool before it takes what is there."""
+
+
+class SampleSettings(Section):
+    """How a record becomes token ids."""
+
+    max_tokens: Annotated[int, Field(ge=2)] = 512
+    """Tokens a sample may have."""
+    too_long: Literal["truncate", "dead_letter"] = "truncate"
+    """What to do with more: cut the end off, or dead-letter the record."""
+    max_bytes: Count = 1_000_000
+    """Bytes a record may have; larger ones are dead-lettered unread."""
+
+
+class DeadLetterSettings(Section):
+    """Where records go that cannot be used, with their original bytes, headers, position and reason."""
+
+    kind: Literal["file", "topic"] = "file"
+    """`file` appends JSON lines; `topic` publishes to Kafka at the source's brokers."""
+    path: Path = Path("dead-letters.jsonl")
+    """File to append to when `kind` is `file`."""
+    topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] | None = None
+    """Topic to publish to when `kind` is `topic`; the source's topic with `.dead-letters` appended when unset."""
+
+
+class LoraSettings(Section):
+    """Low-rank adapters; with these only the adapters train (needs the `lora` extra)."""
+
+    rank: Count = 8
+    """Rank r of each adapter."""
+    alpha: Positive = 16.0
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the modules to adapt, or `all-linear`."""
+
+
+class ModelSettings(Section):
+    """The model to train: a causal language model of transformers."""
+
+    name: str | None = None
+    """Directory or hub name. Exactly one of `name` and `config` must be given."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """A GGUF file inside `name` to load the weights from (needs the `gguf` extra)."""
+    config: dict[str, Any] | None = None
+    """Build a model with random weights from this transformers configuration (`model_type` and its fields)."""
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer, or `bytes` for the built-in byte-level one; as `name` when unset."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic: `bfloat16` keeps float32 weights and runs the passes under bf16 autocast; on a CPU without
+    instructions for it (AVX-512, AMX), where it would be many times slower, they run in float32."""
+    device: str = "cpu"
+    """`cpu`, `cuda` or `cuda:N`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave it off unless you have read that code."""
+    lora: LoraSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.name is None) == (self.config is None):
+            given = "neither is" if self.name is None else "both are"
+            raise ValueError(f"exactly one of name and config must be set, {given}; set name to a model directory")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs model_type, for example llama; add it")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("config needs tokenizer; set it to bytes or to a tokenizer directory")
+        if self.gguf_file is not None and self.name is None:
+            raise ValueError(f"gguf_file={self.gguf_file} needs name, the directory that holds it; set name")
+        return self
+
+
+class TargetSettings(Section):
+    """What the model should get better at."""
+
+    path: Path
+    """JSONL file of samples in the stream's format. They steer the selection and are never trained on."""
+    max_samples: Count = 64
+    """Samples used, from the top of the file."""
+    refresh_steps: Count = 4
+    """Steps between refreshes of the target's gradient; 1 refreshes it at every step."""
+    refresh_samples: Count = 8
+    """Samples of each refresh, taken in turn from all of the target; as many as that computes the whole anew."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """What the gradient counts for at the next refresh, if that takes fewer samples than there are."""
+
+
+class OptimizerSettings(Section):
+    """AdamW and its learning rate."""
+
+    learning_rate: Positive = 2e-5
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay; never applied to biases and norms."""
+    clip_norm: Positive | None = 1.0
+    """Gradients longer than this are scaled down to it."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What happens after the warm-up; `linear` and `cosine` fall to `final_share` over `decay_steps`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from zero."""
+    decay_steps: Count | None = None
+    """Steps of the decay after the warm-up. Required by `linear` and `cosine`."""
+    final_share: Share = 0.1
+    """Share of the peak that remains after the decay: a stream has no end, so it should not be zero."""
+
+    @model_validator(mode="after")
+    def _decay_has_a_length(self) -> Self:
+        if self.schedule != "constant" and self.decay_steps is None:
+            raise ValueError(f"schedule={self.schedule} needs decay_steps; set the length of the decay")
+        return self
+
+
+class TrainingSettings(Section):
+    """The run itself."""
+
+    max_steps: Count | None = None
+    """Steps after which the run ends; unset, it goes on for ever."""
+    seed: int = 0
+    """Seed of every random choice."""
+    threads: Count | None = None
+    """CPU threads for torch; its own choice when unset."""
+
+
+class EvaluationSettings(Section):
+    """Loss on fixed sets while training goes on."""
+
+    every_steps: Count = 50
+    """Steps between evaluations."""
+    retention_path: Path | None = None
+    """JSONL file of material the model must not forget; the set is called `retention`."""
+    sets: dict[str, Path] = Field(default={})
+    """More JSONL files whose loss is watched, by the names to export them under."""
+    max_samples: Count = 64
+    """Samples used of each of these files, from its top."""
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        for taken in ("target", *(["retention"] if self.retention_path is not None else [])):
+            if taken in self.sets:
+                raise ValueError(f"sets.{taken} is the name of another set; choose another name")
+        return self
+
+
+class CheckpointSettings(Section):
+    """The durable truth: weights, optimizer, random states and offsets in one atomic directory."""
+
+    dir: Path = Path("checkpoints")
+    """Directory of the checkpoints. A run resumes from the newest good one in it."""
+    every_steps: Count = 200
+    """Steps between checkpoints."""
+    every_seconds: Positive = 900.0
+    """Seconds between checkpoints, whichever comes first."""
+    keep: Annotated[int, Field(ge=2)] = 3
+    """Checkpoints kept; at least 2, for the newest may turn out damaged."""
+
+
+class ServerSettings(Section):
+    """HTTP: `/metrics`, `/healthz`, `/readyz`."""
+
+    enabled: bool = True
+    """Whether to serve at all."""
+    host: str = "127.0.0.1"
+    """Address to listen on; `0.0.0.0` in a container."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 9464
+    """Port to listen on; 0 picks a free one and logs it."""
+    stall_s: Positive = 600.0
+    """Seconds without progress, while there is something to do, after which `/healthz` answers 503."""
+
+
+class LogSettings(Section):
+    """Logs go to standard error."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severity that is logged."""
+    format: Literal["text", "json"] = "text"
+    """`text` for people, `json` for collectors."""
+
+
+class Settings(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter="__",
+        use_attribute_docstrings=True,
+    )
+
+    source: SourceSettings
+    buffer: BufferSettings = BufferSettings()
+    samples: SampleSettings = SampleSettings()
+    dead_letters: DeadLetterSettings = DeadLetterSettings()
+    model: ModelSettings
+    target: TargetSettings
+    selection: SelectionSettings = SelectionSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    server: ServerSettings = ServerSettings()
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is passed in and nothing else: `settings_loading` reads the environment, one line per mistake."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.dead_letters.kind == "topic" and self.source.kind != "kafka":
+            raise ValueError(
+                f"dead_letters.kind=topic needs source.kind=kafka, not {self.source.kind}; use dead_letters.kind=file"
+            )
+        if self.dead_letters.kind == "topic" and self.dead_letters.topic == self.source.kafka.topic:
+            raise ValueError(f"dead_letters.topic={self.dead_letters.topic} is the source's topic; name another one")
+        needs, wanted = self.selection.largest_take
+        if wanted > self.buffer.max_records:
+            raise ValueError(
+                f"{needs}={wanted} does not fit buffer.max_records={self.buffer.max_records}; raise buffer.max_records"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The trainer: its parts, one step, the loop."""

@@ -1,0 +1,172 @@
+"""Brokers for tests: Apache Kafka from the jars in KAFKA_HOME, and what tests do to a topic from outside."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.structs import OffsetAndMetadata
+
+from stream_trainer.demo.broker import free_port, stop, wait_for_port
+
+USER, PASSWORD = "trainer", "right-password"  # of the secured listener
+
+PROPERTIES = """\
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller}
+listeners=PLAINTEXT://127.0.0.1:{plain},SASL_SSL://127.0.0.1:{secure},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{plain},SASL_SSL://127.0.0.1:{secure}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_SSL:SASL_SSL,CONTROLLER:PLAINTEXT
+controller.listener.names=CONTROLLER
+inter.broker.listener.name=PLAINTEXT
+log.dirs={data}/log
+auto.create.topics.enable=false
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=1
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=1
+group.initial.rebalance.delay.ms=0
+broker.session.timeout.ms=2000
+broker.heartbeat.interval.ms=500
+sasl.enabled.mechanisms=PLAIN
+listener.name.sasl_ssl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \
+user_{user}="{password}";
+ssl.keystore.type=PEM
+ssl.keystore.location={data}/broker.pem
+"""
+
+
+@dataclass(frozen=True)
+class ApacheKafka:
+    """A running broker.
+
+    Attributes:
+        bootstrap_servers: its plain listener; `secure_servers` takes SASL PLAIN over TLS as USER with PASSWORD.
+        ca_file: PEM of the authority behind the secured listener's certificate.
+        data_dir: a partition's segments lie in `log/TOPIC-NUMBER` below it.
+    """
+
+    bootstrap_servers: str
+    secure_servers: str
+    ca_file: Path
+    data_dir: Path
+
+
+def why_no_apache_kafka() -> str | None:
+    """What is missing to run Apache Kafka here; None if nothing is."""
+    if not os.environ.get("KAFKA_HOME"):
+        return "KAFKA_HOME is not set: it names an Apache Kafka distribution"
+    if not list(_libs().glob("kafka-server-*.jar")):
+        return f"KAFKA_HOME={os.environ['KAFKA_HOME']} holds no libs/kafka-server-*.jar"
+    for program in ("java", "openssl"):
+        if shutil.which(program) is None:
+            return f"{program} is not installed"
+    return None
+
+
+@contextmanager
+def apache_kafka(data_dir: Path) -> Iterator[ApacheKafka]:
+    """Run one broker, its own controller, with its data in `data_dir`."""
+    plain, secure = free_port(), free_port()
+    ca_file = _make_certificate(data_dir)
+    properties = data_dir / "server.properties"
+    properties.write_text(
+        PROPERTIES.format(
+            plain=plain, secure=secure, controller=free_port(), data=data_dir, user=USER, password=PASSWORD
+        )
+    )
+    log = data_dir / "broker.log"
+    java = ["java", "-Xmx512m", "-cp", f"{_libs()}/*"]
+    with log.open("wb") as output:
+        cluster = subprocess.run([*java, "kafka.tools.StorageTool", "random-uuid"], capture_output=True, check=True)
+        identity = cluster.stdout.decode().split()[-1]
+        storage_tool = [*java, "kafka.tools.StorageTool", "format", "--config", str(properties)]
+        subprocess.run([*storage_tool, "--cluster-id", identity], stdout=output, stderr=output, check=True)
+        process = subprocess.Popen([*java, "kafka.Kafka", str(properties)], stdout=output, stderr=output)
+    try:
+        wait_for_port(plain, process, log)
+        yield ApacheKafka(f"127.0.0.1:{plain}", f"127.0.0.1:{secure}", ca_file, data_dir)
+    finally:
+        stop(process)
+
+
+def _libs() -> Path:
+    return Path(os.environ["KAFKA_HOME"]) / "libs"
+
+
+def _make_certificate(folder: Path) -> Path:
+    """Write `broker.pem` (key, then certificate) and return the certificate alone, which is its own authority."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, capture_output=True, check=True)
+    (folder / "broker.pem").write_text(key.read_text() + certificate.read_text())
+    return certificate
+
+
+@contextmanager
+def admin(servers: str) -> Iterator[Any]:
+    """An admin client."""
+    client = KafkaAdminClient(bootstrap_servers=servers)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def create_topic(servers: str, topic: str, partitions: int = 1, configs: dict[str, str] | None = None) -> None:
+    with admin(servers) as client:
+        client.create_topics(
+            {topic: {"num_partitions": partitions, "replication_factor": 1, "configs": configs or {}}},
+            wait_for_metadata=True,
+        )
+
+
+def delete_topic(servers: str, topic: str) -> None:
+    with admin(servers) as client:
+        client.delete_topics([topic])
+
+
+def delete_records(servers: str, topic: str, before: int, partition: int = 0) -> None:
+    """Make `before` the first offset of the partition, as retention does."""
+    with admin(servers) as client:
+        client.delete_records({TopicPartition(topic, partition): before})
+
+
+def publish(servers: str, topic: str, values: Sequence[bytes | None], partition: int = 0, **options: Any) -> None:
+    """Publish values with keys `k0`, `k1`, ..., acknowledged one and all."""
+    producer = KafkaProducer(bootstrap_servers=servers, acks="all", **options)
+    try:
+        sent = [
+            producer.send(topic, value, key=b"k%d" % i, partition=partition, headers=[("h", b"\x00"), ("empty", b"")])
+            for i, value in enumerate(values)
+        ]
+        for future in sent:
+            future.get(timeout=30)
+    finally:
+        producer.close()
+
+
+def commit_for_group(servers: str, group: str, topic: str, offset: int) -> None:
+    consumer = KafkaConsumer(bootstrap_servers=servers, group_id=group, enable_auto_commit=False)
+    try:
+        consumer.commit({TopicPartition(topic, 0): OffsetAndMetadata(offset, "", -1)})
+    finally:
+        consumer.close()
+
+
+def committed(servers: str, group: str, topic: str) -> tuple[int, str]:
+    """The group's offset of partition 0 and its metadata."""
+    consumer = KafkaConsumer(bootstrap_servers=servers, group_id=group, enable_auto_commit=False)
+    try:
+        found = consumer.committed(TopicPartition(topic, 0), metadata=True)
+    finally:
+        consumer.close()
+    return found.offset, found.metadata

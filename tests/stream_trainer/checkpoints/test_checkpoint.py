@@ -1,0 +1,398 @@
+import json
+import logging
+import os
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stream_trainer.checkpoints import checkpoint
+from stream_trainer.checkpoints.checkpoint import TrainerState, load_latest, restore, save_checkpoint
+from stream_trainer.errors import CheckpointError
+from stream_trainer.models.loading import LoadedModel, load_model
+from stream_trainer.settings.schema import LoraSettings
+from tests.helpers.tiny_models import CONFIGS, INPUT, overwrite, settings_of, with_config
+
+LORA = {"lora": LoraSettings(rank=2)}
+
+
+def fresh(kind: str = "llama", seed: int = 1, **others: Any) -> tuple[LoadedModel, torch.optim.AdamW]:
+    loaded = load_model(settings_of(kind, **others), seed)
+    return loaded, optimizer_of(loaded)
+
+
+def optimizer_of(loaded: LoadedModel, learning_rate: float = 0.01) -> torch.optim.AdamW:
+    trainable = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trainable, lr=learning_rate, amsgrad=True)
+
+
+def train(loaded: LoadedModel, optimizer: torch.optim.Optimizer, steps: int, generator: torch.Generator) -> None:
+    for _ in range(steps):
+        tokens = torch.randint(256, INPUT.shape, generator=generator)
+        loaded.model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def state_at(step: int, generator: torch.Generator | None = None) -> TrainerState:
+    return TrainerState(
+        step=step,
+        cursor={"events:0": {"next": 17, "decided": [19, 23]}},
+        source_identity={"topic_id": "abc"},
+        extra={"counters": {"trained": 0.1 + 0.2}},
+        tensors={
+            "target": torch.arange(6.0).reshape(2, 3).T,
+            "count": torch.tensor(7),
+            "half": torch.ones(2).bfloat16(),
+        },
+        random={"draw": (generator or torch.Generator()).get_state()},
+    )
+
+
+def assert_equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype is theirs[name].dtype
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def latest_step(directory: Path) -> int:
+    found = load_latest(directory)
+    assert found is not None
+    return found.step
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[LoadedModel, torch.optim.AdamW]:
+    loaded, optimizer = fresh()
+    train(loaded, optimizer, 2, torch.Generator().manual_seed(0))
+    return loaded, optimizer
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("others", [{}, LORA], ids=["full", "lora"])
+def test_training_goes_on_bit_for_bit_after_a_restore(kind: str, others: dict[str, Any], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(9)
+    loaded, optimizer = fresh(kind, **others)
+    train(loaded, optimizer, 3, generator)
+    saved = save_checkpoint(tmp_path, loaded, optimizer, state_at(3, generator), keep=2)
+    train(loaded, optimizer, 3, generator)
+
+    again, its_optimizer = fresh(kind, seed=1 if others else 2, **others)
+    found = load_latest(tmp_path)
+    assert found is not None
+    assert (found.path, found.step) == (saved.path, 3)
+    state = restore(found, again, its_optimizer)
+    its_generator = torch.Generator()
+    its_generator.set_state(state.random["draw"])
+    train(again, its_optimizer, 3, its_generator)
+
+    assert_equal_tensors(again.model.state_dict(), loaded.model.state_dict())
+    names = [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
+    states, its_states = optimizer.state_dict()["state"], its_optimizer.state_dict()["state"]
+    assert len(states) == len(its_states) == len(names)
+    for index in states:
+        assert_equal_tensors(states[index], its_states[index])
+
+
+def test_state_of_the_trainer_is_read_back_exactly(trained: Any, tmp_path: Path) -> None:
+    state = state_at(5)
+    saved = save_checkpoint(tmp_path / "new" / "directory", *trained, state, keep=2)
+    assert saved.path.name == "step-00000005"
+    assert saved.bytes == sum(path.stat().st_size for path in saved.path.rglob("*") if path.is_file())
+    found = load_latest(tmp_path / "new" / "directory")
+    assert found is not None
+    back = restore(found, *fresh())
+    assert (back.step, back.cursor, back.source_identity) == (5, state.cursor, state.source_identity)
+    assert back.extra == state.extra
+    assert_equal_tensors(back.tensors, state.tensors)
+    assert_equal_tensors(back.random, state.random)
+
+
+def test_optimizer_state_is_matched_by_name_and_settings_keep_the_learning_rate(trained: Any, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
+    loaded, _ = fresh()
+    reversed_order = list(loaded.model.parameters())[::-1]
+    optimizer = torch.optim.AdamW(reversed_order, lr=0.5, amsgrad=True)
+    found = load_latest(tmp_path)
+    assert found is not None
+    restore(found, loaded, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    source, its_optimizer = trained
+    names = {id(parameter): name for name, parameter in source.model.named_parameters()}
+    expected = {names[id(parameter)]: fields for parameter, fields in its_optimizer.state.items()}
+    for name, parameter in loaded.model.named_parameters():
+        assert_equal_tensors(optimizer.state[parameter], expected[name])
+
+
+def test_restored_state_does_not_depend_on_the_files(trained: Any, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path
+    loaded, optimizer = fresh()
+    found = load_latest(tmp_path)
+    assert found is not None
+    state = restore(found, loaded, optimizer)
+    for file in path.rglob("*.safetensors"):
+        overwrite(file)
+    source, its_optimizer = trained
+    assert_equal_tensors(loaded.model.state_dict(), source.model.state_dict())
+    assert_equal_tensors(state.tensors, state_at(1).tensors)
+    states, its_states = optimizer.state_dict()["state"], its_optimizer.state_dict()["state"]
+    for index in its_states:
+        assert_equal_tensors(states[index], its_states[index])
+
+
+def test_optimizer_without_state_is_restored_without_state(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, *fresh(), state_at(0), keep=2)
+    loaded, optimizer = fresh()
+    train(loaded, optimizer, 1, torch.Generator())
+    found = load_latest(tmp_path)
+    assert found is not None
+    restore(found, loaded, optimizer)
+    assert not optimizer.state
+
+
+def test_no_directory_and_an_empty_one_hold_no_checkpoint(tmp_path: Path) -> None:
+    assert load_latest(tmp_path / "none") is None
+    assert load_latest(tmp_path) is None
+    (tmp_path / ".tmp-step-00000001").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert load_latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "removed"])
+def test_damage_to_any_file_falls_back_to_the_checkpoint_before(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded, optimizer = fresh(**LORA)
+    train(loaded, optimizer, 1, torch.Generator())
+    save_checkpoint(tmp_path, loaded, optimizer, state_at(1), keep=2)
+    newest = save_checkpoint(tmp_path, loaded, optimizer, state_at(2), keep=2).path
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert {"manifest.json", "trainer.json", "adapter.safetensors", "model.safetensors"} <= {
+        path.name for path in files
+    }
+    assert latest_step(tmp_path) == 2
+    for path in files:
+        content = path.read_bytes()
+        if damage == "removed":
+            path.unlink()
+        elif damage == "truncated":
+            path.write_bytes(content[:-1])
+        else:
+            middle = len(content) // 2
+            path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        caplog.clear()
+        assert latest_step(tmp_path) == 1, path
+        (record,) = [record for record in caplog.records if record.name == "stream_trainer.checkpoints.checkpoint"]
+        assert record.levelno == logging.ERROR
+        assert str(newest) in record.getMessage()
+        assert path.name in record.getMessage()
+        path.write_bytes(content)
+    assert latest_step(tmp_path) == 2
+
+
+def test_every_bit_of_the_manifest_is_verified(trained: Any, tmp_path: Path) -> None:
+    manifest = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path / "manifest.json"
+    content = manifest.read_bytes()
+    for position in range(0, len(content), 7):
+        manifest.write_bytes(content[:position] + bytes([content[position] ^ 2]) + content[position + 1 :])
+        with pytest.raises(CheckpointError):
+            load_latest(tmp_path)
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(trained: Any, tmp_path: Path) -> None:
+    for step in (1, 2):
+        (save_checkpoint(tmp_path, *trained, state_at(step), keep=2).path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"^checkpoint.dir=.* holds 2 checkpoints and none is whole; restore one"):
+        load_latest(tmp_path)
+
+
+def test_checkpoint_of_a_later_format_is_named_not_passed_over(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
+    monkeypatch.setattr("stream_trainer.checkpoints.manifest.FORMAT_VERSION", 2)
+    save_checkpoint(tmp_path, *trained, state_at(2), keep=2)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="format_version=2, this version reads 1; use the version"):
+        load_latest(tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["save_model", "write_manifest", "_put_in_place"])
+def test_interrupted_save_leaves_the_old_checkpoint(
+    stage: str, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, stage, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, *trained, state_at(2), keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert latest_step(tmp_path) == 1
+
+
+def test_what_a_crash_left_behind_is_removed_at_the_next_save(trained: Any, tmp_path: Path) -> None:
+    first = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path
+    shutil.copytree(first, tmp_path / ".tmp-step-00000002")
+    assert latest_step(tmp_path) == 1
+    save_checkpoint(tmp_path, *trained, state_at(2), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_same_step_is_replaced(trained: Any, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path
+    (path / "trainer.json").write_text("damaged")
+    save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert latest_step(tmp_path) == 1
+
+
+def test_crash_while_a_step_is_replaced_leaves_one_of_the_two(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
+    rename = Path.rename
+
+    def crash(self: Path, target: Path) -> Path:
+        if target.name == "step-00000001":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
+    monkeypatch.undo()
+    assert not (tmp_path / "step-00000001").exists()
+    found = load_latest(tmp_path)
+    assert found is not None
+    assert restore(found, *fresh()).step == 1
+    save_checkpoint(tmp_path, *trained, state_at(2), keep=2)
+    assert latest_step(tmp_path) == 2
+
+
+def test_only_the_newest_are_kept(trained: Any, tmp_path: Path) -> None:
+    for step in range(5):
+        save_checkpoint(tmp_path, *trained, state_at(step), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_later_checkpoints_do_not_displace_the_one_just_written(trained: Any, tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, *trained, state_at(step), keep=3)
+    for step in (20, 30):
+        (tmp_path / f"step-{step:08d}" / "trainer.json").write_text("damaged")
+    assert latest_step(tmp_path) == 10
+    save_checkpoint(tmp_path, *trained, state_at(15), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
+
+
+def test_old_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_checkpoint(tmp_path, *trained, state_at(1), keep=1)
+
+    def refuse(path: Path, **_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    assert save_checkpoint(tmp_path, *trained, state_at(2), keep=1).step == 2
+    assert "cannot be deleted" in caplog.text
+    save_checkpoint(tmp_path, *trained, state_at(3), keep=1)
+    assert latest_step(tmp_path) == 3
+
+
+def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(trained: Any, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes a file may have: the nearest to a full disk
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"^checkpoint.dir: writing the model to .*; free space or mend"
+        ) as caught:
+            save_checkpoint(tmp_path, *trained, state_at(2), keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_directory_that_cannot_be_made_is_one_line(trained: Any) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"writing the directory to {os.devnull}/run failed .*mend its permissions"
+    ):
+        save_checkpoint(Path(os.devnull) / "run", *trained, state_at(1), keep=2)
+    with pytest.raises(CheckpointError, match=rf"^checkpoint.dir={os.devnull} cannot be read"):
+        load_latest(Path(os.devnull))
+
+
+@pytest.mark.parametrize(
+    ("made", "used", "message"),
+    [
+        ({}, LORA, "was made without adapters; unset model.lora"),
+        (LORA, {}, "was made with adapters; set model.lora"),
+    ],
+    ids=["adapters added", "adapters gone"],
+)
+def test_adapters_must_be_as_before(made: Any, used: Any, message: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, *fresh(**made), state_at(1), keep=2)
+    found = load_latest(tmp_path)
+    assert found is not None
+    with pytest.raises(CheckpointError, match=message):
+        restore(found, *fresh(**used))
+
+
+def test_adapters_on_another_base_model_are_noticed(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, *fresh(**LORA), state_at(1), keep=2)
+    found = load_latest(tmp_path)
+    assert found is not None
+    with pytest.raises(CheckpointError, match="another base model"):
+        restore(found, *fresh(seed=2, **LORA))
+
+
+def test_parameter_that_the_optimizer_did_not_have_is_named(tmp_path: Path) -> None:
+    loaded, _ = fresh()
+    some = torch.optim.AdamW([loaded.model.get_parameter("lm_head.weight")])
+    save_checkpoint(tmp_path, loaded, some, state_at(1), keep=2)
+    found = load_latest(tmp_path)
+    assert found is not None
+    with pytest.raises(
+        CheckpointError, match=r"lacks the optimizer state of model.embed_tokens.weight; restore the model"
+    ):
+        restore(found, *fresh())
+
+
+def test_optimizer_state_of_another_shape_is_named(trained: Any, tmp_path: Path) -> None:
+    loaded, optimizer = fresh()
+    train(loaded, optimizer, 1, torch.Generator())
+    optimizer.state[loaded.model.get_parameter("lm_head.weight")]["exp_avg_sq"] = torch.zeros(3)
+    save_checkpoint(tmp_path, loaded, optimizer, state_at(1), keep=2)
+    found = load_latest(tmp_path)
+    assert found is not None
+    with pytest.raises(
+        CheckpointError, match=r"the exp_avg_sq of lm_head.weight with shape \(3,\), the model has \(300, 16\)"
+    ):
+        restore(found, *fresh())
+
+
+def test_model_of_another_shape_is_named(trained: Any, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
+    found = load_latest(tmp_path)
+    assert found is not None
+    other = load_model(with_config("llama", num_hidden_layers=3), seed=1)
+    with pytest.raises(CheckpointError, match=r"lacks model.layers.2.* or set another checkpoint.dir$"):
+        restore(found, other, optimizer_of(other))
+
+
+def test_files_are_json_and_safetensors_only(trained: Any, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path
+    files = [file for file in path.rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".json", ".safetensors", ".jinja"}
+    manifest = json.loads((path / "manifest.json").read_text())
+    listed = {file.relative_to(path).as_posix() for file in files} - {"manifest.json"}
+    assert set(manifest["files"]) == listed

@@ -1,0 +1,86 @@
+"""Lines as people and collectors read them."""
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from stream_trainer.monitoring.logs import configure_logging
+from stream_trainer.settings.schema import LogSettings
+
+
+@pytest.fixture(autouse=True)
+def _untouched_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in ("kafka", "httpx", "transformers")}
+    yield
+    root.handlers[:], root.level = handlers, level
+    for name, before in levels.items():
+        logging.getLogger(name).setLevel(before)
+    logging.captureWarnings(False)
+
+
+def test_json_lines_carry_the_extra_fields() -> None:
+    out = io.StringIO()
+    configure_logging(LogSettings(format="json"), out)
+    logging.getLogger("stream_trainer.trainer").info("step %d done", 3, extra={"step": 3, "path": object})
+    (line,) = out.getvalue().splitlines()
+    fields = json.loads(line)
+    assert fields["time"].endswith("Z")
+    assert (fields["level"], fields["logger"], fields["message"]) == (
+        "INFO",
+        "stream_trainer.trainer",
+        "step 3 done",
+    )
+    assert (fields["step"], fields["path"]) == (3, str(object))
+
+
+def test_a_traceback_stays_on_the_json_line() -> None:
+    out = io.StringIO()
+    configure_logging(LogSettings(format="json"), out)
+    try:
+        raise ValueError("no")
+    except ValueError:
+        logging.getLogger("x").exception("failed")
+    (line,) = out.getvalue().splitlines()
+    assert "ValueError: no" in json.loads(line)["exception"]
+
+
+def test_text_lines() -> None:
+    out = io.StringIO()
+    configure_logging(LogSettings(), out)
+    logging.getLogger("x").warning("slow", extra={"step": 3})
+    assert out.getvalue().endswith("Z WARNING x: slow step=3\n")
+
+
+def test_levels_and_noise() -> None:
+    out = io.StringIO()
+    configure_logging(LogSettings(level="DEBUG"), out)
+    configure_logging(LogSettings(level="INFO"), out)  # again: one handler, not two
+    logging.getLogger("kafka.client").info("connecting")
+    logging.getLogger("x").debug("detail")
+    logging.getLogger("x").info("once")
+    assert [line.rpartition(" ")[2] for line in out.getvalue().splitlines()] == ["once"]
+
+
+def test_transformers_logs_through_us(capsys: pytest.CaptureFixture[str]) -> None:
+    out = io.StringIO()
+    configure_logging(LogSettings(format="json"), out)
+    logging.getLogger("transformers.modeling_utils").warning("weights are new")
+    logging.getLogger("transformers.modeling_utils").info("loading")
+    assert [json.loads(line)["message"] for line in out.getvalue().splitlines()] == ["weights are new"]
+    assert capsys.readouterr().err == ""
+
+
+def test_warnings_are_logged() -> None:
+    out = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        configure_logging(LogSettings(), out)
+        warnings.warn("old option", UserWarning, stacklevel=1)
+    assert "WARNING py.warnings:" in out.getvalue()
+    assert "old option" in out.getvalue()

@@ -1,0 +1,129 @@
+"""Every page over a real socket."""
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from stream_trainer.errors import SettingsError
+from stream_trainer.monitoring.metrics import Metrics
+from stream_trainer.monitoring.server import Health, Server
+from stream_trainer.settings.schema import ServerSettings
+
+
+class Service:
+    """What the callbacks of a server report; tests change it."""
+
+    def __init__(self) -> None:
+        self.health = Health("training", ok=True, ready=True)
+        self.status: dict[str, Any] = {"state": "training", "step": 7, "loss": 1.25, "records": {"trained": 3}}
+        self.metrics = Metrics()
+        self.server = Server(
+            ServerSettings(port=0), self.metrics.registry, lambda: self.health, lambda: dict(self.status)
+        )
+        self.host, self.port = self.server.start()
+
+    def request(self, path: str, method: str = "GET", **headers: str) -> tuple[int, str, str]:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=30)
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        result = response.status, response.getheader("Content-Type", ""), response.read().decode()
+        connection.close()
+        return result
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    service = Service()
+    yield service
+    service.server.stop()
+
+
+def test_metrics_in_the_format_that_is_asked_for(service: Service) -> None:
+    service.metrics.records.labels("trained").inc(3)
+    status, kind, text = service.request("/metrics")
+    assert (status, kind.partition(";")[0]) == (200, "text/plain")
+    assert 'stream_trainer_records_total{outcome="trained"} 3.0' in text
+    _, kind, text = service.request("/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    assert kind.startswith("application/openmetrics-text")
+    assert text.endswith("# EOF\n")
+
+
+def test_health_and_readiness_follow_the_callback(service: Service) -> None:
+    assert service.request("/healthz")[0] == 200
+    assert service.request("/readyz")[0] == 200
+    service.health = Health("loading", ok=True, ready=False)
+    assert service.request("/healthz")[0] == 200
+    status, _, text = service.request("/readyz")
+    assert (status, json.loads(text)) == (503, {"ready": False, "state": "loading", "detail": ""})
+    service.health = Health("training", ok=False, ready=True, detail="no step for 700 s")
+    status, kind, text = service.request("/healthz")
+    assert (status, kind) == (503, "application/json")
+    assert json.loads(text) == {"ok": False, "state": "training", "detail": "no step for 700 s"}
+
+
+def test_the_page_lists_the_status_and_escapes_it(service: Service) -> None:
+    service.status["topic"] = "<script>alert(1)</script>"
+    status, kind, text = service.request("/?refresh=1")
+    assert (status, kind) == (200, "text/html; charset=utf-8")
+    assert "<tr><th>records.trained</th><td>3</td></tr>" in text
+    assert "<tr><th>loss</th><td>1.25</td></tr>" in text
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_status_is_json_even_where_a_loss_is_not_finite(service: Service) -> None:
+    service.status["loss"] = float("nan")
+    _, _, text = service.request("/status")
+    assert json.loads(text) == {"state": "training", "step": 7, "loss": None, "records": {"trained": 3}}
+    assert "NaN" not in text
+
+
+def test_head_and_unknown_paths(service: Service) -> None:
+    status, _, text = service.request("/metrics", "HEAD")
+    assert (status, text) == (200, "")
+    assert service.request("/favicon.ico")[0] == 404
+    assert service.request("/metrics/../etc/passwd")[0] == 404
+    assert service.request("/metrics", "POST")[0] == 501
+
+
+def test_a_failing_callback_fails_the_probe_but_not_the_server(service: Service) -> None:
+    service.status = None  # type: ignore[assignment]
+    with pytest.raises((http.client.HTTPException, ConnectionError)):
+        service.request("/status")
+    assert service.request("/healthz")[0] == 200
+
+
+def test_a_slow_client_does_not_hold_up_others(service: Service) -> None:
+    with socket.create_connection((service.host, service.port)) as slow:
+        slow.sendall(b"GET /metrics HT")
+        assert service.request("/healthz")[0] == 200
+
+
+def test_a_port_in_use_is_one_line_with_the_setting(service: Service) -> None:
+    other = Server(ServerSettings(port=service.port), service.metrics.registry, lambda: service.health, dict)
+    with pytest.raises(SettingsError) as raised:
+        other.start()
+    assert str(raised.value) == (
+        f"server.port={service.port} cannot be listened on at server.host=127.0.0.1 (Address already in use); "
+        "choose another port, or 0 for a free one"
+    )
+
+
+def test_a_host_that_is_not_ours_is_one_line_with_the_setting() -> None:
+    server = Server(
+        ServerSettings(host="192.0.2.1", port=0), Metrics().registry, lambda: Health("idle", True, True), dict
+    )
+    with pytest.raises(SettingsError, match=r"server.host=192.0.2.1"):
+        server.start()
+
+
+def test_stopping_releases_the_port_and_may_be_repeated(service: Service) -> None:
+    service.server.stop()
+    service.server.stop()
+    again = Server(ServerSettings(port=service.port), service.metrics.registry, lambda: service.health, dict)
+    assert again.start() == (service.host, service.port)
+    again.stop()

@@ -1,0 +1,297 @@
+"""The whole service on a file: every record decided, every number it shows true, every error one line."""
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stream_trainer import service
+from stream_trainer.errors import CheckpointError, SourceError
+from stream_trainer.ingest.dead_letters import FileDeadLetters, read_dead_letters
+from stream_trainer.models.loading import LoadedModel, load_model
+from stream_trainer.monitoring.metrics import Metrics, State
+from stream_trainer.samples.decoder import Decoder, read_samples
+from stream_trainer.service import serve
+from stream_trainer.settings.schema import SampleSettings, Settings
+from stream_trainer.training import trainer
+from stream_trainer.training.step import StepReport
+from stream_trainer.training.trainer import Trainer
+from tests.helpers.malformed import malformed_values
+from tests.helpers.service import (
+    MODEL,
+    checkpoints,
+    configuration,
+    counts,
+    decided,
+    fifo,
+    get,
+    good,
+    goods,
+    jsonl,
+    metrics,
+    on_free_port,
+    run_main,
+    serve_until,
+    serving,
+    state_of,
+    wait_for,
+    write_lines,
+)
+
+MAX_BYTES = 10_000
+
+Stream = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Stream:
+    """Writes a stream; returns settings of a run on it."""
+
+    def write(values: Sequence[bytes], **sections: dict[str, Any]) -> dict[str, Any]:
+        write_lines(tmp_path / "samples.jsonl", values)
+        return configuration(tmp_path, jsonl(tmp_path / "samples.jsonl"), **sections)
+
+    return write
+
+
+def test_ten_thousand_malformed_records_among_as_many_good_ones(tmp_path: Path, stream: Stream) -> None:
+    usable = [value for _, value in malformed_values(MAX_BYTES)]
+    short = [value for value in usable if len(value) <= MAX_BYTES]
+    assert len(short) >= 20
+    # Every kind in turn; the few long ones, nested 50,000 deep, once each.
+    bad = [value for value in usable if len(value) > MAX_BYTES]
+    bad += [short[number % len(short)] for number in range(10_000 - len(bad))]
+    values = [value for number, value in enumerate(bad) for value in (value, good(number))]
+    selection = {"weigh": "full", "pool_size": 128, "chosen": 8}
+    config = stream(values, selection=selection, samples={"max_bytes": MAX_BYTES})
+    summary, steps = serve_until(config)
+    assert summary.counts == {"trained": 10_000, "not_selected": 0, "filtered": 0, "dead_lettered": 10_000}
+    assert counts(config) == summary.counts
+    assert [name for step in steps for name in step.chosen] == [str(number) for number in range(10_000)]
+    kept = Counter(letter.record.value for letter in read_dead_letters(tmp_path / "dead-letters.jsonl"))
+    assert kept == Counter(bad)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+def test_the_model_of_a_checkpoint_has_the_loss_that_was_reported(
+    lora: dict[str, int] | None, tmp_path: Path, stream: Stream
+) -> None:
+    config = stream(goods(160), model={"config": MODEL, "tokenizer": "bytes", "lora": lora})
+    summary, _ = serve_until(config)
+    saved = checkpoints(config)[-1] / "model"
+    model = AutoModelForCausalLM.from_pretrained(saved).eval()
+    decoder = Decoder(AutoTokenizer.from_pretrained(saved), SampleSettings())
+    losses = []
+    for sample in read_samples(tmp_path / "target.jsonl", decoder, 64, "target.path"):
+        with torch.no_grad():
+            labels = torch.tensor([sample.labels])
+            losses.append(float(model(input_ids=torch.tensor([sample.input_ids]), labels=labels).loss))
+    assert sum(losses) / len(losses) == pytest.approx(summary.losses["target"], abs=1e-5)
+    assert summary.losses["target"] < 5.6  # ln(300) = 5.7 is where random weights begin
+
+
+def test_what_it_shows_while_it_works(tmp_path: Path) -> None:
+    """Loading, then training, then idle; the counters are those of the checkpoint, and no lag remains."""
+    stream, target = tmp_path / "samples.jsonl", tmp_path / "target.fifo"
+    write_lines(stream, [*goods(20), b"not JSON"])
+    buffer = {"wait_s": 0.1}
+    config = on_free_port(configuration(tmp_path, jsonl(stream, follow=True), buffer=buffer))
+    config["target"] = {"path": str(target)}
+    with fifo(target) as write, serving(config) as ended:
+        wait_for(lambda: state_of(config) == "loading")
+        assert (get(config, "/healthz")[0], get(config, "/readyz")[0]) == (200, 503)
+        write(good(0) + b"\n")
+        wait_for(lambda: state_of(config) == "idle" and decided(config) == 21)
+        assert (get(config, "/healthz")[0], get(config, "/readyz")[0]) == (200, 200)
+        wait_for(lambda: metrics(config)[f'lag_records{{partition="0",topic="{stream}"}}'] == 0)
+        shown = metrics(config)
+    assert {name: shown[f'records_total{{outcome="{name}"}}'] for name in counts(config)} == counts(config)
+    assert counts(config) == ended[0].counts
+    assert shown["records_read_total"] == 21
+    assert shown['dead_letters_total{reason="bad_json"}'] == 1
+    assert shown["read_bytes_total"] == stream.stat().st_size - 21
+    assert shown['steps_total{result="applied"}'] == ended[0].step
+    assert shown['evaluation_loss{set="target"}'] > 0
+    assert shown["buffer_records"] == 0
+
+
+def test_what_a_burst_taught_is_durable_while_nothing_more_comes(tmp_path: Path) -> None:
+    """And what a restart shows of its checkpoint is true at once."""
+    write_lines(tmp_path / "samples.jsonl", goods(20))
+    sections = {"buffer": {"wait_s": 0.1}, "checkpoint": {"dir": str(tmp_path / "c"), "every_seconds": 0.2}}
+    config = on_free_port(configuration(tmp_path, jsonl(tmp_path / "samples.jsonl", follow=True), **sections))
+    with serving(config) as ended:
+        wait_for(lambda: bool(checkpoints(config)) and sum(counts(config).values()) == 20)
+        written = (checkpoints(config)[-1] / "manifest.json").stat().st_mtime_ns
+        wait_for(lambda: metrics(config)["checkpoint_seconds_count"] > 0 and state_of(config) == "idle")
+        time.sleep(0.5)  # twice as long as a checkpoint would take to be due again
+    assert (checkpoints(config)[-1] / "manifest.json").stat().st_mtime_ns == written, "nothing new to keep"
+    with serving(config):
+        wait_for(lambda: state_of(config) == "idle")
+        shown = metrics(config)
+    assert shown["checkpoint_step"] == ended[0].step
+    assert shown["checkpoint_timestamp_seconds"] == pytest.approx(written / 1e9, abs=2.0)
+    assert shown["checkpoint_bytes"] == sum(f.stat().st_size for f in checkpoints(config)[-1].rglob("*") if f.is_file())
+
+
+@pytest.mark.parametrize(
+    ("state", "idle_s", "silent_s", "alive", "detail"),
+    [
+        (State.TRAINING, 600 + 59, 0, True, ""),
+        (State.TRAINING, 600 + 61, 0, True, "no progress for 601 s"),
+        (State.IDLE, 10**6, 599, True, ""),
+        (State.IDLE, 10**6, 601, True, "reading hangs since 601 s"),
+        (State.DRAINING, 0, 10**6, False, ""),
+    ],
+)
+def test_health_tells_of_steps_and_of_reading_that_do_not_come(
+    state: State, idle_s: float, silent_s: float, alive: bool, detail: str, stream: Stream
+) -> None:
+    """With `stall_s` 600 and `buffer.wait_s` 60."""
+    status, now = service._Status(Settings(**stream(goods(1))), Metrics()), time.monotonic()
+    ingest = SimpleNamespace(alive=alive, last_turn=now - silent_s)
+    status.trainer = cast(Trainer, SimpleNamespace(state=state, last_progress=now - idle_s, ingest=ingest))
+    health = status.health()
+    assert health.ok == (not detail)
+    assert health.detail.startswith(detail)
+
+
+def test_a_checkpoint_that_fails_does_not_hide_why_the_run_ends(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk stops both."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise CheckpointError("checkpoint.dir is full")
+
+    def lose(*_: object, **__: object) -> None:
+        raise SourceError("dead_letters.path cannot be written")
+
+    monkeypatch.setattr(trainer, "save_checkpoint", fail)
+    monkeypatch.setattr(FileDeadLetters, "send", lose)
+    with pytest.raises(SourceError, match=r"^dead_letters.path cannot be written"):
+        serve_until(stream([*goods(200), b"not JSON"], buffer={"max_records": 8, "wait_s": 60.0}))
+    assert "checkpoint.dir is full" in caplog.text
+
+
+def test_what_it_shows_in_the_middle_of_training(tmp_path: Path) -> None:
+    write_lines(tmp_path / "samples.jsonl", goods(80))
+    config = on_free_port(configuration(tmp_path, jsonl(tmp_path / "samples.jsonl")))
+    seen: list[tuple[str | None, int, float, float]] = []
+
+    def on_step(number: int, *_: object) -> None:
+        seen.append(
+            (state_of(config), get(config, "/readyz")[0], decided(config), metrics(config)["step_seconds_count"])
+        )
+
+    serve(Settings(**config), threading.Event(), on_step)
+    assert seen == [("training", 200, 8.0 * number, float(number)) for number in range(1, 11)]
+
+
+@pytest.mark.parametrize("weigh", ["filter_then_weight", "full"])
+def test_a_step_that_is_not_finite_is_skipped_and_the_service_goes_on(
+    weigh: str, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One weight of the live model is spoilt for one step, as a fault of memory would."""
+    loaded: list[LoadedModel] = []
+
+    def load(*arguments: Any) -> LoadedModel:
+        loaded.append(load_model(*arguments))
+        return loaded[0]
+
+    monkeypatch.setattr(service, "load_model", load)
+    config = on_free_port(stream(goods(80), selection={"weigh": weigh, "pool_size": 8, "chosen": 3}))
+    results: list[str] = []
+    kept: list[torch.Tensor] = []
+
+    def on_step(number: int, _: object, report: StepReport) -> None:
+        results.append(report.result)
+        weight = loaded[0].model.get_parameter("model.layers.1.mlp.down_proj.weight").data
+        if number == 2:
+            kept.append(weight.clone())
+            weight[0, 0] = math.inf
+        elif number == 3:
+            assert torch.equal(weight[1:], kept[0][1:])
+            assert metrics(config)['steps_total{result="skipped_nonfinite"}'] == 1
+            weight.copy_(kept[0])
+
+    summary = serve(Settings(**config), threading.Event(), on_step)
+    assert results == ["applied"] * 2 + ["skipped_nonfinite"] + ["applied"] * 7
+    assert sum(summary.counts.values()) == 80
+    assert summary.counts["not_selected"] >= 8  # those of the skipped step
+    assert math.isfinite(summary.losses["target"])
+
+
+def test_no_weight_that_a_producer_states_spoils_its_pool(stream: Stream) -> None:
+    stated = [1e300, 1e-300, 3e38, 1e39, 5e-324, 1.7e308, 1.7e308, 1.0]
+    values = [b'{"weight": %s, %s' % (repr(stated[n % 8]).encode(), good(n)[1:]) for n in range(32)]
+    _, steps = serve_until(stream(values, selection={"weigh": "full", "pool_size": 8}))
+    assert [step.result for step in steps] == ["applied"] * 4
+    assert [step.weights[5:7] for step in steps] == [(0.5, 0.5)] * 4
+
+
+@pytest.mark.parametrize(
+    ("remedy", "result", "trained"), [("skip", "skipped_none_helps", 0), ("uniform", "applied", 12)]
+)
+def test_when_no_candidate_helps(remedy: str, result: str, trained: int, tmp_path: Path, stream: Stream) -> None:
+    """Once a model gives `x` one of two answers, a sample of the one points away from a target of the other."""
+    a, b = (b'{"prompt": "x", "response": "%c"}' % letter for letter in b"ab")
+    write_lines(tmp_path / "target.jsonl", [a])
+    samples = {"max_tokens": 3}  # the answer is the last token
+    both = stream([a, b] * 160 + [b] * 32, samples=samples, optimizer={"learning_rate": 1e-2})
+    serve_until(both | {"selection": {"weigh": "full", "pool_size": 8}, "training": {"max_steps": 40}})
+    before = counts(both)
+    selection = both["selection"] | {"when_none_helps": remedy}
+    summary, steps = serve_until(both | {"selection": selection})
+    assert [step.result for step in steps] == [result] * 4
+    assert summary.counts["trained"] - before["trained"] == trained
+    assert summary.counts["not_selected"] - before["not_selected"] == 32 - trained
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize("weigh", ["filter_then_weight", "uniform", "top_k", "full"])
+def test_every_method_trains_every_kind_of_model(weigh: str, lora: dict[str, int] | None, stream: Stream) -> None:
+    """In bfloat16, with gradient checkpointing, resumed once."""
+    model = {"config": MODEL, "tokenizer": "bytes", "dtype": "bfloat16", "gradient_checkpointing": True, "lora": lora}
+    config = stream(goods(44), model=model, selection={"weigh": weigh, "pool_size": 8, "chosen": 3, "settle_steps": 2})
+    _, first = serve_until(config, last_step=3)
+    summary, second = serve_until(config)
+    steps = first + second
+    assert [name for step in steps for name in step.ids] == [str(number) for number in range(44)]
+    assert {step.result for step in steps} == {"applied"}
+    assert all(0 < len(step.chosen) <= (8 if weigh == "full" else 3) for step in steps)
+    assert summary.counts["trained"] == sum(len(step.chosen) for step in steps)
+    assert sum(summary.counts.values()) == 44
+    assert summary.losses["target"] < 5.7  # ln(300), which is where random weights begin
+
+
+def test_a_checkpoint_of_another_model_is_one_line(
+    tmp_path: Path, stream: Stream, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = stream(goods(8))
+    serve_until(config)
+    config["model"] = {"config": MODEL | {"hidden_size": 16}, "tokenizer": "bytes"}
+    capsys.readouterr()
+    assert run_main(tmp_path, config) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: checkpoint {checkpoints(config)[-1]}")
+    assert "with shape" in line
+    assert "set another checkpoint.dir" in line
+
+
+def test_a_line_of_the_target_that_is_no_sample_is_one_line(
+    tmp_path: Path, stream: Stream, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = stream(goods(8))
+    write_lines(tmp_path / "target.jsonl", [good(0), b'{"text": 7}'])
+    assert run_main(tmp_path, config) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: target.path={tmp_path}/target.jsonl line 2 is not a sample (wrong_type")
