@@ -23,7 +23,7 @@ commands:
   run           train from the stream until told to stop
   produce       publish a JSONL file as records of a topic
   demo          broker, stream, training and report on this machine, in minutes
-  select        choose the best samples of a file, or weights to train, once and offline
+  select        choose the best samples of a file, or parameters to train, once and offline
   config        show, check or describe the settings
   dead-letters  what could not be used and why, and the records themselves
 
@@ -33,7 +33,7 @@ examples:
   stream-trainer run --config stream-trainer.yaml --optimizer.learning_rate=1e-5
   STREAM_TRAINER_SOURCE__KAFKA__TOPIC=samples stream-trainer run --config stream-trainer.yaml
 
-`stream-trainer COMMAND --help` tells more; `stream-trainer run --help` lists every setting.
+`stream-trainer COMMAND --help` tells more; `stream-trainer run --help-all` lists every setting.
 """
 
 _SETTINGS_HELP = """\
@@ -51,7 +51,7 @@ STREAM_TRAINER_CONFIG may name the file. Lists and mappings are written as in YA
 
 _SELECT_METHODS = """\
 methods:
-  dual-sft     weights to train and samples to train on, from one gradient interaction matrix (arXiv 2605.06166)
+  dual-sft     parameters to train and samples to train on, from one gradient interaction matrix (arXiv 2605.06166)
   cluster-ucb  samples to train on, with gradients of a part of the file only (arXiv 2506.10288)
 
 examples:
@@ -77,8 +77,19 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message}; see {self.prog} --help")
 
 
-class _SettingsHelp(argparse.Action):
-    """`--help` with every setting, which takes a moment to gather and so is done only when asked for."""
+class _FirstSettings(argparse.Action):
+    """`--help`, with the settings that a first run needs. Gathering them takes a moment, so it waits to be asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from stream_trainer.settings.help import describe_first_settings
+
+        more = "\n`--help-all` lists every setting."
+        _print(f"{parser.format_help()}\nsettings that matter first:\n{describe_first_settings()}{more}")
+        parser.exit()
+
+
+class _AllSettings(argparse.Action):
+    """`--help-all`, with every setting and where it may be given."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from stream_trainer.settings.help import describe_settings
@@ -105,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(command: str, description: str, epilog: str = "", takes_settings: bool = False) -> _Parser:
-    """The parser of one command. Settings are left over for `load_settings`; `--help` lists them all."""
+    """The parser of one command. Settings are left over for `load_settings`; `--help` shows the first of them."""
     parser = _Parser(
         command,
         usage=f"{command} [--config FILE] [--section.name=VALUE ...]" if takes_settings else None,
@@ -116,7 +127,9 @@ def _parser(command: str, description: str, epilog: str = "", takes_settings: bo
         add_help=not takes_settings,
     )
     if takes_settings:
-        parser.add_argument("-h", "--help", action=_SettingsHelp, nargs=0, help="show this and every setting, and exit")
+        add = parser.add_argument
+        add("-h", "--help", action=_FirstSettings, nargs=0, help="show this and the first settings, and exit")
+        add("--help-all", action=_AllSettings, nargs=0, help="show this and every setting, and exit")
         parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
     return parser
 
@@ -154,19 +167,19 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 
 def _produce(arguments: Sequence[str]) -> int:
-    from stream_trainer.commands.produce import add_produce_arguments, run_produce
+    from stream_trainer.commands.produce import add_arguments, run
 
     parser = _parser("stream-trainer produce", "Publish a JSONL file as records of a topic.")
-    add_produce_arguments(parser)
-    return run_produce(parser.parse_args(arguments))
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 def _demo(arguments: Sequence[str]) -> int:
-    from stream_trainer.demo.run import add_demo_arguments, run_demo
+    from stream_trainer.demo.run import add_arguments, run
 
     parser = _parser("stream-trainer demo", "Broker, stream, training and report on this machine, in minutes.")
-    add_demo_arguments(parser)
-    return run_demo(parser.parse_args(arguments))
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 def _select(arguments: Sequence[str]) -> int:

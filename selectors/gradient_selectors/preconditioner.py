@@ -1,4 +1,4 @@
-"""The optimizer's geometry: how a change of the gradient becomes a change of the weights.
+"""The optimizer's preconditioner: how a change of the gradient becomes a change of the weights.
 
 With Adam's second moment frozen for one step, the update is affine in the gradient, `Delta(G) = P * G + Delta_0`, with
 
@@ -9,22 +9,22 @@ Momentum and weight decay are in Delta_0 and cancel from every comparison of two
 
 It is off without bound for weights that hardly had a gradient, as in the head's rows of rare tokens: there P is
 thousands of times the usual, while Adam's real update, which takes the new gradient into v, stays as short as any. Such
-rows made up 90 to 99 % of K on SmolLM2 and left one sample in four its coefficient. So v is taken as the coming step
-will leave it if the gradient is as large as is usual in its parameter: `anticipated`. The order of c is the same.
+rows would make up most of K, and few samples would keep a coefficient. So v is taken as the coming step will leave it
+if the gradient is as large as is usual in its parameter: `anticipated`. The order of c is the same.
 
 P does not factor, so Gram matrices under it need gradients written out. `rank_one` fits `P ~ x y^T`, which does.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 NEVER_UPDATED = 0.01  # share of weights without any gradient yet, up to which a matrix is fitted all the same
 
-Geometry = Callable[[str], Tensor | None]
+Preconditioner = Callable[[str], Tensor | None]
 """The preconditioner P of a parameter by name, in the parameter's shape; None stands for P = 1."""
 
 
@@ -35,9 +35,8 @@ def plain(name: str) -> None:
 def adam_preconditioner(exp_avg_sq: Tensor, step: int, lr: float, betas: tuple[float, float], eps: float) -> Tensor:
     """P of the formula above, float32; zero where no gradient has been seen yet (v = 0).
 
-    Such weights, rows of an embedding for tokens that have not come up, have no geometry: the formula's 1 / eps would
-    let them make up all of K (99.7 % was seen at step 10), while Adam's real first update of them is no longer than
-    any other.
+    Such weights, rows of an embedding for tokens that have not come up, have no P: the formula's 1 / eps would
+    let them make up almost all of K, while Adam's real first update of them is no longer than any other.
 
     `exp_avg_sq` and `step` are the optimizer's state *before* the update (so `step` is t - 1, at least 1).
     """
@@ -45,7 +44,7 @@ def adam_preconditioner(exp_avg_sq: Tensor, step: int, lr: float, betas: tuple[f
     scale = lr * (1 - beta1) / (1 - beta1 ** (step + 1))
     # 1 / P, with the constants folded in: each of them would cost a pass over memory of its own.
     values = exp_avg_sq.float().sqrt().mul_(1 / (scale * (1 - beta2**step) ** 0.5)).add_(eps / scale).reciprocal_()
-    # Most parameters hold no such weight: looking for one costs a third of a mask that changes nothing.
+    # Most parameters hold no such weight, and looking for one is cheaper than a mask that changes nothing.
     return values.masked_fill_(exp_avg_sq == 0, 0) if bool(exp_avg_sq.min() == 0) else values
 
 
@@ -66,65 +65,95 @@ def anticipated(exp_avg_sq: Tensor, step: int, beta2: float, rows: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
-class AdamGeometry:
+class AdamPreconditioner:
     """P from the anticipated state of a torch Adam or AdamW; parameters without state yet get the plain P = 1.
 
-    Learning rates count relative to the largest one, so a warm-up that starts at zero does not erase the geometry.
-    P is computed at each call: keeping it would cost as much memory as the weights.
+    Learning rates count relative to the largest one, so a warm-up that starts at zero does not erase P. It is computed
+    at each call: keeping it would cost as much memory as the parameters.
     """
 
     parameters: Mapping[str, Tensor]
     states: Mapping[Tensor, Mapping[str, Tensor]]
-    groups: Mapping[int, Mapping[str, Any]]  # by the identity of a parameter
+    groups: Mapping[Tensor, Mapping[str, Any]]  # of each parameter
     top_rate: float
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> "AdamPreconditioner":
+        """That of an optimizer's current state."""
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        top_rate = max(group["lr"] for group in optimizer.param_groups) or 1.0
+        return cls(parameters, optimizer.state, groups, top_rate)
 
     def __call__(self, name: str, rows: Tensor | None = None) -> Tensor | None:
         parameter = self.parameters[name]
         state = self.states.get(parameter)
         if not state:
             return None
-        group = self.groups[id(parameter)]
+        group = self.groups[parameter]
         lr = group["lr"] / self.top_rate if group["lr"] else 1.0
         step = int(state["step"])
         second = anticipated(state["exp_avg_sq"], step, group["betas"][1], rows)
         return adam_preconditioner(second, step, lr, group["betas"], group["eps"])
 
 
-def adam_geometry(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> AdamGeometry:
-    """The geometry of an optimizer's current state."""
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    top_rate = max(group["lr"] for group in optimizer.param_groups) or 1.0
-    return AdamGeometry(parameters, optimizer.state, groups, top_rate)
+@runtime_checkable
+class SelectiveOptimizer(Protocol):
+    """An optimizer that knows its own preconditioner, as `MaskedAdamW` does."""
+
+    def current_preconditioner(self, *, warm: bool) -> Preconditioner:
+        """P of the next step; `warm` says whether its moments may be trusted."""
 
 
-def at_rows(geometry: Geometry, name: str, rows: Tensor | None) -> Tensor | None:
+def preconditioner_of(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], warmup_steps: int = 1
+) -> Preconditioner:
+    """P for the next step: plain until the optimizer has made `warmup_steps`, zero where an update is forbidden.
+
+    Knows Adam, AdamW and what keeps its second moment as they do, plain SGD, and every `SelectiveOptimizer`. Raises
+    ValueError, naming it, for an optimizer whose preconditioner is not known.
+    """
+    warm = optimizer_steps(optimizer) >= warmup_steps
+    if isinstance(optimizer, SelectiveOptimizer):
+        return optimizer.current_preconditioner(warm=warm)
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ValueError("the preconditioner of Adam with amsgrad=True is not known; set amsgrad=False")
+    if all("betas" in group and "eps" in group for group in optimizer.param_groups):
+        if any("exp_avg_sq" not in state for state in optimizer.state.values()):
+            raise ValueError(f"{type(optimizer).__name__} keeps no exp_avg_sq, Adam's second moment; use torch's AdamW")
+        return AdamPreconditioner.of(optimizer, parameters) if warm else plain
+    if isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD):
+        return plain
+    raise ValueError(f"the preconditioner of {type(optimizer).__name__} is not known; use torch's AdamW, Adam or SGD")
+
+
+def at_rows(preconditioner: Preconditioner, name: str, rows: Tensor | None) -> Tensor | None:
     """P of some rows of a parameter, or of all. A pool's tokens touch few of a large table's."""
-    if isinstance(geometry, AdamGeometry):
-        return geometry(name, rows)
-    values = geometry(name)
+    if isinstance(preconditioner, AdamPreconditioner):
+        return preconditioner(name, rows)
+    values = preconditioner(name)
     return values if values is None or rows is None else values[rows]
 
 
-def squared(geometry: Geometry) -> Geometry:
-    """P^2 of a geometry: inner products of the updates themselves, `<P g_i, P g_j>`."""
+def squared(preconditioner: Preconditioner) -> Preconditioner:
+    """P^2 of a preconditioner: inner products of the updates themselves, `<P g_i, P g_j>`."""
 
-    def preconditioner(name: str) -> Tensor | None:
-        values = geometry(name)
+    def diagonal(name: str) -> Tensor | None:
+        values = preconditioner(name)
         return None if values is None else values.square()
 
-    return preconditioner
+    return diagonal
 
 
-def rank_one(preconditioner: Tensor) -> tuple[Tensor, Tensor] | None:
+def rank_one(diagonal: Tensor) -> tuple[Tensor, Tensor] | None:
     """The fit `P ~ x y^T` of a matrix: x (p,) and y (d,), float32; None where P is mostly zero, as under a mask.
 
     Adafactor's: with `v = P^-2`, `v_ij ~ (mean of row i) (mean of column j) / (mean of all)`, exact if v is of rank
     one. Fitted to v and not to P, so that a few weights that hardly had a gradient do not stand out; those that never
     had one (P = 0, v = 0) count as such.
     """
-    moment = preconditioner.float().reciprocal().square_()
+    moment = diagonal.float().reciprocal().square_()
     if not bool(torch.isfinite(moment.sum())):
-        never = preconditioner == 0
+        never = diagonal == 0
         if bool((never.float().mean() > NEVER_UPDATED) | never.all(0).any() | never.all(1).any()):
             return None
         moment.masked_fill_(never, 0.0)

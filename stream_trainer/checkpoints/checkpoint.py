@@ -4,9 +4,8 @@
         model/                  a plain transformers checkpoint, adapters merged in
         adapter.safetensors     with LoRA: the adapters' weights by parameter name
         optimizer.safetensors   `<parameter name>.<field>`, for example `lm_head.weight.exp_avg`
-        selector.safetensors    tensors of the selection by name
-        random.safetensors      generator states by name
-        trainer.json            step, cursor, identity of the source, and whatever else the trainer keeps
+        state.safetensors       tensors of whatever else has state, by path: `engine/target/gradient/lm_head.weight`
+        trainer.json            step, cursor, identity of the source, and the rest of that state
         manifest.json           written last: size and SHA-256 of every other file, and of itself
 
 A checkpoint is written to a temporary directory, made durable, and renamed. A crash at any point leaves either the old
@@ -17,18 +16,19 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from gradient_selectors.mask.masked_adamw import MaskedAdamW
+from gradient_selectors.state import flatten, unflatten
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from stream_trainer.checkpoints.manifest import DamagedError, sync, verify, write_manifest, written
+from stream_trainer.checkpoints.manifest import DamagedError, format_of, sync, verify, write_manifest, written
+from stream_trainer.checkpoints.version_1 import read_tensors, read_version_1
 from stream_trainer.errors import CheckpointError
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.models.saving import (
@@ -45,8 +45,7 @@ logger = logging.getLogger(__name__)
 MODEL = "model"
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-SELECTOR = "selector.safetensors"
-RANDOM = "random.safetensors"
+STATE = "state.safetensors"
 TRAINER = "trainer.json"
 
 # A checkpoint that is being replaced keeps its old self under the first prefix until the new one is in place.
@@ -55,25 +54,35 @@ TEMPORARY_PREFIX = ".tmp-"
 REPLACED_PREFIX = ".replaced-"
 
 
+class NamedOptimizer(Protocol):
+    """What a checkpoint asks of an optimizer: its state by parameter name."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors as `<parameter name>.<field>`."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a copy of what `state_dict` returned. Raises ValueError if it does not fit."""
+
+
 @dataclass(frozen=True)
 class TrainerState:
-    """What a run is, beside its weights and optimizer.
+    """What a run is, beside its model and optimizer.
 
     Attributes:
-        step: optimizer steps made.
-        cursor: JSON snapshot of what is decided.
+        step: steps made.
+        cursor: JSON of what is decided.
         source_identity: JSON that tells the stream apart from another of the same name.
-        extra: any other JSON. Keys of every object are strings.
-        tensors: state of the selection, none sharing memory with another. Read back on the CPU.
-        random: generator states, uint8.
+        version: of the package that wrote it.
+        parts: states by part: nested dictionaries of tensors and JSON values. Tensors are read back on the CPU.
     """
 
     step: int
     cursor: dict[str, Any]
     source_identity: dict[str, Any]
-    extra: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-    random: dict[str, torch.Tensor]
+    version: str
+    parts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    directory: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer, state: TrainerState, keep: int
+    directory: Path, loaded: LoadedModel, optimizer: NamedOptimizer, state: TrainerState, keep: int
 ) -> SavedCheckpoint:
     """Write a checkpoint of `state.step` durably, then delete all but the `keep` newest up to that step.
 
@@ -151,7 +160,7 @@ def load_latest(directory: Path) -> Checkpoint | None:
     return None
 
 
-def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> TrainerState:
+def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: NamedOptimizer) -> TrainerState:
     """Put weights and optimizer state into the live objects, bit for bit, and return the rest.
 
     Optimizer state is matched by parameter name. Learning rate and its like stay as the settings have them.
@@ -168,9 +177,11 @@ def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: torch.optim.
         check_merged(loaded, path / MODEL)
     else:
         load_weights(loaded, path / MODEL)
-    _restore_optimizer(path / OPTIMIZER, loaded, optimizer)
+    _restore_optimizer(path / OPTIMIZER, optimizer)
+    if format_of(path) == 1:
+        return TrainerState(**read_version_1(path))
     trainer = json.loads((path / TRAINER).read_text())
-    return TrainerState(**trainer, tensors=_read_tensors(path / SELECTOR), random=_read_tensors(path / RANDOM))
+    return TrainerState(**{**trainer, "parts": unflatten(read_tensors(path / STATE), trainer["parts"])})
 
 
 @contextmanager
@@ -183,95 +194,41 @@ def _stage(what: str, path: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_files(directory: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+def _write_files(directory: Path, loaded: LoadedModel, optimizer: NamedOptimizer, state: TrainerState) -> None:
     with _stage("the model", directory):
         save_model(loaded, directory / MODEL)
         if loaded.lora:
             save_adapter(loaded, directory / ADAPTER)
     with _stage("the optimizer", directory):
-        parameters = _optimized(loaded, optimizer)
-        tensors = {
-            f"{name}.{field}": value.detach().contiguous()
-            for name, parameter in parameters.items()
-            for field, value in optimizer.state.get(parameter, {}).items()
-        }
+        tensors = {key: value.detach().contiguous() for key, value in optimizer.state_dict().items()}
         # A parameter may have no state yet, so the names are kept apart from it.
-        save_file(tensors, directory / OPTIMIZER, metadata={"parameters": json.dumps(list(parameters))})
+        save_file(tensors, directory / OPTIMIZER, metadata={"parameters": json.dumps(list(optimizer.parameters))})
     with _stage("the trainer's state", directory):
         # Only contiguous tensors can be written.
-        tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
-        save_file(tensors, directory / SELECTOR)
-        save_file(state.random, directory / RANDOM)
+        tensors, rest = flatten(state.parts)
+        save_file({path: tensor.detach().contiguous() for path, tensor in tensors.items()}, directory / STATE)
         trainer = {
             "step": state.step,
             "cursor": state.cursor,
             "source_identity": state.source_identity,
-            "extra": state.extra,
+            "version": state.version,
+            "parts": rest,
         }
         (directory / TRAINER).write_text(json.dumps(trainer, indent=2))
 
 
-def _optimized(loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
-    """Parameters of the optimizer by name."""
-    members = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return {name: parameter for name, parameter in loaded.model.named_parameters() if id(parameter) in members}
-
-
-def _restore_optimizer(path: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> None:
-    with safe_open(path, framework="pt") as file:
-        masked = any(key.endswith(".kept") for key in file.keys())  # noqa: SIM118
-        any_state = bool(file.keys())
-    if any_state and masked != isinstance(optimizer, MaskedAdamW):
-        made, remedy = ("with", "fixed or dual_sft") if masked else ("without", "none")
-        raise CheckpointError(
-            f"checkpoint {path.parent} was made {made} a mask; set selection.mask={remedy}, or another checkpoint.dir"
-        )
-    if isinstance(optimizer, MaskedAdamW):
-        _restore_masked(path, optimizer)
-    else:
-        _restore_dense(path, loaded, optimizer)
-
-
-def _restore_masked(path: Path, optimizer: MaskedAdamW) -> None:
-    try:
-        optimizer.load_tensors(load_file(path))
-    except ValueError as error:
-        raise CheckpointError(
-            f"checkpoint {path} does not fit ({error}); restore the settings it was made with, or set another "
-            "checkpoint.dir"
-        ) from error
-
-
-def _restore_dense(path: Path, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> None:
-    parameters = _optimized(loaded, optimizer)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    # torch keeps the step on the CPU unless the whole update runs on the device.
-    on_device = {
-        id(parameter)
-        for group in optimizer.param_groups
-        if group.get("fused") or group.get("capturable")
-        for parameter in group["params"]
-    }
-    state: dict[str, dict[str, torch.Tensor]] = {}
+def _restore_optimizer(path: Path, optimizer: NamedOptimizer) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in optimizer.parameters.items()}
     with safe_open(path, framework="pt") as file:
         names = json.loads(file.metadata()["parameters"])
-        check_shapes("optimizer state of", shapes, {name: shapes.get(name, ()) for name in names}, path)
-        for key in file.keys():  # noqa: SIM118
-            name, _, field = key.rpartition(".")
-            tensor, parameter = file.get_tensor(key).clone(), parameters[name]
-            if tensor.dim() > 0:
-                check_shapes(f"{field} of", {name: shapes[name]}, {name: tuple(tensor.shape)}, path)
-            if tensor.dim() > 0 or id(parameter) in on_device:
-                tensor = tensor.to(parameter.device)
-            state.setdefault(name, {})[field] = tensor
-    optimizer.state.clear()
-    for name, fields in state.items():
-        optimizer.state[parameters[name]] = fields
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, copied: those of safetensors are mapped from the file, which will be deleted in time."""
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    check_shapes("optimizer state of", shapes, {name: shapes.get(name, ()) for name in names}, path)
+    try:
+        optimizer.load_state_dict(load_file(path))
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit: {error}; restore the settings it was made with, or set another "
+            "checkpoint.dir"
+        ) from error
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:

@@ -12,7 +12,8 @@ import transformers
 
 from stream_trainer.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 MANIFEST = "manifest.json"
 
 
@@ -48,6 +49,11 @@ def written(path: Path) -> tuple[float, int]:
     return time, _size(path)
 
 
+def format_of(path: Path) -> int:
+    """The format of a verified checkpoint."""
+    return int(json.loads((path / MANIFEST).read_bytes())["format_version"])
+
+
 def _size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
@@ -63,9 +69,10 @@ def verify(path: Path, step: int) -> None:
         intact = False
     if not intact:
         raise DamagedError(f"{MANIFEST} is not as it was written")
-    if content["format_version"] != FORMAT_VERSION:
+    if content["format_version"] not in READABLE:
         raise CheckpointError(
-            f"checkpoint {path} has format_version={content['format_version']}, this version reads {FORMAT_VERSION}; "
+            f"checkpoint {path} has format_version={content['format_version']}, this version reads up to "
+            f"{FORMAT_VERSION}; "
             f"use the version of stream-trainer that wrote it, or set another checkpoint.dir"
         )
     for name, expected in content["files"].items():

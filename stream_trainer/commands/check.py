@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.monitoring.server import listen_problem
 from stream_trainer.settings.schema import ModelSettings, Settings
+from stream_trainer.settings.selection import SelectionSettings
 
 FLOAT32_BYTES = 4
 
@@ -41,6 +42,7 @@ def check_offline(settings: Settings) -> list[Check]:
     return [
         *_files(settings),
         *_directories(settings),
+        *_own_selector(settings.selection),
         *_model(settings.model),
         *_extras(settings.model),
         _device(settings.model),
@@ -75,6 +77,22 @@ def _files(settings: Settings) -> Iterator[Check]:
     for name, path in named.items():
         if path is not None:
             yield _readable(name, path)
+
+
+def _own_selector(settings: SelectionSettings) -> Iterator[Check]:
+    """Only where one is named: it is code of the user's, and needs torch."""
+    if ":" not in settings.weigh:
+        return
+    import torch
+
+    from stream_trainer.training.own_selector import load_selector
+
+    try:
+        load_selector(settings, torch.Generator())
+    except SettingsError as error:
+        yield Check("selection.weigh", ok=False, detail=str(error))
+    else:
+        yield Check("selection.weigh", ok=True, detail=f"{settings.weigh} can be made")
 
 
 def _readable(name: str, path: Path) -> Check:

@@ -1,9 +1,85 @@
-"""Command-line options that the offline selections share, and the types of their values."""
+"""What the offline selections share: options and the types of their values, what they read, and progress."""
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from gradient_selectors import Batch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from stream_trainer.commands.pool_file import PoolFile, read_pool, size_of
+from stream_trainer.models.loading import LoadedModel, load_model
+from stream_trainer.samples.collate import collate
+from stream_trainer.samples.decoder import Decoder, read_samples
+from stream_trainer.settings.schema import ModelSettings, SampleSettings
+
+MAX_TARGET = 1024  # target samples used, from the top of the file
+
+Advance = Callable[[str, int, int], None]
+"""Told of a phase, what was done of it since the last time, and how much there is in all."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a selection works on: a model, and the target as one batch."""
+
+    loaded: LoadedModel
+    decoder: Decoder
+    target: Batch
+    pool_bytes: int
+
+    def read_pool(self, args: argparse.Namespace, advance: Advance) -> PoolFile:
+        """Decode the pool once; what is no sample goes to `rejected.jsonl`."""
+        args.out.mkdir(parents=True, exist_ok=True)
+        pad_id = self.loaded.tokenizer.pad_token_id
+        rejected = args.out / "rejected.jsonl"
+        return read_pool(
+            args.pool, self.decoder, pad_id, rejected, lambda count: advance("reading", count, self.pool_bytes)
+        )
+
+
+def load_inputs(args: argparse.Namespace) -> Inputs:
+    """Load what the common options name. Raises SettingsError for whatever the user can mend."""
+    pool_bytes = size_of(args.pool)
+    model = ModelSettings(name=args.model, gguf_file=args.gguf_file, dtype=args.dtype, device=args.device)
+    loaded = load_model(model, args.seed)
+    decoder = Decoder(loaded.tokenizer, SampleSettings(max_tokens=args.max_tokens), loaded.max_positions)
+    target = collate(read_samples(args.target, decoder, MAX_TARGET, "--target"), loaded.tokenizer.pad_token_id)
+    return Inputs(loaded, decoder, target, pool_bytes)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Advance]:
+    """A bar for each phase on standard error, if that is a terminal: a log is no place for bars."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(phase: str, count: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.advance(tasks[phase], count)
+
+        yield advance
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from gradient_selectors import Batch
+
 from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.ingest.dead_letters import FileDeadLetters
 from stream_trainer.records import Partition, Record, Sample
+from stream_trainer.samples.collate import collate
 from stream_trainer.samples.decoder import Decoder
 
 READ_TOGETHER = 1024  # lines decoded at a time
@@ -30,17 +33,18 @@ class PoolFile:
         starts, sizes: bytes of each sample's line, newline included.
         lines: line number of each, from 1.
         ids: the producer's name for each, or None.
-        tokens: tokens of each.
+        lengths: tokens of each.
         rejected: lines that are no samples, by reason.
     """
 
     path: Path
     decoder: Decoder
+    pad_id: int
     starts: list[int]
     sizes: list[int]
     lines: list[int]
     ids: list[str | None]
-    tokens: list[int]
+    lengths: list[int]
     rejected: Counter[str]
 
     def __len__(self) -> int:
@@ -52,10 +56,14 @@ class PoolFile:
             records = [self._record(file, index) for index in indices]
         samples = []
         for index, result in zip(indices, self.decoder.decode_batch(records), strict=True):
-            if not isinstance(result, Sample) or result.num_tokens != self.tokens[index]:
+            if not isinstance(result, Sample) or result.num_tokens != self.lengths[index]:
                 raise SettingsError(f"--pool={self.path} line {self.lines[index]} changed while it was read; run again")
             samples.append(result)
         return samples
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some samples as tensors."""
+        return collate(self.samples(indices), self.pad_id)
 
     def write_lines(self, indices: Sequence[int], path: Path) -> None:
         """Write the original lines of some samples, in the order given."""
@@ -63,17 +71,17 @@ class PoolFile:
             for index in indices:
                 out.write((self._record(file, index).value or b"").rstrip(b"\r\n") + b"\n")
 
-    def write_scores(self, scores: Sequence[float], path: Path) -> list[int]:
-        """Write `line`, `id`, `score` and `rank` of every sample, best first, and return the indices in that order.
+    def write_scores(self, indices: Sequence[int], scores: Sequence[float], path: Path) -> int:
+        """Write `line`, `id`, `score` and `rank` of some samples, best first; returns how many have a rank.
 
-        Samples whose score is not finite come last, with neither score nor rank, and are not returned.
+        Samples whose score is not finite come last, with neither score nor rank.
         """
-        order = sorted(range(len(self)), key=lambda i: -scores[i] if math.isfinite(scores[i]) else math.inf)
-        ranked = [index for index in order if math.isfinite(scores[index])]
+        order = sorted(range(len(indices)), key=lambda i: -scores[i] if math.isfinite(scores[i]) else math.inf)
+        ranked = sum(math.isfinite(score) for score in scores)
         with replacing(path) as out:
-            for rank, index in enumerate(order, start=1):
-                score, place = (scores[index], rank) if rank <= len(ranked) else (None, None)
-                fields = {"line": self.lines[index], "id": self.ids[index], "score": score, "rank": place}
+            for rank, i in enumerate(order, start=1):
+                score, place = (scores[i], rank) if rank <= ranked else (None, None)
+                fields = {"line": self.lines[indices[i]], "id": self.ids[indices[i]], "score": score, "rank": place}
                 out.write(json.dumps(fields).encode() + b"\n")
         return ranked
 
@@ -83,13 +91,13 @@ class PoolFile:
         return Record(Partition(str(self.path), 0), start, start + size, file.read(size))
 
 
-def read_pool(path: Path, decoder: Decoder, rejected: Path, progress: Callable[[int], None]) -> PoolFile:
+def read_pool(path: Path, decoder: Decoder, pad_id: int, rejected: Path, progress: Callable[[int], None]) -> PoolFile:
     """Decode every line once. Those that are no samples are written to `rejected`; blank lines are skipped.
 
     `progress` is told of bytes as they are read. Raises SettingsError if the file cannot be read or holds no
     sample, OSError if `rejected` cannot be replaced.
     """
-    pool = PoolFile(path, decoder, [], [], [], [], [], Counter())
+    pool = PoolFile(path, decoder, pad_id, [], [], [], [], [], Counter())
     rejected.unlink(missing_ok=True)
     with closing(FileDeadLetters(rejected)) as rejects:
         for numbers, records in _chunks(path):
@@ -99,7 +107,7 @@ def read_pool(path: Path, decoder: Decoder, rejected: Path, progress: Callable[[
                     pool.sizes.append(record.next_offset - record.offset)
                     pool.lines.append(number)
                     pool.ids.append(result.id)
-                    pool.tokens.append(result.num_tokens)
+                    pool.lengths.append(result.num_tokens)
                 else:
                     error = result or SampleError("empty", "the line has no bytes")
                     rejects.send(record, error.reason, str(error))

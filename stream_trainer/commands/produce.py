@@ -231,7 +231,7 @@ def _ensure_topic(settings: KafkaSettings, partitions: int) -> Topic:
     return topic
 
 
-def add_produce_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `stream-trainer produce`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Publish JSONL files to a Kafka topic, one record a line, mixed as asked."
@@ -249,7 +249,7 @@ def add_produce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ssl-cafile", metavar="PEM", help="authorities to trust (default: the system's)")
 
 
-def run_produce(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Publish as the command line says, with a progress bar on a terminal; returns the exit code.
 
     Raises SettingsError for input that cannot be used, SourceError if the brokers cannot take it.

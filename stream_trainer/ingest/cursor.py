@@ -1,7 +1,7 @@
 """Which records are decided, and where to resume reading so that each is decided exactly once.
 
 A partition's position is its lowest undecided one. Records above it may be decided already, because decisions come in
-any order; the snapshot keeps those as intervals, and after a restart they are skipped when they are read again.
+any order; the state keeps those as intervals, and after a restart they are skipped when they are read again.
 Offsets rise within a partition but have gaps (compaction, transactions, byte offsets), so an interval ends where the
 record after it may begin, and no offset is ever counted on to exist.
 """
@@ -115,7 +115,7 @@ class Cursor:
             log = self._logs.setdefault(partition, _Log(read_to=position))
             log.read_to = max(log.read_to, position)
 
-    def decide(self, partition: Partition, offset: int, outcome: Outcome) -> None:
+    def resolve(self, partition: Partition, offset: int, outcome: Outcome) -> None:
         """Settle what became of a record. Asserts that it was fetched and is undecided."""
         with self._lock:
             log = self._logs.get(partition, _Log(read_to=0))
@@ -135,7 +135,7 @@ class Cursor:
         with self._lock:
             return {outcome: self._counts[outcome] for outcome in Outcome}
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All of it as JSON: `{"partitions": {"topic:0": {"next": 7, "decided": [[9, 12]]}}, "counts": {...}}`.
 
         Intervals are half-open. O(records between the lowest undecided one and the last one read).
@@ -151,7 +151,7 @@ class Cursor:
 
     @classmethod
     def restore(cls, snapshot: Mapping[str, Any]) -> "Cursor":
-        """Inverse of `snapshot`, to be followed by reading again from `positions()`."""
+        """Inverse of `state_dict`, to be followed by reading again from `positions()`."""
         cursor = cls()
         for name, log in snapshot["partitions"].items():
             intervals: Sequence[Sequence[int]] = log["decided"]

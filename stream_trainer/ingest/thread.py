@@ -206,8 +206,7 @@ class Ingest:
             )
 
     def _decide(self, record: Record, outcome: Outcome) -> None:
-        self._cursor.decide(record.partition, record.offset, outcome)
-        self._metrics.records.labels(outcome.value).inc()
+        self._cursor.resolve(record.partition, record.offset, outcome)
 
     def _commit(self) -> None:
         with self._commit_lock:

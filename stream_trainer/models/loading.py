@@ -110,7 +110,7 @@ def _device(name: str) -> torch.device:
 def passes_in(dtype: str, device: torch.device) -> str:
     """What `model.dtype` comes to on a device: `float32` where a CPU has no instructions for bfloat16.
 
-    Emulated, products took 6 to 60 times as long as in float32 (AVX2), and are no more exact for it.
+    Emulated, products take far longer than in float32, and are no more exact for it.
     """
     return "float32" if device.type == "cpu" and not _multiplies_bfloat16() else dtype
 

@@ -10,10 +10,9 @@ def keep_freed_memory() -> bool:
     """Tell glibc's allocator to keep what is freed for the next step; returns whether it could be told.
 
     By itself it gives large blocks back to the kernel as soon as they are free, and every step then waits while the
-    kernel clears gigabytes of fresh pages. A step on SmolLM2-135M took 2.1 to 2.9 s of which 1.7 s remain, at the same
-    peak memory; plain training on the same samples gains about a tenth. It holds for the whole process, and memory
-    that one step needed is not there for other processes until this one ends. Other C libraries and allocators have
-    settings of their own and are left alone.
+    kernel clears gigabytes of fresh pages. Peak memory stays the same. The setting holds for the whole process, and
+    memory that one step needed is not there for other processes until this one ends. Other C libraries and allocators
+    have settings of their own and are left alone.
     """
     if sys.platform != "linux":
         return False

@@ -4,7 +4,7 @@ Names follow Prometheus' conventions (`promtool check metrics` passes): base uni
 closed sets only. Children of labelled metrics are created at the start, for an alert on an absent series never fires.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 
 from prometheus_client import (
@@ -18,6 +18,8 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from stream_trainer.records import Outcome
 
@@ -42,6 +44,21 @@ class State(StrEnum):
     IDLE = "idle"
     DRAINING = "draining"
     FAILED = "failed"
+
+
+class _Outcomes(Collector):
+    """Records by outcome, read from whoever counts them: nothing is counted twice."""
+
+    def __init__(self) -> None:
+        self.counts: Callable[[], Mapping[Outcome, int]] = dict
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Records decided over the life of the model, by what became of them."
+        family = CounterMetricFamily(f"{PREFIX}_records", text, labels=("outcome",))
+        counts = self.counts()
+        for outcome in Outcome:
+            family.add_metric((outcome.value,), counts.get(outcome, 0))
+        yield family
 
 
 class Metrics:
@@ -73,6 +90,10 @@ class Metrics:
         self.checkpoint_time.set(time)
         self.checkpoint_bytes.set(size)
 
+    def count_outcomes(self, counts: Callable[[], Mapping[Outcome, int]]) -> None:
+        """Show these counts of decided records, which somebody else keeps."""
+        self._outcomes.counts = counts
+
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
 
@@ -85,9 +106,8 @@ class Metrics:
     def _stream(self) -> None:
         self.records_read = self._counter("records_read_total", "Records read from the stream.")
         self.bytes_read = self._counter("read_bytes_total", "Bytes of record values read from the stream.")
-        self.records = self._counter("records_total", "Records decided, by what became of them.", ("outcome",))
-        for outcome in Outcome:
-            self.records.labels(outcome.value)
+        self._outcomes = _Outcomes()
+        self.registry.register(self._outcomes)
         self.dead_letters = self._counter(
             "dead_letters_total", "Records that could not be used, by reason.", ("reason",)
         )
@@ -122,7 +142,7 @@ class Metrics:
         self.loss = self._gauge(
             "progressive_loss", "Mean loss of the last pool before training on any of it (nats per token)."
         )
-        self.trained_loss = self._gauge("trained_loss", "Mean loss of the samples chosen at the last step.")
+        self.trained_loss = self._gauge("trained_loss", "Mean loss of the samples selected at the last step.")
         self.gradient_norm = self._gauge("gradient_norm", "Length of the last gradient before clipping.")
         self.learning_rate = self._gauge("learning_rate", "Learning rate of the last step.")
         self.evaluation_loss = self._gauge("evaluation_loss", "Mean loss on a fixed set (nats).", ("set",))
@@ -166,7 +186,7 @@ class Metrics:
         self.route_entropy = self._gauge(
             "route_entropy_ratio", "How undecided a layer's draw is: 0 for one sample, 1 for all alike.", ("layer",)
         )
-        self.mask_density = self._gauge("mask_density_ratio", "Share of the trainable weights that may move.")
+        self.mask_density = self._gauge("mask_density_ratio", "Share of the trainable parameters that may move.")
         self.mask_churn = self._gauge("mask_churn_ratio", "Share of the mask that the last refresh put in.")
         self.mask_age = self._gauge("mask_age_steps", "Updates since the mask was chosen.")
         self.mask_refreshes = self._counter("mask_refreshes_total", "Refreshes of the mask.")

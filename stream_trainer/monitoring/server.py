@@ -60,7 +60,7 @@ class Server:
         self._http: _HttpServer | None = None
 
     def start(self) -> tuple[str, int]:
-        """Listen, and return the host and port. Raises SettingsError if that address cannot be had."""
+        """Listen, and return the host and port. Raises SettingsError if that address cannot be used."""
         host, port = self._settings.host, self._settings.port
         try:
             self._http = _HttpServer(host, port, self._pages)

@@ -19,20 +19,48 @@ _WORDS = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH", SecretStr:
 _BOUNDS = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
 
 
+# What a first run needs, in the order a person meets it.
+FIRST = (
+    "source.kafka.bootstrap_servers",
+    "source.kafka.topic",
+    "model.name",
+    "model.dtype",
+    "target.path",
+    "selection.profile",
+    "selection.batch_size",
+    "optimizer.learning_rate",
+    "samples.max_tokens",
+    "evaluation.retention_path",
+    "checkpoint.dir",
+    "checkpoint.every_steps",
+)
+
+
+def describe_first_settings() -> str:
+    """The settings of `FIRST`, as `describe_settings` has them."""
+    known = dict(fields())
+    return "\n".join(line for name in FIRST for line in _described(name, known[name])) + "\n"
+
+
 def describe_settings() -> str:
     """Every setting by section: dotted name, type and limits, default and meaning. Plain text of 100 columns."""
     lines: list[str] = []
     for name, field in fields():
         section = section_of(field)
         if section is None:
-            lines.append(f"  --{name}={_word(field.annotation)}  ({'; '.join([_default(field), *_bounds(field)])})")
-            lines += textwrap.wrap(_plain(field.description), _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
+            lines += _described(name, field)
         else:
             heading = f"{name}: {_plain(section.__doc__)}" + (
                 " Off unless one is given." if field.default is None else ""
             )
             lines += ["", *textwrap.wrap(heading, _WIDTH)]
     return "\n".join(lines).strip() + "\n"
+
+
+def _described(name: str, field: FieldInfo) -> list[str]:
+    head = f"  --{name}={_word(field.annotation)}  ({'; '.join([_default(field), *_bounds(field)])})"
+    indent = " " * 8
+    return [head, *textwrap.wrap(_plain(field.description), _WIDTH, initial_indent=indent, subsequent_indent=indent)]
 
 
 def schema() -> dict[str, Any]:

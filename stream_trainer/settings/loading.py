@@ -22,6 +22,9 @@ from stream_trainer.settings.schema import ENVIRONMENT_PREFIX, Settings
 
 CONFIG_VARIABLE = f"{ENVIRONMENT_PREFIX}CONFIG"
 
+# Nothing says what is in these settings, so their values are YAML everywhere: hidden_size=64 is a number.
+FREE = (("model", "config"), ("selection", "weigh_options"))
+
 # Kubernetes puts these into every pod beside a service named stream-trainer. They are no settings of ours.
 _KUBERNETES = re.compile(r"(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_\w+)=.*|PORT=\w+://.*")
 
@@ -162,10 +165,10 @@ def _from_texts(texts: Mapping[str, str], origin: str, mistakes: list[str]) -> d
         else:
             mistakes.append(unknown_name(name, "", Settings, origin))
     values: dict[str, Any] = _nulls(_Texts(known)())
-    config = values.get("model", {})
-    if isinstance(config, dict) and isinstance(config.get("config"), dict):
-        # Nothing says what is in there, so its values are YAML: hidden_size=64 is a number.
-        config["config"] = {name: _value(v) if isinstance(v, str) else v for name, v in config["config"].items()}
+    for section, name in FREE:
+        inner = values.get(section, {})
+        if isinstance(inner, dict) and isinstance(inner.get(name), dict):
+            inner[name] = {key: _value(v) if isinstance(v, str) else v for key, v in inner[name].items()}
     return values
 
 

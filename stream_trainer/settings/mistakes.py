@@ -43,6 +43,28 @@ _PROBLEMS = {
 }
 
 
+# Settings that had another name once.
+RENAMED = {
+    "selection.chosen": "selection.batch_size",
+    "selection.geometry": "selection.scoring",
+    "selection.settle_steps": "selection.preconditioner_warmup_steps",
+    "selection.survivors": "selection.filter_then_weight.keep_ratio",
+    "selection.dual_sft.lambda_answers": "selection.dual_sft.lambda_anchor",
+} | {
+    f"selection.{name}": f"selection.filter_then_weight.{name}"
+    for name in (
+        "min_gain",
+        "filter",
+        "metric",
+        "gamma",
+        "normalisation",
+        "ridge",
+        "max_coefficient",
+        "solver_time_limit_s",
+    )
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """The settings one place gives, nested as in the file. `origin` tells the user where that place is."""
@@ -68,6 +90,8 @@ def fields(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tu
 
 def unknown_name(name: str, prefix: str, section: type[BaseModel], origin: str) -> str:
     """The line for an unknown name, with the nearest right one: its neighbour, or the same word in another section."""
+    if name in RENAMED:
+        return f"setting {name} ({origin}) is now {RENAMED[name]}; rename it"
     first, _, rest = name[len(prefix) :].partition(".")
     near = difflib.get_close_matches(first, section.model_fields, n=1)
     suggestion = f"{prefix}{near[0]}{'.' + rest if rest else ''}" if near else None
@@ -128,7 +152,7 @@ def _problem(details: ErrorDetails, name: str) -> str:
             return f"must be {context['expected']}; did you mean {spelt[near[0]]}?"
     template = _PROBLEMS.get(kind)
     if template is None:
-        return f"is wrong: {details['msg']}; see stream-trainer run --help"
+        return f"is wrong: {details['msg']}; see stream-trainer run --help-all"
     return template.format(name=name, **context)
 
 

@@ -1,9 +1,10 @@
 """Every setting of the service, documented once: name, unit, default and meaning.
 
 Values come from a YAML file, then the environment (`STREAM_TRAINER_SOURCE__KAFKA__TOPIC=...`), then the command line
-(`--source.kafka.topic=...`); the later wins. `settings_loading` reads them and turns every mistake into one line.
+(`--source.kafka.topic=...`); the later wins. `loading` reads them and turns every mistake into one line.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,42 +12,42 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from stream_trainer.settings.base import Count, NonNegative, Positive, Section, Share
-from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.selection import TARGET_PROFILES, SelectionSettings, set_by_profile
 
 ENVIRONMENT_PREFIX = "STREAM_TRAINER_"
 
 
 class KafkaSettings(Section):
-    """A Kafka topic. Offsets are kept in our own checkpoints; the group's offsets are committed for lag tools,
-    and are where a run without a checkpoint begins.
+    """A Kafka topic. Checkpoints keep the offsets. The consumer group's offsets are committed for lag tools, and a run
+    without a checkpoint begins there.
     """
 
     bootstrap_servers: str = "localhost:9092"
-    """Brokers to start from, `host:port[,host:port...]`."""
+    """Brokers to connect to first, `host:port[,host:port...]`."""
     topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] | None = None
     """Topic to train on. Required when `source.kind` is `kafka`."""
     group_id: str = "stream-trainer"
-    """Consumer group under which progress is committed, so that lag tools see it."""
+    """Consumer group under which offsets are committed, so that lag tools see the progress."""
     start: Literal["earliest", "latest"] = "earliest"
-    """Where to begin in a partition that neither a checkpoint nor the group knows."""
+    """Where to begin in a partition for which neither a checkpoint nor the group has an offset."""
     on_data_loss: Literal["fail", "skip"] = "fail"
-    """When undecided records are gone from the log: stop with the reason, or skip them and count them as lost."""
+    """If undecided records are gone from the log: stop with the reason (`fail`), or `skip` and count them as lost."""
     stop_at_end: bool = False
-    """End the run once everything that was in the topic at the start is decided. For batch use and tests."""
+    """End the run when every record that was in the topic at the start is decided. For batch jobs and tests."""
     discovery_interval_s: Positive = 30.0
-    """Seconds between looks for new partitions, which are read from their earliest record."""
+    """Seconds between checks for new partitions. These are read from their earliest record."""
     bootstrap_timeout_s: Positive = 30.0
     """Seconds to wait for a broker at start-up."""
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    """How to talk to the brokers."""
+    """Protocol of the connections to the brokers."""
     ssl_cafile: Path | None = None
-    """PEM file of the authorities to trust; the system's when unset."""
+    """PEM file of the certificate authorities to trust; the system's when unset."""
     ssl_certfile: Path | None = None
     """PEM file of the client's certificate, for mutual TLS."""
     ssl_keyfile: Path | None = None
     """PEM file of the client's private key, for mutual TLS."""
     ssl_password: SecretStr | None = None
-    """Password of the private key."""
+    """Password of the client's private key."""
     ssl_check_hostname: bool = True
     """Whether the broker's certificate must name the host."""
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
@@ -54,7 +55,7 @@ class KafkaSettings(Section):
     sasl_username: str | None = None
     """SASL user name."""
     sasl_password: SecretStr | None = None
-    """SASL password. Give it through the environment rather than the file."""
+    """SASL password. Set it in the environment rather than in the file."""
 
     @model_validator(mode="after")
     def _security_is_complete(self) -> Self:
@@ -71,12 +72,12 @@ class KafkaSettings(Section):
 
 
 class JsonlSettings(Section):
-    """A file of one JSON object a line, or standard input."""
+    """A file with one JSON object a line, or standard input."""
 
     path: str | None = None
     """File to read, or `-` for standard input. Required when `source.kind` is `jsonl`."""
     follow: bool = False
-    """Wait for the file to grow instead of ending the run at its end."""
+    """Wait for the file to grow, instead of ending the run at the end of the file."""
 
 
 class SourceSettings(Section):
@@ -97,47 +98,47 @@ class SourceSettings(Section):
 
 
 class BufferSettings(Section):
-    """What waits between the stream and the trainer. Reading pauses when any limit is reached."""
+    """Samples between the stream and the trainer. Reading pauses when one of the limits is reached."""
 
     max_records: Count = 512
-    """Samples held at most."""
+    """Maximum number of samples in the buffer."""
     max_bytes: Count = 64 * 1024 * 1024
-    """Bytes of record values held at most."""
+    """Maximum bytes of record values in the buffer."""
     max_tokens: Count = 1_000_000
-    """Tokens held at most."""
+    """Maximum number of tokens in the buffer."""
     wait_s: NonNegative = 10.0
-    """Seconds a step waits for a full pool before it takes what is there."""
+    """Seconds that a step waits for a full pool. After that it takes the samples that have come."""
 
 
 class SampleSettings(Section):
     """How a record becomes token ids."""
 
     max_tokens: Annotated[int, Field(ge=2)] = 512
-    """Tokens a sample may have."""
+    """Maximum number of tokens in a sample."""
     too_long: Literal["truncate", "dead_letter"] = "truncate"
-    """What to do with more: cut the end off, or dead-letter the record."""
+    """What to do with a longer sample: cut off its end (`truncate`), or dead-letter the record."""
     max_bytes: Count = 1_000_000
-    """Bytes a record may have; larger ones are dead-lettered unread."""
+    """Maximum size of a record in bytes. Larger records are dead-lettered unread."""
 
 
 class DeadLetterSettings(Section):
-    """Where records go that cannot be used, with their original bytes, headers, position and reason."""
+    """Where unusable records go, with their original bytes, headers and position, and the reason."""
 
     kind: Literal["file", "topic"] = "file"
-    """`file` appends JSON lines; `topic` publishes to Kafka at the source's brokers."""
+    """`file` appends JSON lines; `topic` publishes to Kafka, at the source's brokers."""
     path: Path = Path("dead-letters.jsonl")
     """File to append to when `kind` is `file`."""
     topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] | None = None
-    """Topic to publish to when `kind` is `topic`; the source's topic with `.dead-letters` appended when unset."""
+    """Topic to publish to when `kind` is `topic`. When unset: the source's topic with `.dead-letters` appended."""
 
 
 class LoraSettings(Section):
-    """Low-rank adapters; with these only the adapters train (needs the `lora` extra)."""
+    """Low-rank adapters. Only the adapters are trained (needs the `lora` extra)."""
 
     rank: Count = 8
     """Rank r of each adapter."""
     alpha: Positive = 16.0
-    """Scale: the adapter's output is multiplied by alpha / rank."""
+    """Scaling factor: the adapter's output is multiplied by alpha / rank."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the modules to adapt, or `all-linear`."""
 
@@ -146,18 +147,18 @@ class ModelSettings(Section):
     """The model to train: a causal language model of transformers."""
 
     name: str | None = None
-    """Directory or hub name. Exactly one of `name` and `config` must be given."""
+    """Directory or hub name of the model. Exactly one of `name` and `config` must be given."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     gguf_file: str | None = None
-    """A GGUF file inside `name` to load the weights from (needs the `gguf` extra)."""
+    """GGUF file inside `name` to load the parameters from (needs the `gguf` extra)."""
     config: dict[str, Any] | None = None
-    """Build a model with random weights from this transformers configuration (`model_type` and its fields)."""
+    """Build a model with random parameters from this transformers configuration (`model_type` and its fields)."""
     tokenizer: str | None = None
-    """Directory or hub name of the tokenizer, or `bytes` for the built-in byte-level one; as `name` when unset."""
+    """Directory or hub name of the tokenizer, or `bytes` for the built-in byte-level one. When unset: as `name`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic: `bfloat16` keeps float32 weights and runs the passes under bf16 autocast; on a CPU without
-    instructions for it (AVX-512, AMX), where it would be many times slower, they run in float32."""
+    """Precision of the passes. `bfloat16` keeps float32 parameters and runs the passes under bf16 autocast. On a CPU
+    without instructions for bfloat16 (AVX-512, AMX) they run in float32, which is much faster there."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
     gradient_checkpointing: bool = False
@@ -184,15 +185,15 @@ class TargetSettings(Section):
     """What the model should get better at."""
 
     path: Path
-    """JSONL file of samples in the stream's format. They steer the selection and are never trained on."""
+    """JSONL file of target samples in the stream's format. They steer the selection and are never trained on."""
     max_samples: Count = 64
     """Samples used, from the top of the file."""
     refresh_steps: Count = 4
     """Steps between refreshes of the target's gradient; 1 refreshes it at every step."""
-    refresh_samples: Count = 8
-    """Samples of each refresh, taken in turn from all of the target; as many as that computes the whole anew."""
+    refresh_samples: Count = 4
+    """Samples of each refresh, taken in turn from the target samples; all of them if there are no more."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """What the gradient counts for at the next refresh, if that takes fewer samples than there are."""
+    """Decay of the moving average of the target's gradient, when a refresh takes only some of the target samples."""
 
 
 class OptimizerSettings(Section):
@@ -201,21 +202,21 @@ class OptimizerSettings(Section):
     learning_rate: Positive = 2e-5
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """Decay rates of the first and second moment."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay; never applied to biases and norms."""
     clip_norm: Positive | None = 1.0
-    """Gradients longer than this are scaled down to it."""
+    """Maximum norm of the update's gradient. A longer one is scaled down to it."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What happens after the warm-up; `linear` and `cosine` fall to `final_share` over `decay_steps`."""
+    """Learning rate after the warm-up. `linear` and `cosine` fall to `final_share` over `decay_steps`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises from zero."""
+    """Steps in which the learning rate rises from zero."""
     decay_steps: Count | None = None
-    """Steps of the decay after the warm-up. Required by `linear` and `cosine`."""
+    """Length of the decay after the warm-up, in steps. Required by `linear` and `cosine`."""
     final_share: Share = 0.1
-    """Share of the peak that remains after the decay: a stream has no end, so it should not be zero."""
+    """Share of the peak that remains after the decay. A stream has no end, so it should not be zero."""
 
     @model_validator(mode="after")
     def _decay_has_a_length(self) -> Self:
@@ -228,24 +229,24 @@ class TrainingSettings(Section):
     """The run itself."""
 
     max_steps: Count | None = None
-    """Steps after which the run ends; unset, it goes on for ever."""
+    """Steps after which the run ends. When unset, there is no limit."""
     seed: int = 0
     """Seed of every random choice."""
     threads: Count | None = None
-    """CPU threads for torch; its own choice when unset."""
+    """CPU threads of torch. When unset, torch decides."""
 
 
 class EvaluationSettings(Section):
-    """Loss on fixed sets while training goes on."""
+    """Loss on fixed sets of samples during training."""
 
     every_steps: Count = 50
     """Steps between evaluations."""
     retention_path: Path | None = None
-    """JSONL file of material the model must not forget; the set is called `retention`."""
+    """JSONL file of samples that the model must not forget. Metrics call this set `retention`."""
     sets: dict[str, Path] = Field(default={})
-    """More JSONL files whose loss is watched, by the names to export them under."""
+    """More JSONL files to evaluate on, by the names that metrics give these sets."""
     max_samples: Count = 64
-    """Samples used of each of these files, from its top."""
+    """Samples used from each of these files, from its top."""
 
     @model_validator(mode="after")
     def _names_are_free(self) -> Self:
@@ -256,38 +257,38 @@ class EvaluationSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """The durable truth: weights, optimizer, random states and offsets in one atomic directory."""
+    """The durable state: parameters, optimizer, random states and offsets in one atomic directory."""
 
     dir: Path = Path("checkpoints")
-    """Directory of the checkpoints. A run resumes from the newest good one in it."""
+    """Directory of the checkpoints. A run resumes from the newest one that is intact."""
     every_steps: Count = 200
     """Steps between checkpoints."""
     every_seconds: Positive = 900.0
-    """Seconds between checkpoints, whichever comes first."""
+    """Seconds between checkpoints. Whichever of the two limits comes first counts."""
     keep: Annotated[int, Field(ge=2)] = 3
-    """Checkpoints kept; at least 2, for the newest may turn out damaged."""
+    """Number of checkpoints to keep. At least 2, because the newest may be damaged."""
 
 
 class ServerSettings(Section):
-    """HTTP: `/metrics`, `/healthz`, `/readyz`."""
+    """HTTP server with `/metrics`, `/healthz` and `/readyz`."""
 
     enabled: bool = True
-    """Whether to serve at all."""
+    """Whether the server runs."""
     host: str = "127.0.0.1"
-    """Address to listen on; `0.0.0.0` in a container."""
+    """Address to listen on; use `0.0.0.0` in a container."""
     port: Annotated[int, Field(ge=0, le=65535)] = 9464
-    """Port to listen on; 0 picks a free one and logs it."""
+    """Port to listen on. 0 takes a free port and logs it."""
     stall_s: Positive = 600.0
-    """Seconds without progress, while there is something to do, after which `/healthz` answers 503."""
+    """Seconds without progress, while there is work to do, after which `/healthz` responds with 503."""
 
 
 class LogSettings(Section):
     """Logs go to standard error."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least severity that is logged."""
+    """Minimum severity that is logged."""
     format: Literal["text", "json"] = "text"
-    """`text` for people, `json` for collectors."""
+    """`text` for people, `json` for log collectors."""
 
 
 class Settings(BaseSettings):
@@ -302,9 +303,6 @@ class Settings(BaseSettings):
     )
 
     source: SourceSettings
-    buffer: BufferSettings = BufferSettings()
-    samples: SampleSettings = SampleSettings()
-    dead_letters: DeadLetterSettings = DeadLetterSettings()
     model: ModelSettings
     target: TargetSettings
     selection: SelectionSettings = SelectionSettings()
@@ -312,6 +310,9 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    samples: SampleSettings = SampleSettings()
+    dead_letters: DeadLetterSettings = DeadLetterSettings()
+    buffer: BufferSettings = BufferSettings()
     server: ServerSettings = ServerSettings()
     log: LogSettings = LogSettings()
 
@@ -323,8 +324,18 @@ class Settings(BaseSettings):
         *_: PydanticBaseSettingsSource,
         **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What is passed in and nothing else: `settings_loading` reads the environment, one line per mistake."""
+        """What is passed in and nothing else: `loading` reads the environment, one line per mistake."""
         return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _profile_sets_the_target(cls, given: Any) -> Any:
+        target = given.get("target") if isinstance(given, Mapping) else None
+        if isinstance(target, TargetSettings):
+            target = target.model_dump(exclude_unset=True)
+        if not isinstance(target, Mapping):
+            return given
+        return {**given, "target": {**TARGET_PROFILES[set_by_profile(given.get("selection"))], **target}}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

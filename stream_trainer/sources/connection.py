@@ -144,6 +144,9 @@ class _LastError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = _one_line(record.getMessage()).rpartition(">: ")[2]  # without the name of the connection
+        # A broker that refuses a password closes the connection at once: some tries hear no more than that.
+        if "Authentication" in self.message:
+            return
         explains = not message.startswith("Bootstrap failed") and "socket disconnected" not in message
         if explains or not self.message:
             self.message = message

@@ -1,72 +1,205 @@
-"""What the settings of the selection stand for: selectors, the geometry they see, and the generators they draw from."""
+"""What the settings stand for: the engine with its selector, scoring, route and mask, and the sampler of pools."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import assert_never, cast
 
 import torch
-from gradient_selectors.draw.cluster_ucb import StreamOptions
-from gradient_selectors.mask.masked_adamw import MaskedAdamW
-from gradient_selectors.preconditioner import Geometry, adam_geometry, optimizer_steps, plain
-from gradient_selectors.route.gast import Gast
-from gradient_selectors.views.interaction import Selector
-from gradient_selectors.weigh.baselines import Full, TopK
+from gradient_selectors import (
+    ClusterUcb,
+    DualSft,
+    Equal,
+    Exact,
+    FilterThenWeight,
+    Gast,
+    Greedy,
+    MaskRule,
+    RankOne,
+    SelectionEngine,
+    Selector,
+    Sketched,
+    StreamOptions,
+    TopK,
+    UnsupportedParameterError,
+)
+from gradient_selectors.draw.features import EmbeddingFeatures
+from gradient_selectors.mask.dual_sft import Anchors, Response
+from gradient_selectors.target import Target
+from gradient_selectors.views.scoring import Scoring
+from gradient_selectors.weigh.baselines import OrUniform
 from gradient_selectors.weigh.coefficients import CoefficientSolver
-from gradient_selectors.weigh.filter_then_weight import FilterThenWeight
-from gradient_selectors.weigh.greedy import Greedy
-from torch import Tensor
+from gradient_selectors.weigh.selector import needs_target
 
-from stream_trainer.settings.selection import ClusterUcbSettings, SelectionSettings
-
-GENERATORS = (
-    "step",
-    "route",
-    "sketch",
-)  # each stage draws from its own: switching one off leaves the others as they are
-
-
-def make_generators(seed: int) -> dict[str, torch.Generator]:
-    """A generator for each stage that draws, on the CPU; the bandit has one of its own."""
-    return {name: torch.Generator().manual_seed(seed + i) for i, name in enumerate(GENERATORS)}
+from stream_trainer.errors import SettingsError
+from stream_trainer.ingest.buffer import Buffer
+from stream_trainer.models.loading import LoadedModel
+from stream_trainer.records import Sample
+from stream_trainer.samples.collate import collate
+from stream_trainer.settings.schema import Settings
+from stream_trainer.settings.selection import BuiltInWeigh, ClusterUcbSettings, DualSftSettings, SelectionSettings
+from stream_trainer.training.own_selector import load_selector
+from stream_trainer.training.pools import BanditSampler, PoolSampler, SequentialSampler, UniformSampler
 
 
-def make_selector(settings: SelectionSettings, generators: Mapping[str, torch.Generator]) -> Selector:
-    """The selector that weighs, inside the one that routes if there is one.
+@dataclass(frozen=True)
+class Generators:
+    """Sources of every random choice, on the CPU. Each part draws from its own: one is as it is without the others."""
 
-    `uniform` draws before the pass and weighs all it drew the same.
+    uniform: torch.Generator
+    route: torch.Generator
+    scoring: torch.Generator
+    fallback: torch.Generator
+    selector: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int) -> "Generators":
+        return cls(*(torch.Generator().manual_seed(seed + i) for i in range(5)))
+
+
+def make_engine(
+    settings: Settings,
+    loaded: LoadedModel,
+    optimizer: torch.optim.Optimizer,
+    target: Sequence[Sample],
+    anchors: Sequence[Sample] = (),
+) -> SelectionEngine:
+    """The engine over the model and its optimizer. To be made before a checkpoint is restored.
+
+    Raises SettingsError if a trainable parameter of the model is not covered exactly, or a selector of the user's own
+    cannot be made.
     """
-    weigh = _make_weigher(settings)
-    if settings.route == "none":
-        return weigh
-    gast = settings.gast
-    return Gast(weigh, gast.per_layer, generators["route"], gast.rule, gast.temperature)
-
-
-def _make_weigher(settings: SelectionSettings) -> Selector:
-    survivors = math.ceil(settings.survivors * settings.chosen)
-    if settings.weigh == "filter_then_weight":
-        return FilterThenWeight(
-            chosen=settings.chosen,
-            survivors=survivors,
-            solver=CoefficientSolver(settings.solver_time_limit_s),
-            ridge=settings.ridge,
-            cap=settings.max_coefficient,
-            filter=settings.filter,
-            metric=settings.metric,
-            gamma=settings.gamma,
-            normalisation=settings.normalisation,
-            min_gain=settings.min_gain,
+    selection, pad_id = settings.selection, loaded.tokenizer.pad_token_id
+    generators = Generators.of(settings.training.seed)
+    selector, route = make_selector(selection, generators), make_route(selection, generators)
+    mask = _make_mask(settings, loaded, anchors) if selection.mask == "dual_sft" else None
+    learns = selection.draw == "cluster_ucb"
+    is_steered = needs_target(selector) or route is not None or mask is not None or learns
+    steps = settings.target
+    options = {"refresh_steps": steps.refresh_steps, "refresh_samples": steps.refresh_samples, "decay": steps.decay}
+    try:
+        return SelectionEngine(
+            loaded.model,
+            optimizer,
+            selector,
+            target=Target.of([collate(target, pad_id)], **options) if is_steered else None,
+            scoring=make_scoring(selection, generators),
+            route=route,
+            mask=mask,
+            autocast=loaded.autocast_dtype,
+            preconditioner_warmup_steps=selection.preconditioner_warmup_steps,
+            reports_utilities=learns,
         )
-    if settings.weigh == "greedy":
-        return Greedy(settings.chosen, survivors)
-    return TopK(settings.chosen) if settings.weigh == "top_k" else Full()
+    except UnsupportedParameterError as error:
+        raise SettingsError(f"model.name={settings.model.name}: {error}; or set model.lora") from error
 
 
-def stream_options(settings: ClusterUcbSettings, chosen: int) -> StreamOptions:
+def make_selector(settings: SelectionSettings, generators: Generators) -> Selector:
+    """The selector that weighs. Raises SettingsError if one of the user's own cannot be made."""
+    selector = _make_weigher(settings, generators)
+    if settings.when_none_helps == "uniform":
+        return OrUniform(selector, settings.batch_size, generators.fallback)
+    return selector
+
+
+def _make_weigher(settings: SelectionSettings, generators: Generators) -> Selector:
+    if ":" in settings.weigh:
+        return load_selector(settings, generators.selector)
+    weigh = cast(BuiltInWeigh, settings.weigh)
+    match weigh:
+        case "filter_then_weight":
+            return _filter_then_weight(settings)
+        case "greedy":
+            return Greedy(settings.batch_size, settings.greedy.keep_ratio)
+        case "top_k":
+            return TopK(settings.batch_size)
+        case "equal":
+            return Equal()
+        case _:
+            assert_never(weigh)
+
+
+def _filter_then_weight(settings: SelectionSettings) -> FilterThenWeight:
+    method = settings.filter_then_weight
+    return FilterThenWeight(
+        batch_size=settings.batch_size,
+        keep_ratio=method.keep_ratio,
+        solver=CoefficientSolver(method.solver_time_limit_s),
+        ridge=method.ridge,
+        cap=method.max_coefficient,
+        filter=method.filter,
+        metric=method.metric,
+        gamma=method.gamma,
+        normalisation=method.normalisation,
+        min_gain=method.min_gain,
+    )
+
+
+def make_route(settings: SelectionSettings, generators: Generators) -> Gast | None:
+    """What draws the samples of each layer, if anything does."""
+    match settings.route:
+        case "none":
+            return None
+        case "gast":
+            gast = settings.gast
+            return Gast(gast.per_layer, generators.route, gast.rule, gast.temperature)
+        case _:
+            assert_never(settings.route)
+
+
+def make_scoring(settings: SelectionSettings, generators: Generators) -> Scoring:
+    """How utilities and redundancy are computed."""
+    match settings.scoring:
+        case "exact":
+            return Exact()
+        case "rank_one":
+            return RankOne()
+        case "sketched":
+            return Sketched(settings.sketch_width, generators.scoring)
+        case _:
+            assert_never(settings.scoring)
+
+
+def make_response(settings: DualSftSettings, learning_rate: float) -> Response:
+    """The weights of the terms of u; the learning rate weighs that of the curvature."""
+    curvature_rate = learning_rate if settings.second_order else 0.0
+    return Response(curvature_rate, settings.lambda_new, settings.lambda_prior, settings.lambda_anchor)
+
+
+def _make_mask(settings: Settings, loaded: LoadedModel, anchors: Sequence[Sample]) -> DualSft:
+    method = settings.selection.dual_sft
+    response = make_response(method, settings.optimizer.learning_rate)
+    rule = MaskRule(method.density, method.granularity, method.absolute, method.layer_quota, method.module_quota)
+    batches = [collate(anchors, loaded.tokenizer.pad_token_id)] if anchors else []
+    kept = Anchors.of(loaded.model, batches, response) if batches else None
+    return DualSft(rule, response, method.refresh_steps, method.decay, kept)
+
+
+def make_sampler(settings: Settings, buffer: Buffer, loaded: LoadedModel, target: Sequence[Sample]) -> PoolSampler:
+    """What hands out the steps' pools. To be made before a checkpoint is restored: features stay as they are then."""
+    selection, wait_s = settings.selection, settings.buffer.wait_s
+    match selection.draw:
+        case "all":
+            return SequentialSampler(buffer, selection.num_drawn, wait_s)
+        case "uniform":
+            generator = Generators.of(settings.training.seed).uniform
+            return UniformSampler(buffer, selection.pool_size, selection.num_drawn, wait_s, generator)
+        case "cluster_ucb":
+            features = EmbeddingFeatures.of_model(loaded.model)
+            centre_d = features.centre([sample.input_ids for sample in target])
+            bandit = ClusterUcb(
+                stream_options(selection.cluster_ucb, selection.batch_size), settings.training.seed, centre_d
+            )
+            room = selection.cluster_ucb
+            return BanditSampler(buffer, bandit, features, selection.num_drawn, room.waiting, room.intake, wait_s)
+        case _:
+            assert_never(selection.draw)
+
+
+def stream_options(settings: ClusterUcbSettings, batch_size: int) -> StreamOptions:
     """The bandit's options; shrinkage and the clusters' memory stay as simulated.
 
-    One arm may fill as many slots of a pool as an update takes, so that all of it can come from the best one. On
-    SmolLM2 with one record in ten of the target's kind, the target's loss after 16 steps was 0.02 to 0.04 lower than
-    without, in three streams of three.
+    One arm may fill as many slots of a pool as an update takes, so that all of it can come from the best one. If it
+    could fill more, an arm of the wrong kind could fill a whole pool, and the update would have no better samples.
     """
     return StreamOptions(
         num_clusters=settings.clusters,
@@ -75,20 +208,5 @@ def stream_options(settings: ClusterUcbSettings, chosen: int) -> StreamOptions:
         explore=settings.explore,
         prior=settings.prior,
         thompson=settings.thompson,
-        per_arm=chosen,
+        per_arm=batch_size,
     )
-
-
-def current_geometry(
-    optimizer: torch.optim.AdamW | MaskedAdamW, parameters: Mapping[str, Tensor], settle_steps: int
-) -> Geometry:
-    """P for the next step: plain until the second moment has settled, and zero where a mask forbids the update.
-
-    Before there is any mask, everything counts: the first one is chosen from what the first step finds.
-    """
-    settled = optimizer_steps(optimizer) >= settle_steps
-    if isinstance(optimizer, MaskedAdamW):
-        if not optimizer.density:
-            return plain
-        return optimizer.preconditioner if settled else optimizer.mask
-    return adam_geometry(optimizer, parameters) if settled else plain

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Iterable, Sequence
 
+from gradient_selectors import SelectionEngine
 from gradient_selectors.capture.gradients import layer_of
-from gradient_selectors.mask.masked_adamw import MaskedAdamW
 
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Sample
-from stream_trainer.training.pools import ByClusters, Draws
-from stream_trainer.training.step import Learner, StepReport
+from stream_trainer.training.pools import BanditSampler, PoolSampler
+from stream_trainer.training.step import StepReport
 
 
 def observe_step(
@@ -20,22 +20,22 @@ def observe_step(
     waited: float,
     seconds: float,
 ) -> None:
-    """Export what a step did with its pool, and with the samples that left undrawn beside it."""
+    """Export what a step did with its pool, and with the samples that left without being scored."""
     metrics.steps.labels(report.result).inc()
     metrics.step_seconds.observe(seconds)
     metrics.last_step.set_to_current_time()
     metrics.phase_seconds.labels("wait").inc(waited)
     for phase, spent in report.seconds.items():
         metrics.phase_seconds.labels(phase).inc(spent)
-    metrics.tokens_scored.inc(sum(pool[i].num_tokens for i in report.candidates))
-    metrics.tokens_trained.inc(sum(pool[i].num_tokens for i in report.chosen))
+    metrics.tokens_scored.inc(sum(sample.num_tokens for sample in pool))
+    metrics.tokens_trained.inc(sum(pool[i].num_tokens for i in report.selected))
     metrics.loss.set(sum(report.losses) / len(report.losses))
-    chosen = [loss for loss, weight in zip(report.losses, report.weights, strict=True) if weight > 0]
-    if chosen:
-        metrics.trained_loss.set(sum(chosen) / len(chosen))
+    selected = [report.losses[i] for i in report.selected]
+    if selected:
+        metrics.trained_loss.set(sum(selected) / len(selected))
         metrics.gradient_norm.set(report.gradient_norm)
         metrics.learning_rate.set(report.learning_rate)
-    metrics.selected_ratio.set(len(chosen) / len(pool))
+    metrics.selected_ratio.set(len(selected) / len(pool))
     metrics.target_refreshes.inc(int(report.target_refreshed))
     _observe_ages(metrics, (*pool, *undrawn))
     _observe_decision(metrics, report)
@@ -52,7 +52,7 @@ def _observe_decision(metrics: Metrics, report: StepReport) -> None:
     decision = report.decision
     metrics.effective_samples.set(decision.effective_samples)
     if decision.num_positive is not None:
-        metrics.positive_ratio.set(decision.num_positive / len(report.candidates))
+        metrics.positive_ratio.set(decision.num_positive / len(report.losses))
     if decision.redundancy is not None:
         metrics.redundancy_ratio.set(decision.redundancy)
     if decision.solver is not None:
@@ -60,33 +60,31 @@ def _observe_decision(metrics: Metrics, report: StepReport) -> None:
         metrics.solver_runs.labels(decision.solver.status).inc()
 
 
-def observe_stages(metrics: Metrics, learner: Learner, draws: Draws, report: StepReport) -> None:
+def observe_stages(metrics: Metrics, engine: SelectionEngine, sampler: PoolSampler, report: StepReport) -> None:
     """Export the health of the stages that draw, route and mask, where they are on."""
-    if isinstance(draws, ByClusters):
-        metrics.waiting_records.set(draws.waiting)
-        for arm, mean in enumerate(draws.bandit.moments.means_K.tolist()):
+    if isinstance(sampler, BanditSampler):
+        metrics.waiting_records.set(sampler.waiting)
+        for arm, mean in enumerate(sampler.bandit.moments.means_K.tolist()):
             metrics.arm_reward.labels(str(arm)).set(mean)
-        for arm in draws.last_arms:
+        for arm in sampler.last_arms:
             metrics.arm_draws.labels(str(arm)).inc()
     if report.decision.route_entropy_L is not None:
-        for layer, entropy in zip(layers_of(learner), report.decision.route_entropy_L.tolist(), strict=True):
+        for layer, entropy in zip(layers_of(engine), report.decision.route_entropy_L.tolist(), strict=True):
             metrics.route_entropy.labels(layer).set(entropy)
-    if isinstance(learner.optimizer, MaskedAdamW):
-        metrics.mask_density.set(learner.optimizer.density)
-    if learner.masking is not None:
-        metrics.mask_age.set(learner.masking.age)
-        if report.mask_refreshed and learner.masking.last is not None:
-            metrics.mask_refreshes.inc()
-            metrics.mask_churn.set(learner.masking.last.churn)
+    if engine.mask is not None:
+        metrics.mask_age.set(engine.mask.age)
+    if report.mask_change is not None:
+        metrics.mask_refreshes.inc()
+        metrics.mask_churn.set(report.mask_change.churn)
 
 
-def expect_layers(metrics: Metrics, learner: Learner) -> None:
+def expect_layers(metrics: Metrics, engine: SelectionEngine) -> None:
     """Create the series of the layers that draw, for an alert on an absent series never fires."""
-    if learner.selection.route == "gast":
-        for layer in layers_of(learner):
+    if engine.route is not None:
+        for layer in layers_of(engine):
             metrics.route_entropy.labels(layer)
 
 
-def layers_of(learner: Learner) -> list[str]:
+def layers_of(engine: SelectionEngine) -> list[str]:
     """The layers that hold trainable parameters, in the order of a decision's rows."""
-    return list(dict.fromkeys(layer_of(name) for name in learner.capture.parameters))
+    return list(dict.fromkeys(layer_of(name) for name in engine.capture.parameters))

@@ -1,24 +1,75 @@
 """The optimizer and its learning rate."""
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
-from gradient_selectors.capture.capture import GradientCapture
-from gradient_selectors.mask.masked_adamw import MaskedAdamW
+from gradient_selectors import MaskedAdamW
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from stream_trainer.errors import SettingsError
 from stream_trainer.settings.schema import OptimizerSettings
 from stream_trainer.settings.selection import SelectionSettings
 
 
-def make_optimizer(
-    capture: GradientCapture, settings: OptimizerSettings, selection: SelectionSettings
-) -> torch.optim.AdamW | MaskedAdamW:
-    """AdamW over the trainable parameters; biases and norms (one dimension) are not decayed.
+class NamedAdamW(torch.optim.AdamW):
+    """Torch's AdamW, whose state goes by parameter name, as that of `MaskedAdamW` does."""
 
-    With a mask it is the one that keeps moments for unmasked weights only; nothing moves before it is given a mask.
+    density = 1.0
+
+    def __init__(self, params: Iterable[dict[str, Any]], **options: Any) -> None:
+        """`params`: groups of (name, parameter) pairs."""
+        super().__init__(params, **options)
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without the settings of groups: these stay as they are given. Tensors share memory with the live ones."""
+        return {
+            f"{name}.{field}": value
+            for name, parameter in self.parameters.items()
+            for field, value in self.state.get(parameter, {}).items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a copy of what `state_dict` returned. Raises ValueError, naming a parameter that does not fit."""
+        if any(key.endswith(".kept") for key in state_dict):
+            raise ValueError("it was made with a mask; set selection.mask to fixed or dual_sft")
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in state_dict.items():
+            name, _, field = key.rpartition(".")
+            found.setdefault(name, {})[field] = self._fitting(name, field, tensor)
+        self.state.clear()
+        for name, fields in found.items():
+            self.state[self.parameters[name]] = fields
+
+    def _fitting(self, name: str, field: str, tensor: Tensor) -> Tensor:
+        parameter = self.parameters.get(name)
+        if parameter is None:
+            raise ValueError(f"it holds optimizer state of {name}, which is not trained")
+        if tensor.dim() > 0 and tensor.shape != parameter.shape:
+            raise ValueError(f"{field} of {name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+        return tensor.clone().to(parameter.device)  # a fused update has the step there, too
+
+
+def make_optimizer(
+    model: nn.Module, settings: OptimizerSettings, selection: SelectionSettings
+) -> NamedAdamW | MaskedAdamW:
+    """AdamW over the model's trainable parameters; biases and norms (one dimension) are not decayed.
+
+    With a mask it is the one that keeps moments for unmasked parameters only; nothing moves before it is given a mask.
+    Raises SettingsError if the file of a mask to start from does not fit.
     """
-    matrices = [(name, p) for name, p in capture.parameters.items() if p.ndim > 1]
-    vectors = [(name, p) for name, p in capture.parameters.items() if p.ndim <= 1]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in trained if p.ndim > 1]
+    vectors = [(name, p) for name, p in trained if p.ndim <= 1]
     groups = [
         {"params": members, "weight_decay": decay}
         for members, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
@@ -26,8 +77,28 @@ def make_optimizer(
     ]
     rate, betas, eps = settings.learning_rate, settings.betas, settings.eps
     if selection.mask != "none":
-        return MaskedAdamW(groups, lr=rate, betas=betas, eps=eps, granularity=selection.dual_sft.granularity)
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)  # one pass over memory, not about ten
+        masked = MaskedAdamW(groups, lr=rate, betas=betas, eps=eps, granularity=selection.dual_sft.granularity)
+        if selection.mask_path is not None:
+            start_from(masked, selection.mask_path)
+        return masked
+    return NamedAdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)  # one pass over memory, not about ten
+
+
+def start_from(optimizer: MaskedAdamW, path: Path) -> None:
+    """Give the optimizer a mask as `stream-trainer select dual-sft` writes it: bool, by parameter name.
+
+    Raises SettingsError if the file cannot be read, does not fit the model, or keeps no parameter.
+    """
+    setting = f"selection.mask_path={path}"
+    remedy = "name the mask.safetensors of a selection with this model"
+    try:
+        change = optimizer.replace_mask(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise SettingsError(f"{setting} cannot be read ({error}); {remedy}") from error
+    except ValueError as error:
+        raise SettingsError(f"{setting} does not fit ({error}); {remedy}") from error
+    if not change.kept:
+        raise SettingsError(f"{setting} keeps no weight at all; {remedy}")
 
 
 def learning_rate(settings: OptimizerSettings, updates: int) -> float:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from gradient_selectors.views.sketches import from_tensors, to_tensors
+from gradient_selectors import MaskedAdamW, SelectionEngine
+from gradient_selectors.state import load_states, states_of
+from gradient_selectors.target import mean_loss
 
 from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import TrainerState, save_checkpoint
@@ -22,11 +24,12 @@ from stream_trainer.ingest.thread import Ingest
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Partition, Sample
+from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.observe import expect_layers, observe_stages, observe_step
-from stream_trainer.training.pools import Draws
-from stream_trainer.training.step import Learner, StepReport, train_step
-from stream_trainer.training.target import mean_loss
+from stream_trainer.training.optimizer import NamedAdamW
+from stream_trainer.training.pools import PoolSampler
+from stream_trainer.training.step import StepReport, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +52,12 @@ class Trainer:
 
     settings: Settings
     loaded: LoadedModel
-    learner: Learner
+    optimizer: NamedAdamW | MaskedAdamW
+    engine: SelectionEngine
     evaluation_sets: Mapping[str, Sequence[Sample]]
     cursor: Cursor
     buffer: Buffer
-    draws: Draws
+    sampler: PoolSampler
     ingest: Ingest
     dead_letters: DeadLetters
     metrics: Metrics
@@ -73,7 +77,7 @@ class Trainer:
         Raises what the ingest thread failed with, after a last checkpoint of what was learned before.
         """
         self._last_checkpoint_time, self._durable = time.monotonic(), (self.step, self.cursor.counts)
-        expect_layers(self.metrics, self.learner)
+        expect_layers(self.metrics, self.engine)
         self.evaluate()
         try:
             self._loop()
@@ -105,10 +109,10 @@ class Trainer:
                     return
                 self.checkpoint()
                 continue
-            report = train_step(self.learner, pool)
+            report = train_step(self.engine, pool, self._pad_id, self.settings.optimizer)
             self.step += 1
-            undrawn = self.draws.settle(report.utilities)
-            self._decide(pool, undrawn, report)
+            undrawn = self.sampler.feedback(report.utilities)
+            self._resolve(pool, undrawn, report)
             self._observe(pool, undrawn, report, started - asked, time.perf_counter() - started)
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()
@@ -117,18 +121,26 @@ class Trainer:
 
     def _next_pool(self) -> list[Sample]:
         """Empty only when there is nothing left to do, or a checkpoint became due while none came."""
-        if self.buffer.records + self.draws.waiting == 0:
+        if self.buffer.records + self.sampler.waiting == 0:
             self.enter(State.IDLE)
-        pool = self.draws.pool(lambda: self.stopped() or self._idle_checkpoint_is_due())
+        pool = self.sampler.next(lambda: self.stopped() or self._idle_checkpoint_is_due())
         self.enter(State.CATCHING_UP if self.ingest.paused else State.TRAINING)
         return pool
 
-    def _decide(self, pool: Sequence[Sample], undrawn: Sequence[Sample], report: StepReport) -> None:
-        chosen = set(report.chosen)
+    def _resolve(self, pool: Sequence[Sample], undrawn: Sequence[Sample], report: StepReport) -> None:
+        selected = set(report.selected)
         for i, sample in enumerate((*pool, *undrawn)):
-            outcome = Outcome.TRAINED if i in chosen else Outcome.NOT_SELECTED
-            self.cursor.decide(sample.partition, sample.offset, outcome)
-            self.metrics.records.labels(outcome.value).inc()
+            outcome = Outcome.TRAINED if i in selected else Outcome.NOT_SELECTED
+            self.cursor.resolve(sample.partition, sample.offset, outcome)
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.loaded.tokenizer.pad_token_id)
+
+    @property
+    def _parts(self) -> dict[str, object]:
+        """Whatever has state beside model, optimizer and cursor, by the name it has in a checkpoint."""
+        return {"engine": self.engine, "sampler": self.sampler}
 
     def enter(self, state: State) -> None:
         """Go to a state, and count that as progress."""
@@ -146,7 +158,7 @@ class Trainer:
             if self.stopped():
                 return
             started = time.perf_counter()
-            loss = mean_loss(self.learner.capture, samples, self.learner.pad_id)
+            loss = mean_loss(self.engine.capture, [collate(samples, self._pad_id)])
             self.losses[name] = loss
             self.metrics.evaluation_loss.labels(name).set(loss)
             self.metrics.evaluation_time.labels(name).set_to_current_time()
@@ -175,13 +187,13 @@ class Trainer:
         Dead letters are flushed after the snapshot: each of those it counts as decided was sent before.
         """
         started = time.perf_counter()
-        snapshot, counts = self.cursor.snapshot(), self.cursor.counts
+        snapshot, counts = self.cursor.state_dict(), self.cursor.counts
         try:
             self.dead_letters.flush()
             saved = save_checkpoint(
                 self.settings.checkpoint.dir,
                 self.loaded,
-                self.learner.optimizer,
+                self.optimizer,
                 self._trainer_state(snapshot),
                 self.settings.checkpoint.keep,
             )
@@ -198,52 +210,26 @@ class Trainer:
         self.ingest.request_commit(positions, saved.step)
 
     def _trainer_state(self, snapshot: dict[str, object]) -> TrainerState:
-        target, masking = self.learner.target, self.learner.masking
-        averages, counters = masking.method.state() if masking is not None else ({}, {})
-        parts = {
-            "target": target.gradient if target is not None and target.gradient is not None else {},
-            "draw": self.draws.state(),
-            "mask": averages,
-            "sketch": to_tensors(self.learner.projections or {}),
-        }
         return TrainerState(
             step=self.step,
             cursor=snapshot,
             source_identity=dict(self.ingest.identity),
-            extra={
-                "target_age": target.age if target is not None else 0,
-                "target_refreshes": target.refreshes if target is not None else 0,
-                "mask": counters,
-                "version": __version__,
-            },
-            tensors={f"{part}.{name}": values for part, tensors in parts.items() for name, values in tensors.items()},
-            random={name: generator.get_state() for name, generator in self.learner.generators.items()},
+            version=__version__,
+            parts=states_of(self._parts),
         )
 
     def restore(self, state: TrainerState) -> None:
-        """Take up where a checkpoint left off; weights, optimizer and cursor are restored elsewhere.
+        """Take up where a checkpoint left off; model, optimizer and cursor are restored elsewhere.
 
-        A stage that is on now and was off then begins afresh. Raises CheckpointError if a stage's state does not fit.
+        A part that is on now and was off then begins afresh. Raises CheckpointError if a part's state does not fit.
         """
         self.step = state.step
-        for name, generator in self.learner.generators.items():
-            if name in state.random:
-                generator.set_state(state.random[name])
-        target, masking = self.learner.target, self.learner.masking
-        gradient = _part(state, "target")
-        if target is not None and gradient:
-            target.age, target.refreshes = state.extra["target_age"], state.extra.get("target_refreshes", 1)
-            target.gradient = {name: values.to(self.loaded.device) for name, values in gradient.items()}
-        if masking is not None and state.extra.get("mask"):
-            averages = {name: values.to(self.loaded.device) for name, values in _part(state, "mask").items()}
-            masking.method.load_state(averages, state.extra["mask"])
-        sketch = {name: values.to(self.loaded.device) for name, values in _part(state, "sketch").items()}
-        self.learner.projections = from_tensors(sketch) or None  # without any they are made anew
         try:
-            self.draws.load_state(_part(state, "draw"))
-        except ValueError as error:
+            load_states(self._parts, state.parts)
+        except (ValueError, KeyError) as error:  # a name that is missing is that of another selector's state
             raise CheckpointError(
-                f"selection.cluster_ucb.clusters={self.settings.selection.cluster_ucb.clusters}: {error}"
+                f"the state of the selection does not fit ({error}); restore the settings it was made with, "
+                "or set another checkpoint.dir"
             ) from error
 
     def _observe(
@@ -251,14 +237,12 @@ class Trainer:
     ) -> None:
         self.last_progress, self.last_report = time.monotonic(), report
         observe_step(self.metrics, pool, undrawn, report, waited, seconds)
-        observe_stages(self.metrics, self.learner, self.draws, report)
+        if self.settings.selection.mask != "none":
+            self.metrics.mask_density.set(self.optimizer.density)
+        observe_stages(self.metrics, self.engine, self.sampler, report)
         losses = torch.tensor(report.losses)
-        logger.debug("step %d: %s, pool loss %.4f, chosen %s", self.step, report.result, losses.mean(), report.chosen)
+        logger.debug(
+            "step %d: %s, pool loss %.4f, selected %s", self.step, report.result, losses.mean(), report.selected
+        )
         if self.on_step is not None:
             self.on_step(self.step, pool, report)
-
-
-def _part(state: TrainerState, part: str) -> dict[str, torch.Tensor]:
-    """The tensors of one stage, by the names it gave them."""
-    prefix = f"{part}."
-    return {name.removeprefix(prefix): values for name, values in state.tensors.items() if name.startswith(prefix)}

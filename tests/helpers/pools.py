@@ -10,18 +10,21 @@ from gradient_selectors.views.interaction import Interaction
 from torch import Size, Tensor
 
 
-def written_pool(rows: Sequence[Sequence[float]], target: Sequence[float]) -> Interaction:
-    """Candidates given by their gradients on one vector."""
+def written_pool(
+    rows: Sequence[Sequence[float]], target: Sequence[float], losses_N: Tensor | None = None
+) -> Interaction:
+    """Candidates given by their gradients on one vector, with a loss of 1 each unless told otherwise."""
     gradients = torch.tensor(rows, dtype=torch.float32)
-    pool = PoolGradients(torch.ones(len(gradients)), {"w": [Written(gradients)]}, {"w": Size([len(target)])})
+    losses_N = torch.ones(len(gradients)) if losses_N is None else losses_N
+    pool = PoolGradients(losses_N, {"w": [Written(gradients)]}, {"w": Size([len(target)])})
     return Interaction(pool, {"w": torch.tensor(target)}, plain)
 
 
 def block_pool(rows_LN: Tensor) -> Interaction:
-    """Candidates with one weight in each of L layers, whose `rows_by_layer_LN` are the given ones."""
+    """Candidates with one weight in each of L layers, whose `utilities_LN` are the given ones."""
     names = [f"model.layers.{layer}.gate" for layer in range(len(rows_LN))]
     factors: Mapping[str, Sequence[Factor]] = {
-        name: [Written(rows_N.unsqueeze(1))] for name, rows_N in zip(names, rows_LN.float(), strict=True)
+        name: [Written(utilities_N.unsqueeze(1))] for name, utilities_N in zip(names, rows_LN.float(), strict=True)
     }
     pool = PoolGradients(torch.ones(rows_LN.shape[1]), factors, dict.fromkeys(names, Size([1])))
     return Interaction(pool, {name: torch.ones(1) for name in names}, plain)

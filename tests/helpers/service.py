@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,26 @@ MODEL = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
 }
+SELECTION: dict[str, Any] = {
+    "profile": "thorough",  # what comes is scored in its order and exactly, which most tests count on
+    "pool_size": 8,
+    "batch_size": 3,
+    "preconditioner_warmup_steps": 2,
+    "filter_then_weight": {"solver_time_limit_s": 60.0},
+}
+ALL_ON: dict[str, Any] = {
+    "draw": "cluster_ucb",
+    "weigh": "filter_then_weight",
+    "route": "gast",
+    "mask": "dual_sft",
+    "pool_size": 8,
+    "batch_size": 3,
+    "preconditioner_warmup_steps": 2,
+    "filter_then_weight": {"solver_time_limit_s": 60.0},
+    "cluster_ucb": {"waiting": 24, "intake": 12, "clusters": 4},
+    "gast": {"per_layer": 2},
+    "dual_sft": {"density": 0.3, "refresh_steps": 3},
+}
 WORDS = ("river", "stone", "light", "seven", "apple", "north", "under", "glass")
 
 
@@ -54,7 +74,7 @@ def write_lines(path: Path, values: Sequence[bytes]) -> None:
     path.write_bytes(b"".join(value + b"\n" for value in values))
 
 
-def configuration(folder: Path, source: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+def configuration(folder: Path, source: dict[str, Any], **sections: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a small, deterministic run below `folder`, as in a settings file; `sections` are laid over it.
 
     No wait and no time limit is short enough to change what is decided on a slow machine.
@@ -65,7 +85,7 @@ def configuration(folder: Path, source: dict[str, Any], **sections: dict[str, An
     base: dict[str, dict[str, Any]] = {
         "model": {"config": MODEL, "tokenizer": "bytes"},
         "target": {"path": str(target), "refresh_steps": 4},
-        "selection": {"pool_size": 8, "chosen": 3, "settle_steps": 2, "solver_time_limit_s": 60.0},
+        "selection": SELECTION,
         "optimizer": {"learning_rate": 1e-3},
         "buffer": {"wait_s": 60.0},
         "training": {"seed": 5, "threads": 1},
@@ -74,7 +94,7 @@ def configuration(folder: Path, source: dict[str, Any], **sections: dict[str, An
         "dead_letters": {"path": str(folder / "dead-letters.jsonl")},
         "server": {"enabled": False},
     }
-    merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
+    merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in base | sections}
     return merged | {"source": source}
 
 
@@ -99,14 +119,14 @@ class Step:
     number: int
     result: str
     ids: tuple[str | None, ...]
-    weights: tuple[float, ...]
+    coefficients: tuple[float, ...]
     losses: tuple[float, ...]
-    chosen: tuple[str | None, ...]
+    selected: tuple[str | None, ...]
 
 
 def step_of(number: int, pool: Sequence[Sample], report: StepReport) -> Step:
     ids = tuple(sample.id for sample in pool)
-    return Step(number, report.result, ids, report.weights, report.losses, tuple(ids[i] for i in report.chosen))
+    return Step(number, report.result, ids, report.coefficients, report.losses, tuple(ids[i] for i in report.selected))
 
 
 def serve_until(config: dict[str, Any], last_step: int | None = None) -> tuple[Summary, list[Step]]:
@@ -234,7 +254,7 @@ def metrics(config: dict[str, Any]) -> dict[str, float]:
 
 
 def decided(config: dict[str, Any]) -> float:
-    """Records that this process has decided, as `/metrics` has it."""
+    """Records decided over the life of the model, as `/metrics` has it."""
     return sum(value for name, value in metrics(config).items() if name.startswith("records_total"))
 
 

@@ -48,12 +48,12 @@ def with_config(kind: str, **changes: Any) -> ModelSettings:
     return ModelSettings(config={**CONFIGS[kind], **changes}, tokenizer="bytes")
 
 
-def shake(model: torch.nn.Module, seed: int = 3) -> None:
-    """Give every trainable weight another value; fresh adapters would be zero maps."""
+def shake(model: torch.nn.Module, seed: int = 3, frozen: bool = False) -> None:
+    """Give every trainable weight another value, `frozen` ones too; fresh adapters would be zero maps."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad or frozen:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 

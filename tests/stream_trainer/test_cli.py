@@ -16,6 +16,7 @@ from stream_trainer.cli import main
 from stream_trainer.commands import check as checks
 from stream_trainer.errors import DataLossError
 from stream_trainer.settings.loading import load_settings
+from stream_trainer.settings.mistakes import fields, section_of
 from stream_trainer.settings.schema import Settings
 
 
@@ -54,7 +55,12 @@ MISTAKES = [
     variable("STREAM_TRAINER_SERVER__PROT", "1", "server.prot (environment)", "did you mean server.port?"),
     in_file("bufer: {max_records: 5}", "bufer", "did you mean buffer?"),
     in_file("model: {lora: {rnak: 4}}", "model.lora.rnak", "did you mean model.lora.rank?"),
+    option("--selection.chosen=4", "is now selection.batch_size; rename it"),
+    in_file("selection: {survivors: 2}", "selection.survivors", "is now selection.filter_then_weight.keep_ratio"),
     # Values
+    option("--selection.weigh=uniform", "is now draw=uniform with weigh=equal"),
+    option("--selection.weigh=full", "is now weigh=equal"),
+    option("--selection.profile=cheap", "=cheap", "'thrifty', 'thorough' or 'plain'"),
     option("--training.max_steps=ten", "=ten", "is no whole number"),
     option("--training.max_steps=1.5", "=1.5", "is no whole number"),
     option("--optimizer.learning_rate=0", "=0", "more than 0"),
@@ -80,8 +86,9 @@ MISTAKES = [
     Mistake("no such file", ("/no/such.yaml", "cannot be read"), ["--config=/no/such.yaml"]),
     variable("STREAM_TRAINER_CONFIG", "/no/such.yaml", "/no/such.yaml", "cannot be read"),
     # What does not go together
-    option("--selection.chosen=99", "=99", "selection.pool_size=16"),
-    option("--selection.pool_size=600", "pool_size=600", "buffer.max_records=512"),
+    option("--selection.batch_size=99", "=99", "selection.pool_size=4"),
+    option("--selection.cluster_ucb.waiting=600", "waiting=600", "buffer.max_records=512"),
+    Mistake("a large pool", ("cluster_ucb.intake=128 is less than the 600",), ["--selection.pool_size=600"]),
     option("--optimizer.schedule=cosine", "=cosine", "needs optimizer.decay_steps"),
     option("--dead_letters.kind=topic", "dead_letters.kind=topic", "source.kind=kafka"),
     option("--source.kafka.sasl_mechanism=PLAIN", "=PLAIN", "source.kafka.security_protocol=PLAINTEXT"),
@@ -238,10 +245,23 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.startswith("usage: stream-trainer")
     if command in ("run", "config"):
-        assert "--selection.pool_size=INTEGER  (default 16; >= 1)" in out
-        assert "STREAM_TRAINER_SOURCE__KAFKA__TOPIC=samples" in out
+        assert "--selection.batch_size=INTEGER  (default 3; >= 1)" in out
+        assert "--selection.pool_size" not in out, "only what matters first"
+        assert "--help-all" in out
     else:
         assert "examples:" in out
+
+
+@pytest.mark.parametrize("command", ["run", "config"])
+def test_help_all_lists_every_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help-all"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "--selection.pool_size=INTEGER  (default 4; >= 1)" in out
+    assert "STREAM_TRAINER_SOURCE__KAFKA__TOPIC=samples" in out
+    missing = [name for name, field in fields() if section_of(field) is None and f"--{name}=" not in out]
+    assert missing == []
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

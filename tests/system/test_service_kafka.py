@@ -128,14 +128,14 @@ def test_malformed_records_among_good_ones(broker: str, topic: str, tmp_path: Pa
     config = configuration(
         tmp_path,
         kafka(broker, topic),
-        selection={"weigh": "full", "pool_size": 128, "chosen": 8},
+        selection={"weigh": "equal", "batch_size": 128},
         samples={"max_bytes": MAX_BYTES},
         dead_letters={"kind": "topic"},
     )
     summary, steps = serve_until(config)
     assert summary.counts == {"trained": 2000, "not_selected": 0, "filtered": 7, "dead_lettered": 2000}
     assert counts(config) == summary.counts
-    assert [name for step in steps for name in step.chosen] == [str(number) for number in range(2000)]
+    assert [name for step in steps for name in step.selected] == [str(number) for number in range(2000)]
     assert Counter(read_topic(broker, f"{topic}.dead-letters")) == Counter(bad)
     assert not (tmp_path / "dead-letters.jsonl").exists()
 

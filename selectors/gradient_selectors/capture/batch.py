@@ -1,6 +1,8 @@
 """A pool as tensors, and which of its positions carry loss."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from gradient_selectors.capture.factors import Segments
 
 IGNORE = -100  # transformers' label of a token without loss
+FIELDS = frozenset({"input_ids", "labels", "attention_mask", "weights"})
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,88 @@ class Batch:
         input_ids_NT: token ids, int64.
         labels_NT: the same with -100 where a token carries no loss (prompt, padding). Not shifted.
         lengths: tokens of each sample without padding.
+        weights_N: what each sample counts beside the others, above 0, float64; None where all count the same.
+
+    From what a data collator makes:
+
+    Examples:
+        >>> from gradient_selectors import Batch
+        >>> ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+        >>> batch = Batch.of({"input_ids": ids, "labels": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])})
+        >>> batch.lengths, batch.labels_NT.tolist()
+        ((3, 2), [[5, 6, 7], [8, 9, -100]])
     """
 
     input_ids_NT: Tensor
     labels_NT: Tensor
     lengths: tuple[int, ...]
+    weights_N: Tensor | None = None
+
+    @classmethod
+    def of(cls, values: "Batch | Mapping[str, Any]") -> "Batch":
+        """A batch from the dict of a data collator: `input_ids`, `labels`, and `attention_mask` if anything is padded.
+
+        `weights` may say what each sample counts. Labels of padding are taken as -100. Raises ValueError for padding on
+        the left, missing or unknown names, and shapes that differ.
+        """
+        if isinstance(values, Batch):
+            return values
+        if unknown := sorted(values.keys() - FIELDS):
+            raise ValueError(f"a batch of {', '.join(unknown)} is not understood; it holds {', '.join(sorted(FIELDS))}")
+        if missing := [name for name in ("input_ids", "labels") if values.get(name) is None]:
+            raise ValueError(f"a batch needs {' and '.join(missing)}; add them in the data collator")
+        ids, labels, mask = values["input_ids"], values["labels"], values.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        if not ids.shape == labels.shape == mask.shape or ids.ndim != 2:
+            shapes = ", ".join(str(tuple(part.shape)) for part in (ids, labels, mask))
+            raise ValueError(f"input_ids, labels and attention_mask must be (N, T), not {shapes}")
+        inside = mask.bool()
+        if bool((inside[:, 1:] & ~inside[:, :-1]).any()):
+            raise ValueError("samples must be padded on the right; set tokenizer.padding_side='right'")
+        weights = values.get("weights")
+        stated = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+        return cls(ids, labels.masked_fill(~inside, IGNORE), tuple(inside.sum(1).tolist()), stated)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.input_ids_NT.to(device), self.labels_NT.to(device), self.lengths)
+        return replace(self, input_ids_NT=self.input_ids_NT.to(device), labels_NT=self.labels_NT.to(device))
+
+    def samples(self) -> Iterator["Batch"]:
+        """Each sample as a batch of its own, without padding."""
+        for row, length in enumerate(self.lengths):
+            part = slice(row, row + 1)
+            weight = None if self.weights_N is None else self.weights_N[part]
+            yield Batch(self.input_ids_NT[part, :length], self.labels_NT[part, :length], (length,), weight)
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of all samples, in their order, padded to the longest. What padding holds makes no difference."""
+    lengths = tuple(length for batch in batches for length in batch.lengths)
+    stated = [batch.weights_N for batch in batches]
+    weights = [
+        torch.ones(len(b), dtype=torch.float64) if w is None else w for b, w in zip(batches, stated, strict=True)
+    ]
+    return Batch(
+        _padded([batch.input_ids_NT for batch in batches], max(lengths), 0),
+        _padded([batch.labels_NT for batch in batches], max(lengths), IGNORE),
+        lengths,
+        None if all(weight is None for weight in stated) else torch.cat(weights),
+    )
+
+
+def micro_batches(samples: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """All samples in batches of at most `size`, similar lengths together so that little is padding."""
+    by_length = sorted(
+        (sample for batch in samples for sample in batch.samples()), key=lambda sample: sample.lengths[0]
+    )
+    for start in range(0, len(by_length), size):
+        yield join(by_length[start : start + size])
+
+
+def _padded(parts: Sequence[Tensor], length: int, value: int) -> Tensor:
+    return torch.cat([F.pad(part[:, :length], (0, max(0, length - part.shape[1])), value=value) for part in parts])
 
 
 def loss_rows(labels_NT: Tensor) -> tuple[Tensor, Tensor, Segments]:

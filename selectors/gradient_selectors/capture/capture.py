@@ -22,19 +22,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from gradient_selectors.capture.batch import Batch, mean_losses
-from gradient_selectors.capture.factors import Factor, LowRank, Segments, Written
+from gradient_selectors.capture.factors import Factor, LowRank, Written
 from gradient_selectors.capture.gradients import PoolGradients
 from gradient_selectors.capture.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses
-from gradient_selectors.capture.kinds import TOLERANCE, MakeFactors, Rows, recognise
+from gradient_selectors.capture.kinds import TOLERANCE, MakeFactors, Rows, recognise, rows_of
 from gradient_selectors.capture.lora import LoraLinear, recognise_lora
 from gradient_selectors.capture.norms import RmsNorm, recognise_rms_norm
-from gradient_selectors.capture.verification import find_mistake, moved
+from gradient_selectors.capture.places import MissingFactorError, Places, UnsupportedParameterError
+from gradient_selectors.capture.verification import find_mistake, moved, probe_batch, without_dropout
 
 HEAD_PROBE_SCALE = 100.0
-
-
-class UnsupportedParameterError(ValueError):
-    """A trainable parameter whose per-sample gradients cannot be had exactly. Freeze it, or adapt it with LoRA."""
 
 
 class _Tap(torch.autograd.Function):
@@ -50,7 +47,8 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.capture, ctx.name = capture, name
-        return output.view_as(output)
+        # No view: one that a function of ours returns may not be written in place, as some models and hooks do.
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -65,6 +63,16 @@ class GradientCapture:
 
     Hooks are registered once and do nothing outside `run`. The parameters covered are those that require a gradient
     when the capture is made; they are named as `model.named_parameters()` names them.
+
+    Examples:
+        >>> from gradient_selectors import Batch, GradientCapture
+        >>> from gradient_selectors.examples import tiny_batch, tiny_model
+        >>> model, batch = tiny_model(), Batch.of(tiny_batch())
+        >>> capture = GradientCapture(model)
+        >>> gradients = capture.run(batch)
+        >>> mean = gradients.weighted_gradient(torch.full((len(batch),), 1 / len(batch)))
+        >>> sorted(mean) == sorted(name for name, _ in model.named_parameters())
+        True
     """
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
@@ -72,20 +80,22 @@ class GradientCapture:
 
         `autocast`: dtype of the passes (bfloat16), or None for the model's own.
         Raises UnsupportedParameterError naming the first trainable parameter that is not covered exactly: every kind
-        is checked against autograd on a small batch and slightly other weights, so a wrong factor cannot go unnoticed.
+        is checked against autograd on a small batch and slightly other values, so a wrong factor cannot go unnoticed.
         """
         causal_lm: Any = model  # duck-typed: transformers and PEFT add methods that nn.Module does not know
         self._model = causal_lm.get_base_model() if hasattr(model, "get_base_model") else causal_lm
         self._autocast = autocast
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._places = Places(model, self._model)
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
-        self._names = {id(p): name for name, p in self.parameters.items()}
         self._sites: dict[str, tuple[nn.Module, MakeFactors]] = {}
         self._rows: Rows | None = None
         self._factors: dict[str, list[Factor]] = defaultdict(list)
-        self._device = next(iter(self.parameters.values())).device
-        self._anchor = torch.zeros((), requires_grad=True, device=self._device)
+        self._collected: set[str] = set()
+        self._expected: frozenset[str] = frozenset()  # modules that leave factors, as the first pass shows
+        self._in_one_piece: frozenset[str] = frozenset()  # norms whose forward is ours during this pass
+        self.device = next(iter(self.parameters.values())).device
+        self._anchor = torch.zeros((), requires_grad=True, device=self.device)
         output = self._model.get_output_embeddings()
         self._head_module = output if self._head_is_plain(output) else None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -99,6 +109,19 @@ class GradientCapture:
             self.close()
             raise
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The covered parameters by name."""
+        return self._places.parameters
+
+    def refresh(self) -> None:
+        """Look again at the model's parameters, after another library has put other objects in their places.
+
+        Names and hooks stay. Raises ReplacedParameterError if parameters that were tied no longer are.
+        """
+        self._places.refresh()
+        self.device = next(iter(self.parameters.values())).device
+
     def close(self) -> None:
         """Take the hooks off again."""
         for handle in self._handles:
@@ -107,7 +130,18 @@ class GradientCapture:
     @property
     def head(self) -> str | None:
         """Name of the head's weight, if it is trainable and captured on its own path."""
-        return None if self._head_module is None else self._names.get(id(self._head_module.weight))
+        return self.head_parameters.get("weight")
+
+    @property
+    def head_parameters(self) -> Mapping[str, str]:
+        """Names of the trained parameters of a head that is captured on its own path, by their names within it."""
+        if self._head_module is None:
+            return {}
+        return self._places.trained.get(self._name_of(self._head_module), {})
+
+    def _name_of(self, module: nn.Module) -> str:
+        names: Iterator[str] = (name for name, other in self._model.named_modules() if other is module)
+        return next(names)
 
     def run(self, batch: Batch, head_direction: LowRank | None = None) -> PoolGradients:
         """One forward and one backward pass. Weights and their `.grad` are left as they are.
@@ -115,11 +149,13 @@ class GradientCapture:
         `head_direction`: a direction of `head` along which products are to be cheap: they are taken during the pass.
         Raises ValueError if a sample has no label after its first token.
         """
-        batch = batch.to(self._device)
+        self._places.check()
+        batch = batch.to(self.device)
         if not bool((batch.labels_NT[:, 1:] != -100).any(dim=1).all()):
             raise ValueError("every sample needs at least one label after its first token")
         self._factors = defaultdict(list)
-        self._rows = _rows_of(batch)
+        self._collected = set()
+        self._rows = rows_of(batch)
         try:
             with self._frozen(), _replaced(self._forwards()), torch.enable_grad():
                 losses_N = (
@@ -127,6 +163,7 @@ class GradientCapture:
                     if self._head_module
                     else self._through_logits(batch)
                 )
+            self._check_collected()
             return PoolGradients(losses_N, dict(self._factors), {n: p.shape for n, p in self.parameters.items()})
         finally:
             self._rows = None
@@ -134,7 +171,7 @@ class GradientCapture:
 
     def losses(self, batch: Batch) -> Tensor:
         """Mean loss of each sample (nats per token), (N,) float32: a forward pass only."""
-        batch = batch.to(self._device)
+        batch = batch.to(self.device)
         with torch.no_grad(), self._autocasting():
             if self._head_module is None:
                 return mean_losses(self._model(**self._inputs(batch)).logits, batch.labels_NT)
@@ -147,12 +184,14 @@ class GradientCapture:
             hidden_NTd = self._hidden(batch)
             with torch.no_grad():
                 head, hidden, labels = self._head(module), hidden_NTd.detach(), batch.labels_NT
-                trainable = any(id(p) in self._names for p in module.parameters())
-                losses_N, grad_NTd, rows = head_forward_backward(head, hidden, labels, direction, trainable=trainable)
+                trained = self.head_parameters
+                losses_N, grad_NTd, rows = head_forward_backward(
+                    head, hidden, labels, direction, trainable=bool(trained)
+                )
         weight = HeadWeight(head, rows)
-        for parameter, factor in ((module.weight, weight), (module.bias, HeadBias(weight))):
-            if id(parameter) in self._names:  # before those of a tied embedding, which only add to some of its rows
-                self._factors[self._names[id(parameter)]].append(factor)
+        factors: dict[str, Factor] = {"weight": weight, "bias": HeadBias(weight)}
+        for local_name, name in trained.items():  # before those of a tied embedding, which only add to some of its rows
+            self._factors[name].append(factors[local_name])
         if hidden_NTd.requires_grad:
             torch.autograd.backward([hidden_NTd], [grad_NTd])
         return losses_N
@@ -178,7 +217,7 @@ class GradientCapture:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_NT, "use_cache": False}
         if "position_ids" in inspect.signature(self._model.forward).parameters:
             num_samples, num_tokens = batch.input_ids_NT.shape
-            positions_T = torch.arange(num_tokens, device=self._device)
+            positions_T = torch.arange(num_tokens, device=self.device)
             inputs["position_ids"] = positions_T.expand(num_samples, num_tokens)
         return inputs
 
@@ -191,14 +230,14 @@ class GradientCapture:
         for name, module in self._model.named_modules():
             if module is self._head_module:
                 continue
-            if any(id(p) in self._names for p in module.parameters(recurse=False)):
+            if name in self._places.trained:
                 yield name, module
 
     def _lora_layers(self) -> Iterator[LoraLinear]:
         """Layers of LoRA with a frozen base, whose adapters are then captured by the layer and not by their taps."""
         for name, module in self._model.named_modules():
             layer = recognise_lora(name, module)
-            if layer is None or any(id(p) in self._names for p in layer.module.base_layer.parameters()):
+            if layer is None or self._places.below(f"{name}.base_layer"):
                 continue
             if layer.down in self._sites and layer.up in self._sites:
                 yield layer
@@ -207,31 +246,33 @@ class GradientCapture:
         for name, module in self._owners():
             make_factors = recognise(module)
             if make_factors is None:
-                parameter = next(self._names[id(p)] for p in module.parameters(recurse=False) if id(p) in self._names)
+                parameter = next(iter(self._places.trained[name].values()))
                 raise self._unsupported(parameter, f"a {type(module).__name__} of no known kind owns it")
             self._sites[name] = (module, make_factors)
-            if name not in self._norms:
-                self._handles.append(module.register_forward_hook(partial(self._hook, name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(partial(self._hook, name), with_kwargs=True))
 
     def _hook(
         self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        return None if self._rows is None else self._tap(name, output, _first(args, kwargs))
+        if self._rows is None or name in self._in_one_piece:
+            return None
+        return self._tap(name, output, _first(args, kwargs))
 
     def _tap(self, name: str, output: Tensor, inputs: Tensor) -> Tensor:
         return cast(Tensor, _Tap.apply(output, inputs.detach(), self._anchor, self, name))  # type: ignore[no-untyped-call]
 
     def _forwards(self) -> dict[nn.Module, Callable[..., Tensor]]:
-        """Modules that compute in one piece during a pass, and how."""
-        forwards: dict[nn.Module, Callable[..., Tensor]] = {
-            norm.module: partial(self._through_norm, norm) for norm in self._norms.values()
-        }
+        """Modules that compute in one piece during a pass, and how; none that was given a forward of its own."""
+        norms = [norm for norm in self._norms.values() if "forward" not in vars(norm.module)]
+        self._in_one_piece = frozenset(norm.name for norm in norms)
+        forwards: dict[nn.Module, Callable[..., Tensor]] = {n.module: partial(self._through_norm, n) for n in norms}
         for lora in self._loras:
-            if lora.is_plain:
-                forwards[lora.module] = partial(
-                    lora.forward, anchor=self._anchor, autocast=self._autocast, collect=self._collect
-                )
+            if lora.is_plain and "forward" not in vars(lora.module):
+                forwards[lora.module] = partial(self._through_lora, lora)
         return forwards
+
+    def _through_lora(self, lora: LoraLinear, x: Tensor) -> Tensor:
+        return lora.forward(x, self._anchor, self._autocast, self._collect)
 
     def _through_norm(self, norm: RmsNorm, *args: Any, **kwargs: Any) -> Tensor:
         inputs, is_asked_for = _first(args, kwargs), norm.name in self._sites
@@ -241,19 +282,30 @@ class GradientCapture:
         return self._tap(norm.name, output, inputs) if is_asked_for else output
 
     def _collect(self, name: str, inputs: Tensor, grad: Tensor) -> None:
-        module, make_factors = self._sites[name]
-        rows = self._rows_for(name, grad)
-        for local_name, factor in make_factors(inputs, grad, rows).items():
-            full_name = self._names.get(id(module.get_parameter(local_name)))
-            if full_name is not None:
-                self._factors[full_name].append(factor)
+        _, make_factors = self._sites[name]
+        found = make_factors(inputs, grad, self._rows_for(name, grad))
+        for local_name, full_name in self._places.trained[name].items():
+            if local_name not in found:
+                raise MissingFactorError(f"module {name} gave no factor of its parameter {local_name}; freeze it")
+            self._factors[full_name].append(found[local_name])
+        self._collected.add(name)
 
     def _collect_products(self, name: str, products: Tensor) -> None:
-        """The factor of a norm's weight, from its normalised inputs times the gradients of its outputs."""
+        """Of a norm: `n * dL/dy`, whose sums within samples are the gradients of its weight."""
         rows = self._rows_for(name, products)
-        weight = self._sites[name][0].get_parameter("weight")
-        written = Written(products.reshape(rows.num_samples, -1, len(weight)).sum(1))
-        self._factors[self._names[id(weight)]].append(written)
+        written = Written(products.reshape(rows.num_samples, -1, products.shape[-1]).sum(1))
+        self._factors[self._places.trained[name]["weight"]].append(written)
+        self._collected.add(name)
+
+    def _check_collected(self) -> None:
+        """Every module that left factors in the first pass has left some, but for adapters that are not in use now."""
+        idle = {name for lora in self._loras if not lora.is_plain for name in (lora.down, lora.up)}
+        missing = sorted(self._expected - self._collected - idle)
+        if missing:
+            raise MissingFactorError(
+                f"a pass left no factor of module {missing[0]}'s parameters, as the first one did; another library may "
+                "have changed the model: make a new capture"
+            )
 
     def _rows_for(self, name: str, values: Tensor) -> Rows:
         """The rows of the pass, once the values of one call of a module are known to be of them."""
@@ -266,7 +318,7 @@ class GradientCapture:
         return self._rows
 
     def _autocasting(self) -> torch.autocast:
-        return torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None)
+        return torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -287,7 +339,7 @@ class GradientCapture:
         if type(module) is not nn.Linear:
             return False
         batch, scaled = self._probe(), module.weight.detach() * HEAD_PROBE_SCALE
-        name = next(name for name, other in self._model.named_modules() if other is module)
+        name = self._name_of(module)
         with torch.no_grad():
             output = functional_call(
                 self._model, {f"{name}.weight": scaled}, kwargs=self._inputs(batch), tie_weights=False
@@ -296,36 +348,25 @@ class GradientCapture:
         return bool((output.logits - expected).norm() <= TOLERANCE * expected.norm())
 
     def _probe(self) -> Batch:
-        """Two short samples of different length, the first half of each without loss."""
-        vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(vocabulary, (2, 6), generator=torch.Generator().manual_seed(0))
-        labels = ids.clone()
-        labels[:, :2] = -100
-        labels[1, 4:] = -100
-        return Batch(ids, labels, (6, 4)).to(self._device)
+        return probe_batch(self._model.get_input_embeddings().weight.shape[0]).to(self.device)
 
     def _verify(self) -> None:
         """Compare every parameter's weighted gradient with autograd's; unequal weights tell samples apart."""
         batch, weights_N = self._probe(), torch.tensor([0.3, 1.7])
         autocast, self._autocast = self._autocast, None  # the formulas are checked in the weights' own precision
         try:
-            with moved(self.parameters):
+            with moved(self.parameters), without_dropout(self._model):
                 mistake = find_mistake(self.run(batch), self._autograd(batch, weights_N), weights_N)
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            raise UnsupportedParameterError(
-                "no exact per-sample gradients: the model changes a trained module's output in place; use LoRA"
-            ) from error
         finally:
             self._autocast = autocast
         if mistake is not None:
             raise self._unsupported(*mistake)
+        self._expected = frozenset(self._collected)
 
     def _autograd(self, batch: Batch, weights_N: Tensor) -> Mapping[str, Tensor | None]:
         with torch.enable_grad():
             logits_NTV = self._model(**self._inputs(batch)).logits.float()
-            loss = (mean_losses(logits_NTV, batch.labels_NT) * weights_N.to(self._device)).sum()
+            loss = (mean_losses(logits_NTV, batch.labels_NT) * weights_N.to(self.device)).sum()
             grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         return dict(zip(self.parameters, grads, strict=True))
 
@@ -350,14 +391,3 @@ def _replaced(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[N
     finally:
         for module in forwards:
             del module.forward
-
-
-def _rows_of(batch: Batch) -> Rows:
-    num_samples, num_tokens = batch.input_ids_NT.shape
-    offsets = (0, *torch.tensor(batch.lengths).cumsum(0).tolist())
-    keep_R = None
-    if offsets[-1] < num_samples * num_tokens:
-        lengths_N = torch.tensor(batch.lengths, device=batch.input_ids_NT.device)
-        inside_NT = torch.arange(num_tokens, device=lengths_N.device) < lengths_N[:, None]
-        keep_R = inside_NT.flatten().nonzero().squeeze(1)
-    return Rows(num_samples, num_tokens, keep_R, Segments(offsets))

@@ -8,7 +8,7 @@ shape (p, ...):
 - `add_weighted(w, out, begin)`: `out += sum_i w_i g_i`, touching only samples whose weight is not zero;
 - `per_sample(samples, lo, hi)`: rows `lo:hi` of the gradients of some samples, written out.
 
-Shape suffixes: N samples, n chosen samples, R rows (tokens of all samples, one sample after the other), p and d the
+Shape suffixes: N samples, n of these samples, R rows (tokens of all samples, one sample after the other), p and d the
 parameter's rows and columns. Sums are accumulated in float32 whatever the dtype of the factors.
 """
 
@@ -31,12 +31,12 @@ class Factor(Protocol):
     def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool) -> None:
         """Add `sum_i w_i g_i` to `out`, a float32 tensor of the parameter's shape.
 
-        With `begin` it holds nothing yet, and is overwritten: filling a model's worth of zeros to add to took a
-        twentieth of a step.
+        With `begin` it holds nothing yet, and is overwritten: zeros to add to would be one more pass over a tensor as
+        large as the parameter.
         """
 
     def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
-        """Rows `lo:hi` of the chosen samples' gradients, (n, hi - lo, ...) float32: the caller's to overwrite."""
+        """Rows `lo:hi` of some samples' gradients, (n, hi - lo, ...) float32: the caller's to overwrite."""
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: what was computed for one is valid for that one only
@@ -55,7 +55,7 @@ class MatrixFactor(Factor, Protocol):
         """`<left right^T, g_i>` for each sample, (N,) float32: `2 R r (p + d)` operations for R rows and rank r."""
 
     def at_rows(self, samples: Sequence[int], rows: Tensor) -> Tensor:
-        """Some rows (int64, sorted) of chosen samples' gradients, (n, rows, d) float32: the caller's to overwrite."""
+        """Some rows (int64, sorted) of some samples' gradients, (n, rows, d) float32: the caller's to overwrite."""
 
 
 @dataclass(frozen=True)

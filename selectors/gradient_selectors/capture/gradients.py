@@ -1,7 +1,7 @@
 """What a capture pass knows: the per-sample gradients of a pool, as factors that are never written out in full."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,12 +9,14 @@ import torch
 from torch import Size, Tensor
 
 from gradient_selectors.capture.factors import Factor, Lookup, MatrixFactor
-from gradient_selectors.preconditioner import Geometry, at_rows
+from gradient_selectors.preconditioner import Preconditioner, at_rows
 
 # Of written-out gradients held at once: 16 MB in float32, which stays in the cache of the processor while it is scaled
-# and multiplied, and which the allocator reuses. Chunks four times as large took a third longer.
+# and multiplied, and which the allocator reuses. Larger chunks leave the cache.
 CHUNK_ELEMENTS = 4_000_000
 BLOCK_COLUMNS = 4096
+LARGEST = torch.finfo(torch.float32).max
+SMALL_ELEMENTS = 2**18  # of written-out gradients whose products cost next to nothing in float64
 BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 Gradient = Mapping[str, Tensor]
@@ -58,7 +60,7 @@ class PoolGradients:
         """Names of the layers that hold the trainable parameters, in the model's order."""
         return tuple(dict.fromkeys(layer_of(name) for name in self.shapes))
 
-    def gram(self, samples: Sequence[int], geometry: Geometry) -> Tensor:
+    def gram(self, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
         """`K_ij = <g_i, P g_j>` of the given samples, (n, n) float64, exact for any element-wise P.
 
         Gradients are written out some rows of a parameter at a time: 2 R d p + 2 n^2 d p operations for a matrix, as
@@ -66,32 +68,32 @@ class PoolGradients:
         """
         gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.losses_N.device)
         for name in self.factors:
-            gram += self.gram_of(name, samples, geometry)
+            gram += self.gram_of(name, samples, preconditioner)
         return gram
 
     @torch.no_grad()
-    def gram_of(self, name: str, samples: Sequence[int], geometry: Geometry) -> Tensor:
+    def gram_of(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
         """One parameter's share of `gram`, (n, n) float64."""
         factors, rows = self._touched(name)
-        preconditioner = at_rows(geometry, name, rows)
-        root = None if preconditioner is None else preconditioner.sqrt()
+        diagonal = at_rows(preconditioner, name, rows)
+        root = None if diagonal is None else diagonal.sqrt()
         num_rows = self.shapes[name][0] if rows is None else len(rows)
         return written_gram(factors, samples, num_rows, self.shapes[name][1:].numel(), root)
 
     @torch.no_grad()
-    def rows_of(self, name: str, target: Gradient, geometry: Geometry) -> Tensor:
+    def utilities_of(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
         """`<g_i, P G_target>` within one parameter that has factors, (N,) float32."""
         factors, rows = self._touched(name)
-        values, preconditioner = target[name], at_rows(geometry, name, rows)
+        values, diagonal = target[name], at_rows(preconditioner, name, rows)
         direction = values if rows is None else values[rows]
-        if preconditioner is not None:
-            direction = preconditioner * direction
+        if diagonal is not None:
+            direction = diagonal * direction
         return torch.stack([factor.dot(direction) for factor in factors]).sum(0)
 
     def _touched(self, name: str) -> tuple[Sequence[Factor], Tensor | None]:
         """A parameter's factors; those of a table of embeddings reduced to the rows that the pool's tokens touch.
 
-        All others have no gradient. At 49,152 tokens, P of the whole table took an eighth of a step.
+        All other rows have no gradient, and P of the whole table would cost far more than that of these rows.
         """
         factors = self.factors[name]
         lookups = [factor for factor in factors if isinstance(factor, Lookup)]
@@ -101,58 +103,48 @@ class PoolGradients:
         return [lookup.compact(rows) for lookup in lookups], rows
 
     @torch.no_grad()
-    def weighted_gradient_of(self, name: str, weights: Tensor) -> Tensor:
-        """`sum_i w_i g_i` for one parameter, float32; samples of weight zero are not read.
+    def weighted_gradient_of(self, name: str, coefficients: Tensor) -> Tensor:
+        """`sum_i w_i g_i` for one parameter, float32; samples whose coefficient is zero are not read.
 
-        `weights` are (N,), or (L, N) with a row for each of `layers`.
+        `coefficients` are (N,), or (L, N) with a row for each of `layers`.
         """
-        weights_N = weights if weights.ndim == 1 else weights[self.layers.index(layer_of(name))]
+        row_N = coefficients if coefficients.ndim == 1 else coefficients[self.layers.index(layer_of(name))]
         out = torch.empty(self.shapes[name], dtype=torch.float32, device=self.losses_N.device)
         factors = self.factors.get(name, ())
-        if not factors or not bool((weights_N != 0).any()):
+        if not factors or not bool((row_N != 0).any()):
             return out.zero_()
         for i, factor in enumerate(factors):
-            factor.add_weighted(weights_N, out, begin=i == 0)
+            factor.add_weighted(row_N, out, begin=i == 0)
         return out
 
-    def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
-        """`sum_i w_i g_i`: the gradient of the weighted loss, without another backward pass. `weights` as above."""
-        return {name: self.weighted_gradient_of(name, weights) for name in self.shapes}
+    def weighted_gradient(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """`sum_i w_i g_i`: gradient of the weighted loss, without another backward pass; `coefficients` as above."""
+        return {name: self.weighted_gradient_of(name, coefficients) for name in self.shapes}
 
     @torch.no_grad()
-    def squared_length(self, weights: Tensor, geometry: Geometry) -> float:
+    def squared_length(self, coefficients: Tensor, preconditioner: Preconditioner) -> float:
         """`w^T K w = ||sqrt(P) * G(w)||^2` of the update's gradient `G(w) = sum_i w_i g_i`, exact and without K."""
         # One parameter at a time: all of them are as large as the model.
         return sum(
-            (squared_length({name: self.weighted_gradient_of(name, weights)}, geometry) for name in self.factors), 0.0
+            (
+                squared_length({name: self.weighted_gradient_of(name, coefficients)}, preconditioner)
+                for name in self.factors
+            ),
+            0.0,
         )
 
 
-GramMode = Callable[[PoolGradients, Sequence[int], Geometry], Tensor]
-"""How K is computed: `PoolGradients.gram`, which is exact, `approximate.rank_one_gram`, or `Sketches.gram`."""
-
-RowsMode = Callable[[PoolGradients, Gradient, Geometry], dict[str, Tensor]]
-"""How `c` within each parameter is computed from the target's gradient: `exact_rows`, or `Sketches.rows`."""
-
-SquareMode = Callable[[Gradient, Geometry], float]
-"""How the target's own utility is computed: `squared_length`, which is exact, or `Sketches.squared_length`."""
-
-
-def exact_rows(gradients: PoolGradients, target: Gradient, geometry: Geometry) -> dict[str, Tensor]:
-    """`<g_i, P G_target>` within each parameter, (N,) float32 each; as much work as a forward pass."""
-    return {name: gradients.rows_of(name, target, geometry) for name in gradients.factors}
-
-
-def preconditioned(gradient: Gradient, geometry: Geometry, name: str) -> Tensor:
+def preconditioned(gradient: Gradient, preconditioner: Preconditioner, name: str) -> Tensor:
     """`P * G` of one parameter."""
-    preconditioner, values = geometry(name), gradient[name]
-    return values if preconditioner is None else preconditioner * values
+    diagonal, values = preconditioner(name), gradient[name]
+    return values if diagonal is None else diagonal * values
 
 
 @torch.no_grad()
-def squared_length(gradient: Gradient, geometry: Geometry) -> float:
+def squared_length(gradient: Gradient, preconditioner: Preconditioner) -> float:
     """`<G, P G> = ||sqrt(P) * G||^2`; of the target's gradient, the first-order utility of a sample just like it."""
-    products = [torch.sum(preconditioned(gradient, geometry, name) * values) for name, values in gradient.items()]
+    # By name: the order of a dictionary that comes back from a checkpoint is another one, and so is a sum's last digit.
+    products = [torch.sum(preconditioned(gradient, preconditioner, name) * gradient[name]) for name in sorted(gradient)]
     return float(torch.stack(products).sum()) if products else 0.0
 
 
@@ -199,8 +191,13 @@ def _scaled_products(written: Sequence[Tensor], root: Tensor | None) -> Tensor:
 def _products(flat_nm: Tensor) -> Tensor:
     """Inner products of a few very long rows, (n, n) float64.
 
-    In blocks: float32 products of few rows and millions of columns were off by 1e-4 to 2e-3 on CPU kernels.
+    In float64 where that costs next to nothing, so that no kernel's rounding shows. Else in blocks: a kernel that adds
+    up millions of columns in float32 loses several digits.
     """
+    if flat_nm.numel() <= SMALL_ELEMENTS:
+        flat_nm = flat_nm.double()
+        products = flat_nm @ flat_nm.T
+        return products.masked_fill_(products.abs() > LARGEST, torch.inf)  # as in blocks: such a gradient is broken
     length = flat_nm.shape[1]
     whole = length - length % BLOCK_COLUMNS
     rest = flat_nm[:, whole:]

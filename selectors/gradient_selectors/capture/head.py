@@ -15,12 +15,11 @@ from torch.nn import functional as F
 from gradient_selectors.capture.batch import loss_rows
 from gradient_selectors.capture.factors import LowRank, Segments, add_product, nonzero_samples
 
-# Logits held at once, 134 MB in float32. Products of few rows read the weight too often: with a quarter of it, 162 rows
-# at a vocabulary of 49,152, the head took 3.4 s of a pass over 16 x 128 tokens, not 2.4; with twice as many, no less.
+# Logits held at once, 134 MB in float32. Every chunk reads the whole weight, so chunks of few rows read it too often.
 CHUNK_ELEMENTS = 2**25
-UPDATE_ELEMENTS = 8_000_000  # errors gathered at once for the update; with four times as many it took a fifth longer
-# 537 MB in float32, where plain training holds several times as many numbers: the logits, their gradient and copies. At
-# 16 x 128 tokens and a vocabulary of 49,152, computing them again took 0.18 of 4.75 s.
+UPDATE_ELEMENTS = 8_000_000  # errors gathered at once for the update; larger parts are slower
+# Errors kept, 537 MB in float32. Plain training holds several times as many numbers (the logits, their gradient and
+# copies), and errors that are not kept cost another matmul for each use.
 KEPT_ELEMENTS = 2**27
 
 
@@ -28,7 +27,7 @@ KEPT_ELEMENTS = 2**27
 class Head:
     """A linear map from hidden states to logits: `weight` (V x d), `bias` (V) or None, in the dtype of its matmuls.
 
-    Autocast would convert the weight anew for every chunk, which took longer than the chunk's matmuls.
+    Converted once: autocast would convert the weight again for every chunk, at more cost than the chunk's matmuls.
     """
 
     weight: Tensor
@@ -145,8 +144,8 @@ def _mean_within_samples(token_loss_R: Tensor, rows: HeadRows) -> Tensor:
 def _unnormalised_errors(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`s (softmax - onehot)` in place of the logits, their largest, and `s`, the sum of `exp(logits - largest)`.
 
-    Dividing what is multiplied with it by `s` afterwards takes a pass over R x d numbers instead of R x V: with the one
-    for `1 / tokens` and those of `logsumexp`, a tenth of the head's time at 49,152 tokens.
+    Dividing by `s` comes after the multiplication: then it is a pass over R x d numbers, not over R x V. The same holds
+    for `1 / tokens`.
     """
     largest_R1 = logits_RV.amax(1, keepdim=True)
     errors_RV = logits_RV.sub_(largest_R1).exp_()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.factors import Factor, Lookup, Outer, Segments, Written
 
 NARROW = 64  # rows or columns, as adapters have; writing gradients out takes as many operations as one exact c
@@ -46,6 +47,18 @@ class Rows:
         flat = values.reshape(-1, *row)
         per_sample = flat.shape[0] // self.num_samples
         return flat, Segments(tuple(range(0, flat.shape[0] + 1, per_sample)))
+
+
+def rows_of(batch: Batch) -> Rows:
+    """The rows of a batch."""
+    num_samples, num_tokens = batch.input_ids_NT.shape
+    offsets = (0, *torch.tensor(batch.lengths).cumsum(0).tolist())
+    keep_R = None
+    if offsets[-1] < num_samples * num_tokens:
+        lengths_N = torch.tensor(batch.lengths, device=batch.input_ids_NT.device)
+        inside_NT = torch.arange(num_tokens, device=lengths_N.device) < lengths_N[:, None]
+        keep_R = inside_NT.flatten().nonzero().squeeze(1)
+    return Rows(num_samples, num_tokens, keep_R, Segments(offsets))
 
 
 Factors = Mapping[str, Factor]  # by the parameter's name within its module
@@ -121,12 +134,12 @@ def _matrix_factors(has_bias: bool, transposed: bool, x: Tensor, grad: Tensor, r
 def _matrix_factor(left: Tensor, right: Tensor, rows: Rows) -> Factor:
     """Factors, or gradients written out where the matrix is narrow and they are the smaller of the two.
 
-    Of LoRA's matrices, c, K and the update would each read the factors again, which are ten times as large and more.
+    Otherwise c, K and the update would each read the factors again, which are many times as large for LoRA's matrices.
     """
     num_samples, p, d = rows.num_samples, left.shape[-1], right.shape[-1]
     left_NTp, right_NTd = left.reshape(num_samples, -1, p), right.reshape(num_samples, -1, d)
     if min(p, d) <= NARROW and p * d <= left_NTp.shape[1] * (p + d):
-        # Padding has a zero gradient. The narrow side in front takes a third of the time of the other order.
+        # Padding has a zero gradient. With the narrow side in front, the product itself is much faster.
         narrow_first = left_NTp.mT @ right_NTd if p <= d else (right_NTd.mT @ left_NTp).mT
         return Written(narrow_first.float().contiguous())
     left_Rp, segments = rows.flatten(left, 1)

@@ -5,12 +5,36 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
+from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.gradients import PoolGradients
 
-# Relative. Looser than for the kinds: float32 products of a few rows over a large vocabulary were seen off by 4e-4.
+# Relative. Looser than for the kinds: float32 products of a few rows over a large vocabulary lose more digits.
 TOLERANCE = 2e-3
 MOVE, SIZE_OF_ZEROS = 0.1, 0.2  # noise relative to the size of the weights; their size if all are zero
+
+
+def probe_batch(vocabulary: int) -> Batch:
+    """Two short samples of different length, the first part of each without loss."""
+    ids = torch.randint(vocabulary, (2, 6), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :2] = -100
+    labels[1, 4:] = -100
+    return Batch(ids, labels, (6, 4))
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Modules that drop out keep everything: two passes over the same samples are then the same."""
+    active = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
+    for module in active:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in active:
+            module.train()
 
 
 @contextmanager
@@ -44,5 +68,5 @@ def find_mistake(
             continue
         got = gradients.weighted_gradient_of(name, weights_N)
         if want is None or bool((got - want).norm() > TOLERANCE * want.norm() + 1e-7):
-            return name, "its captured gradient differs from autograd's"
+            return name, "its captured gradient differs from autograd's (is a dropout of the model on?)"
     return None

@@ -1,6 +1,6 @@
 """What a bandit knows of its arms: running moments of their rewards, and the indices that follow from them.
 
-NumPy, because a bandit makes thousands of small decisions and torch takes several times as long for each.
+NumPy, because a bandit makes thousands of small decisions, for which torch has more overhead.
 Shape suffixes: K arms, n rewards.
 """
 

@@ -23,13 +23,17 @@ CLIP = 10.0  # rewards, in units of their mean size: one broken sample must not 
 class StreamOptions:
     """Settings of `ClusterUcb`.
 
+    Examples:
+        >>> from gradient_selectors import StreamOptions
+        >>> options = StreamOptions(num_clusters=8, per_arm=4)
+
     Attributes:
         num_clusters: arms.
         beta: standard deviations above the mean.
-        discount: what an arm's earlier rewards count for after each step; about `1 / (1 - discount)` steps count.
-        shrinkage: rewards that each arm is lent from all arms together.
+        discount: decay of an arm's earlier rewards with each step; about `1 / (1 - discount)` steps are remembered.
+        shrinkage: pseudo-count of the average arm, towards which each arm's moments are shrunk.
         explore: share of the slots that are drawn uniformly.
-        prior: rewards that an arm's likeness to the target counts for at its start.
+        prior: pseudo-count of the reward an arm starts with: its similarity to the target.
         thompson: add to each slot's index a draw from the uncertainty of the arm's mean.
         memory: decay of the clusters with each sample.
         per_arm: slots of a draw that one arm fills at most while others have samples, whatever it has shown; or None.
@@ -57,6 +61,14 @@ class Draw:
 class ClusterUcb:
     """The bandit over a stream: clusters, rewards and scale all forget, and everything follows from state and input.
 
+    Examples:
+        >>> from gradient_selectors import ClusterUcb, StreamOptions
+        >>> features_Md = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+        >>> bandit = ClusterUcb(StreamOptions(num_clusters=4), seed=0, target_d=features_Md[0])
+        >>> drawn = bandit.draw(features_Md, count=4)
+        >>> bandit.observe(drawn.arms_n, torch.tensor([0.9, 0.1, 0.2, 0.1]))  # utilities, of all that were scored
+        >>> bandit.learn(features_Md[drawn.indices_n])  # these have left
+
     A step is `draw` (waiting samples' features in, which to score out), then `observe` (their first-order utilities,
     of *all* that were scored), then `learn` (features of the samples that have left: drawn or aged out). Each
     sample moves the clusters once, when it leaves; those that wait may be read again after a restart.
@@ -66,17 +78,16 @@ class ClusterUcb:
     - Moments are discounted. Discounting alone never returns to an arm, for it leaves its mean and spread as they are;
       so each arm is also lent `shrinkage` rewards of the average arm, which it falls back to when it is not drawn, and
       some slots are uniform.
-    - Rewards are utilities relative to the target's own (`Interaction.relative_rows_N`), over the discounted mean of
-      their size; what exceeds that mean more than ten times is cut. Plain `c_i` fell by a factor of 300 within 13 steps
-      of SmolLM2: the arm that was drawn sank below arms that had been drawn before, or never.
-    - Within an arm, what is most like the target comes first: clusters are coarse, and the purest one of SmolLM2's
-      held 55 % of the target's kind.
-    - An arm starts with the likeness of its centre to the target (z-score of the cosine over arms) as if it had been
+    - Rewards are utilities relative to the target's own (`Interaction.relative_utilities_N`), over the discounted mean
+      of their size; what exceeds it more than ten times is cut. Plain `c_i` falls fast at the start, as P and the
+      target's gradient shrink: the arm that is drawn would sink below arms that were drawn earlier, or never.
+    - Within an arm, what is most like the target comes first: clusters are coarse, and even the best one holds samples
+      of other kinds.
+    - An arm starts with the similarity of its centre to the target (z-score of the cosine over arms) as if it had been
       seen `prior` times. This costs nothing and is soon outweighed.
     - All slots of a step are filled before any of its rewards is seen, so the arm with the largest index would fill
-      them all: with pools of 4, one step in four trained on an arm that was only to be looked at. An arm fills no more
-      slots than it has rewards to show, of which `prior` count; and at most `per_arm`, so that there is something to
-      compare what is drawn with.
+      them all, even one that is drawn only to explore it. An arm fills no more slots than it has rewards to show, of
+      which `prior` count; and at most `per_arm`, so that there is something to compare what is drawn with.
     """
 
     def __init__(self, options: StreamOptions, seed: int, target_d: Tensor) -> None:
@@ -146,7 +157,7 @@ class ClusterUcb:
         return deviations_K
 
     def observe(self, arms_n: Tensor, utilities_n: Tensor) -> None:
-        """Take note of the utilities of all samples that were scored, chosen or not; those not finite are left out."""
+        """Take note of the utilities of all scored samples, selected or not; those that are not finite are left out."""
         usable_n = torch.isfinite(utilities_n).cpu()
         if not bool(usable_n.any()):
             return
@@ -177,7 +188,7 @@ class ClusterUcb:
             self.moments.means_K[arm] = score_K[arm] if known else 0.0
             self.moments.squares_K[arm] = self._options.prior if known else 0.0
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Everything that the future depends on, beside the options: copies, on the CPU."""
         return {
             "sums_Kd": self.clusters.sums_Kd.clone(),
@@ -190,9 +201,9 @@ class ClusterUcb:
             "generator": self._generator.get_state(),
         }
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`. Raises ValueError, and changes nothing, if it is of other sizes or has other names."""
-        expected = {name: tuple(tensor.shape) for name, tensor in self.state().items()}
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`. Raises ValueError, changing nothing, if it is of other sizes or names."""
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if found != expected:
             raise ValueError(

@@ -62,12 +62,12 @@ class Selection:
     Attributes:
         drawn_n: samples in the order they were drawn, int64.
         rewards_n: their rewards, float64.
-        chosen: the best of those drawn, best first.
+        selected: the best of those drawn, best first.
     """
 
     drawn_n: Tensor
     rewards_n: Tensor
-    chosen: tuple[int, ...]
+    selected: tuple[int, ...]
 
 
 def select_offline(labels_N: Tensor, reward: Reward, options: OfflineOptions, generator: torch.Generator) -> Selection:
@@ -111,9 +111,9 @@ def _take_note(moments: ArmMoments, urns: "_Urns", drawn_n: Numbers, reward: Rew
     return rewards_n
 
 
-def _select(drawn_n: Numbers, rewards_n: Vector, num_chosen: int) -> Selection:
+def _select(drawn_n: Numbers, rewards_n: Vector, num_selected: int) -> Selection:
     usable = np.flatnonzero(np.isfinite(rewards_n))
-    best = usable[np.argsort(-rewards_n[usable], kind="stable")][:num_chosen]
+    best = usable[np.argsort(-rewards_n[usable], kind="stable")][:num_selected]
     return Selection(torch.from_numpy(drawn_n), torch.from_numpy(rewards_n), tuple(drawn_n[best].tolist()))
 
 

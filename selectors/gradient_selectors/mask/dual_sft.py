@@ -2,30 +2,35 @@
 
 The matrix is `M[n, k] = u_k g_nk / N`, with the mean gradient `G` of a pool of N samples and
 
-    u = lambda_new v_new + lambda_prior v_prior + lambda_answers v_answers - 1/2 eta (h * G)
+    u = lambda_new v_new + lambda_prior v_prior + lambda_anchor v_anchor - 1/2 eta (h * G)
 
 Columns sum to `u * G`, the predicted fall of the validation loss for each weight; rows sum to `<u, g_n> / N`, that for
 each sample. Both totals are `<u, G>`, and both are exact Shapley values of the diagonal quadratic model of one step.
 
-From the authors' released code (arXiv 2605.06166): u without `v_answers`, the two sums, h as Adam's second moment, the
+From the authors' released code (arXiv 2605.06166): u without `v_anchor`, the two sums, h as Adam's second moment, the
 self-distillation gradient `v_prior`, quotas and ranking of the mask. Ours: everything is a mean over samples (the
 release adds a sum to means, so its second term grows with the pool) and the common factor eta is left out (in its half
 precision u underflows to zero); h is corrected for bias; embeddings, norms and tied heads count like any other
 parameter; and the refresh while training goes on, from moving averages of the gradients that the steps compute anyway.
-Ours, too: `v_answers`, the gradient of the anchors' own loss. `v_prior` is zero until the model has moved, so it cannot
+Ours, too: `v_anchor`, the gradient of the anchors' own loss. `v_prior` is zero until the model has moved, so it cannot
 guard the first mask, and it resists any change of an answer, for the better or the worse, only after it has come.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradient_selectors.capture.batch import Batch, micro_batches
+from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient, PoolGradients
 from gradient_selectors.mask.masked_adamw import MaskChange, MaskedAdamW
 from gradient_selectors.mask.rule import MaskRule, choose_mask
+from gradient_selectors.mask.self_distillation import prior_gradient
+from gradient_selectors.target import MICRO_BATCH, mean_gradient
 
 Curvature = Callable[[str], Tensor | None]
 """The curvature proxy h of a parameter by name, in the parameter's shape; None stands for zero."""
@@ -39,13 +44,13 @@ class Response:
         learning_rate: eta, which weighs the second-order term; 0 leaves first order.
         lambda_new: weight of the target gradient.
         lambda_prior: weight of the gradient that guards what the model already knows.
-        lambda_answers: weight of the anchors' own gradient.
+        lambda_anchor: weight of the anchors' own gradient.
     """
 
-    learning_rate: float
+    learning_rate: float = 0.0
     lambda_new: float = 1.0
     lambda_prior: float = 0.2
-    lambda_answers: float = 0.0
+    lambda_anchor: float = 0.0
 
 
 def no_curvature(name: str) -> None:
@@ -59,25 +64,25 @@ def direction(
     new: Gradient,
     prior: Gradient | None,
     curvature: Curvature,
-    answers: Gradient | None = None,
+    anchor: Gradient | None = None,
 ) -> dict[str, Tensor]:
     """The vector u of every parameter in `mean`, float32. Gradients that the others lack are zero.
 
-    `mean` is the mean gradient G of the pool, `new`, `prior` and `answers` are means over their own samples.
+    `mean` is the mean gradient G of the pool, `new`, `prior` and `anchor` are means over their own samples.
     """
     terms = (
         (response.lambda_new, new),
         (response.lambda_prior, prior or {}),
-        (response.lambda_answers, answers or {}),
+        (response.lambda_anchor, anchor or {}),
     )
     out = {}
-    for name, mean_gradient in mean.items():
-        u = torch.zeros_like(mean_gradient)
+    for name, mean_of_pool in mean.items():
+        u = torch.zeros_like(mean_of_pool)
         for weight, gradient in terms:
             if name in gradient:
                 u.add_(gradient[name], alpha=weight)
         h = curvature(name) if response.learning_rate else None
-        out[name] = u if h is None else u.addcmul_(h, mean_gradient, value=-0.5 * response.learning_rate)
+        out[name] = u if h is None else u.addcmul_(h, mean_of_pool, value=-0.5 * response.learning_rate)
     return out
 
 
@@ -93,13 +98,13 @@ def row_scores(gradients: PoolGradients, direction: Gradient) -> Tensor:
 
 def adam_curvature(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> Curvature:
     """The proxy h from a torch Adam or AdamW: its second moment, corrected for bias; zero before the first update."""
-    betas = {id(p): group["betas"] for group in optimizer.param_groups for p in group["params"]}
+    betas = {p: group["betas"] for group in optimizer.param_groups for p in group["params"]}
 
     def curvature(name: str) -> Tensor | None:
         state = optimizer.state.get(parameters[name])
         if not state:
             return None
-        beta2 = betas[id(parameters[name])][1]
+        beta2 = betas[parameters[name]][1]
         second: Tensor = state["exp_avg_sq"].float() / (1 - beta2 ** int(state["step"]))
         return second
 
@@ -125,7 +130,7 @@ def masked_curvature(optimizer: MaskedAdamW, mean: Gradient) -> Curvature:
 
 
 def _moment_sums(second: Tensor, mean: Tensor) -> tuple[float, float]:
-    """Sums of the second moment and the squared mean where the former is known. To copy these out took 1 of 8 s."""
+    """Sums of the second moment and the squared mean where the former is known: a sum over zeros needs no gather."""
     unknown = second.isnan()
     known, squares = second.masked_fill(unknown, 0.0), mean.square().masked_fill_(unknown, 0.0)
     return float(known.sum(dtype=torch.float64)), float(squares.sum(dtype=torch.float64))
@@ -135,31 +140,75 @@ def _ratio(second: float, squared_mean: float) -> float:
     return second / squared_mean if squared_mean > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Anchors:
+    """What the model knows already and should keep: samples, and the model that still knows it.
+
+    Attributes:
+        teacher: a frozen copy; None where self-distillation counts for nothing: it takes as much memory as the model.
+    """
+
+    batches: Sequence[Batch]
+    teacher: nn.Module | None
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: Iterable[Batch | Mapping[str, Any]], response: Response) -> "Anchors":
+        """With a copy of the model as it is now: make it before a checkpoint is restored."""
+        teacher = copy.deepcopy(model).requires_grad_(False) if response.lambda_prior else None
+        return cls(tuple(micro_batches(map(Batch.of, batches), MICRO_BATCH)), teacher)
+
+    def gradients(self, capture: GradientCapture, response: Response) -> tuple[Gradient | None, Gradient | None]:
+        """The gradients of self-distillation and of the anchors' loss, each where it counts for something."""
+        prior = None if self.teacher is None else prior_gradient(capture, self.teacher, self.batches)
+        anchor = mean_gradient(capture, self.batches) if response.lambda_anchor else None
+        return prior, anchor
+
+
 @dataclass
 class DualSft:
     """Refreshes the mask of an optimizer every `refresh_steps` steps, from the gradients of recent steps.
 
     The first masks do not last as long: the gradient of one step tells little of the next 50, and before the model has
     moved the gradient of self-distillation is zero. A mask is due again when twice as many gradients have been
-    observed as it was chosen from. Runs of 64 steps under a mask of 5 % then ended at a test loss of 1.766, where with
-    the first mask kept for 50 steps they had ended at 1.777 (means of 5, `docs/benchmarks.md`).
+    observed as it was chosen from.
 
-    Keeps one float32 number for each weight, masked ones too: without it no masked weight could ever be called back.
+    Keeps one float32 number for each parameter's every element, masked ones too: without it none could be called back.
+
+    Examples:
+        >>> from gradient_selectors import DualSft, MaskRule
+        >>> mask = DualSft(MaskRule(density=0.05), refresh_steps=50)  # SelectionEngine(..., mask=mask)
+        >>> mask.due
+        False
 
     Attributes:
         rule: how the mask is chosen.
         response: weights of the terms of u.
         refresh_steps: steps between refreshes at most; the first is due as soon as one gradient has been observed.
         decay: of the moving average of the gradients.
+        anchors: what the model should not lose, or None.
     """
 
     rule: MaskRule
-    response: Response
-    refresh_steps: int
+    response: Response = Response()
+    refresh_steps: int = 50
     decay: float = 0.9
+    anchors: Anchors | None = None
     _average: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _observed: int = field(default=0, init=False)
     _since_refresh: int | None = field(default=None, init=False)  # None before the first
+
+    def follow(
+        self, capture: GradientCapture, optimizer: MaskedAdamW, gradient: Gradient, target: Gradient
+    ) -> MaskChange | None:
+        """Take in the gradient of a step's update, and refresh the mask if it is time; what changed, or None.
+
+        `gradient` must be finite, and neither masked nor clipped yet.
+        """
+        self.observe(gradient)
+        if not self.due:
+            return None
+        prior, anchor = (None, None) if self.anchors is None else self.anchors.gradients(capture, self.response)
+        return self.refresh(optimizer, target, prior, anchor)
 
     @torch.no_grad()
     def observe(self, gradient: Gradient) -> None:
@@ -198,11 +247,11 @@ class DualSft:
         optimizer: MaskedAdamW,
         target: Gradient,
         prior: Gradient | None = None,
-        answers: Gradient | None = None,
+        anchor: Gradient | None = None,
     ) -> MaskChange:
         """Choose a new mask and give it to `optimizer`, whose moments move with it. Call it between two steps.
 
-        `target` is the mean gradient of the target samples, `prior` that of the self-distillation and `answers` that
+        `target` is the mean gradient of the target samples, `prior` that of the self-distillation and `anchor` that
         of the anchors' loss, or None. Needs two more float32 numbers for each weight while it runs. Raises ValueError
         before the first `observe`.
         """
@@ -213,19 +262,18 @@ class DualSft:
             name: self._average[name] / corrected if name in self._average else torch.zeros_like(p, dtype=torch.float32)
             for name, p in optimizer.parameters.items()
         }
-        u = direction(self.response, mean, target, prior, masked_curvature(optimizer, mean), answers)
+        u = direction(self.response, mean, target, prior, masked_curvature(optimizer, mean), anchor)
         for name, gradient in mean.items():
             gradient.mul_(u.pop(name))  # now the column scores: neither of the two is needed any more
         change = optimizer.replace_mask(choose_mask(mean, self.rule))
         self._since_refresh = 0
         return change
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Flat tensors and JSON for a checkpoint; the tensors share memory with the live ones."""
+    def state_dict(self) -> dict[str, Any]:
+        """The average and the counters; tensors share memory with the live ones."""
         counters = {"observed": self._observed, "since_refresh": self._since_refresh}
-        return {f"average.{name}": tensor for name, tensor in self._average.items()}, counters
+        return {"average": self._average, **counters}
 
-    def load_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Take over a copy of what `state` returned."""
-        self._average = {name.removeprefix("average."): tensor.clone() for name, tensor in tensors.items()}
-        self._observed, self._since_refresh = counters["observed"], counters["since_refresh"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._average = {name: tensor.clone() for name, tensor in state["average"].items()}
+        self._observed, self._since_refresh = state["observed"], state["since_refresh"]

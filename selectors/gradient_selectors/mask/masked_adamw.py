@@ -5,9 +5,9 @@ compact tensors over its kept units, beside the units' positions in int32: 12 by
 little over 8, where torch's AdamW holds 8 for every weight. At 5 % density that is 7.5 % of it.
 
 Every weight has its own age. A weight that joins at a change of the mask begins as under a fresh AdamW: zero moments
-and a bias correction that counts from its joining. (Under the old step count it would move by up to 6.5 learning rates
-a step, for its second moment is slower to fill than its first.) One that leaves and comes back begins again. Units
-that joined together form a cohort and lie together, so ages cost two numbers for each cohort.
+and a bias correction that counts from its joining. (Under the old step count its first steps would be several
+learning rates long, for its second moment is slower to fill than its first.) One that leaves and comes back begins
+again. Units that joined together form a cohort and lie together, so ages cost two numbers for each cohort.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gradient_selectors.mask.rule import Granularity, unit_size
+from gradient_selectors.preconditioner import Preconditioner, plain
 
 FIELDS = ("step", "kept", "exp_avg", "exp_avg_sq", "cohort_sizes", "cohort_joined")
 
@@ -44,6 +45,14 @@ class MaskChange:
 
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW on the weights that a mask keeps. Until the first `replace_mask` nothing moves.
+
+    Examples:
+        >>> from gradient_selectors import MaskedAdamW
+        >>> layer = torch.nn.Linear(4, 2, bias=False)
+        >>> optimizer = MaskedAdamW(layer.named_parameters(), lr=1e-3)
+        >>> change = optimizer.replace_mask({"weight": torch.eye(2, 4, dtype=torch.bool)})
+        >>> change.kept, optimizer.density
+        (2, 0.25)
 
     State of a parameter with m kept units of s weights in c cohorts: `kept` (m,) int32 positions, `exp_avg` and
     `exp_avg_sq` (m, s) in the parameter's dtype, `step` () int64 updates made, `cohort_sizes` (c,) and `cohort_joined`
@@ -124,7 +133,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             parameter.grad = grad.zero_().index_copy_(0, kept, grads).view(parameter.shape)
 
     def mask(self, name: str) -> Tensor:
-        """The mask of a parameter as numbers: 1 where it may move, else 0. As a geometry, plain inner products."""
+        """The mask of a parameter as numbers: 1 where it may move, else 0. As a P, plain inner products."""
         parameter = self.parameters[name]
         state = self.state.get(parameter)
         if not state:
@@ -133,11 +142,11 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def preconditioner(self, name: str) -> Tensor:
-        """P of `geometry` from the current moments, float32, zero where masked: a mask is an element-wise P.
+        """P of `preconditioner` from the current moments, float32, zero where masked: a mask is an element-wise P.
 
         Learning rates count relative to the largest one. Units without any update yet have no P of their own and get
         the mean of the parameter's others; a parameter without any gets its mask. Weights without any gradient have
-        P = 0, as in `geometry.adam_preconditioner`.
+        P = 0, as in `preconditioner.adam_preconditioner`.
         """
         parameter = self.parameters[name]
         state = self.state.get(parameter)
@@ -149,7 +158,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         (beta1, beta2), rate = group["betas"], (group["lr"] / top_rate if group["lr"] else 1.0)
         scale_m1 = _per_unit(state, rate * (1 - beta1) / (1 - beta1 ** (ages_c + 1)))
         moved_m = _per_unit(state, ages_c).expand(len(state["kept"]), 1).squeeze(1) > 0
-        # As `geometry.anticipated` has it: with one more gradient of the usual size, zero where there was none yet.
+        # As `anticipated` has it: with one more gradient of the usual size, zero where there was none yet.
         second = state["exp_avg_sq"].float()
         num_seen = second.count_nonzero().clamp(min=1)
         usual = (second / _per_unit(state, 1 - beta2 ** ages_c.clamp(min=1))).sum() / num_seen
@@ -168,8 +177,20 @@ class MaskedAdamW(torch.optim.Optimizer):
         settled_m1 = _per_unit(state, 1 - self._group_of(name)["betas"][1] ** _ages(state))
         return _spread(parameter, state, state["exp_avg_sq"].float() / settled_m1, torch.nan)  # 0 / 0 for age zero
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The whole state as `<parameter name>.<field>`, for a checkpoint; it shares memory with the live one."""
+    def current_preconditioner(self, *, warm: bool) -> Preconditioner:
+        """P of the next step: `preconditioner`, or while the moments cannot be trusted the mask alone.
+
+        Before there is any mask, everything counts: the first one is chosen from what the first step finds.
+        """
+        if not self.density:
+            return plain
+        return self.preconditioner if warm else self.mask
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flat, as `<parameter name>.<field>`, and without the settings of groups: these stay as they are given.
+
+        Tensors share memory with the live ones.
+        """
         return {
             f"{name}.{field}": self.state[parameter][field]
             for name, parameter in self.parameters.items()
@@ -177,10 +198,13 @@ class MaskedAdamW(torch.optim.Optimizer):
             for field in FIELDS
         }
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a copy of what `tensors` returned. Raises ValueError, naming the parameter, if it does not fit."""
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a copy of what `state_dict` returned. Raises ValueError, naming a parameter that does not fit."""
+        names = {key.rpartition(".")[2] for key in state_dict}
+        if "exp_avg" in names and "kept" not in names:
+            raise ValueError("it was made without a mask; go on without one")
         found: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
+        for key, tensor in state_dict.items():
             name, _, field = key.rpartition(".")
             found.setdefault(name, {})[field] = tensor
         for name, fields in found.items():
@@ -191,10 +215,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             self.state[parameter] = {
                 field: fields[field].clone().to(parameter.device if field in FIELDS[1:4] else "cpu") for field in FIELDS
             }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Not offered: torch would turn the positions into floating point. Use `load_tensors`."""
-        raise NotImplementedError("MaskedAdamW restores its state with load_tensors")
 
     def _group_of(self, name: str) -> dict[str, Any]:
         return next(group for group in self.param_groups if name in group["param_names"])

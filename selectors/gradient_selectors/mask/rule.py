@@ -29,6 +29,10 @@ TAKEN = -(1 << 31)  # below the key of every score, minus infinity included
 class MaskRule:
     """How a mask is chosen from column scores.
 
+    Examples:
+        >>> from gradient_selectors import MaskRule
+        >>> rule = MaskRule(density=0.05, granularity="row")
+
     Attributes:
         density: share of the trainable weights that may move.
         granularity: `weight` keeps single weights; `row` keeps whole leading rows, ranked by their mean score, and may

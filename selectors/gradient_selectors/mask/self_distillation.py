@@ -53,7 +53,7 @@ def prior_gradient(
     total: dict[str, Tensor] = {}
     confidence = 0.0
     for batch in batches:
-        batch = batch.to(capture._device)
+        batch = batch.to(capture.device)
         with torch.no_grad(), capture._autocasting():
             base_rows = _rows(capture, base, batch)
             weights_R, batch_confidence = _row_weights(base_rows, batch, temperature)
@@ -112,10 +112,8 @@ def _rows(capture: GradientCapture, model: Any, batch: Batch) -> _Rows:
 
 def _head_parameters(capture: GradientCapture) -> Mapping[str, Tensor]:
     """Trainable parameters of a head that is captured on its own path; they may be tied to the embedding."""
-    if capture._head_module is None:
-        return {}
-    members = {id(parameter) for parameter in capture._head_module.parameters()}
-    return {name: parameter for name, parameter in capture.parameters.items() if id(parameter) in members}
+    names = set(capture.head_parameters.values())
+    return {name: parameter for name, parameter in capture.parameters.items() if name in names}
 
 
 def _row_weights(rows: _Rows, batch: Batch, temperature: float) -> tuple[Tensor, float]:

@@ -15,13 +15,15 @@ changes. The mean over K leans towards the target on purpose: it is no unbiased 
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gradient_selectors.views.interaction import Decision, Interaction, Selector
+from gradient_selectors.views.interaction import Interaction
+from gradient_selectors.weigh.selector import Decision
 
 Rule = Literal["stochastic", "random_k_per_layer", "random_k_shared", "top_k_per_layer"]
 
@@ -32,8 +34,11 @@ FLAT = 1e-6  # scores that differ by less than this, relative to the largest, di
 class Gast:
     """Settings of the method.
 
+    Examples:
+        >>> from gradient_selectors import Gast
+        >>> route = Gast(per_layer=2)  # SelectionEngine(..., route=route)
+
     Attributes:
-        weigh: the selector whose coefficients are routed.
         per_layer: samples K that each layer draws.
         generator: source of the draws, on the CPU; its state belongs into a checkpoint.
         rule: `stochastic` is the method. Controls: `random_k_per_layer` and `random_k_shared` (one draw for all layers)
@@ -41,25 +46,30 @@ class Gast:
         temperature: divides the standardised scores; towards infinity the draw is random, towards zero the best K.
     """
 
-    weigh: Selector
     per_layer: int
-    generator: torch.Generator
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     rule: Rule = "stochastic"
     temperature: float = 1.0
 
-    def decide(self, interaction: Interaction) -> Decision:
-        """The weigh stage's decision with coefficients for each layer; unchanged if it chose nothing."""
-        decision = self.weigh.decide(interaction)
-        may_enter_N = decision.weights_N > 0
+    def route(self, decision: Decision, interaction: Interaction) -> Decision:
+        """A selector's decision with coefficients for each layer; unchanged if it selected nothing."""
+        may_enter_N = decision.coefficients_N > 0
         if not bool(may_enter_N.any()):
             return decision
-        scores_LN = standardised(interaction.rows_by_layer_LN.cpu())
+        scores_LN = standardised(interaction.utilities_LN.cpu())
         drawn_LN = draw(scores_LN / self.temperature, may_enter_N, self.per_layer, self.rule, self.generator)
         return replace(
             decision,
-            layer_weights_LN=spread(decision.weights_N, drawn_LN),
+            coefficients_LN=spread(decision.coefficients_N, drawn_LN),
             route_entropy_L=entropy(scores_LN[:, may_enter_N] / self.temperature),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
 
 
 def entropy(scores_LN: Tensor) -> Tensor:
@@ -102,8 +112,8 @@ def draw(scores_LN: Tensor, may_enter_N: Tensor, per_layer: int, rule: Rule, gen
     return torch.zeros_like(keys_LN, dtype=torch.bool).scatter_(1, best_LK, True) & (keys_LN > -torch.inf)
 
 
-def spread(weights_N: Tensor, drawn_LN: Tensor) -> Tensor:
+def spread(coefficients_N: Tensor, drawn_LN: Tensor) -> Tensor:
     """Coefficients of each layer, (L, N): those of the samples it drew, scaled to the sum of all; zero without any."""
-    kept_LN = weights_N * drawn_LN
+    kept_LN = coefficients_N * drawn_LN
     sums_L1 = kept_LN.sum(1, keepdim=True)
-    return torch.where(sums_L1 > 0, kept_LN * (weights_N.sum() / sums_L1), 0.0)
+    return torch.where(sums_L1 > 0, kept_LN * (coefficients_N.sum() / sums_L1), 0.0)

@@ -1,9 +1,9 @@
 """Gram matrices under the rank-one fit of P, for where writing out the survivors' gradients is too dear.
 
-With `P ~ x y^T` (`geometry.rank_one`), `b' = sqrt(x) b` and `a' = sqrt(y) a`, what holds for raw gradients holds for
-preconditioned ones: exact products of the scaled factors, by pairs of tokens (ghost) or written out, whichever is
-cheaper for this call. Cheaper than the exact K for pools of short samples only; its error is that of the fit. For all
-others `sketches` is cheaper.
+With `P ~ x y^T` (`preconditioner.rank_one`), `b' = sqrt(x) b` and `a' = sqrt(y) a`, what holds for raw gradients
+holds for preconditioned ones: exact products of the scaled factors, by pairs of tokens (ghost) or written out,
+whichever is cheaper for this call. Cheaper than the exact K for pools of short samples only; its error is that of the
+fit. For all others `sketches` is cheaper.
 
 Exact all the same: the linear term c; vectors (biases, norms); LoRA's narrow matrices; parameters under a mask; and
 embeddings and heads, tied or not. The scale of an update found with an approximate K can be set right exactly:
@@ -19,24 +19,37 @@ from torch import Tensor
 from gradient_selectors.capture import gradients as written
 from gradient_selectors.capture.factors import Outer, Segments, only_outers
 from gradient_selectors.capture.gradients import PoolGradients
-from gradient_selectors.preconditioner import Geometry, rank_one
+from gradient_selectors.preconditioner import Preconditioner, rank_one
+from gradient_selectors.views.scoring import Exact
+
+
+class RankOne(Exact):
+    """Utilities exact, K under a rank-one fit of P: cheaper than exact for pools of short samples only.
+
+    Examples:
+        >>> from gradient_selectors import RankOne
+        >>> scoring = RankOne()  # SelectionEngine(..., scoring=scoring)
+    """
+
+    def gram(self, gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        return rank_one_gram(gradients, samples, preconditioner)
 
 
 @torch.no_grad()
-def rank_one_gram(gradients: PoolGradients, samples: Sequence[int], geometry: Geometry) -> Tensor:
+def rank_one_gram(gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
     """K under `P ~ x y^T`, (n, n) float64."""
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
     for name, factors in gradients.factors.items():
         shape, outers = gradients.shapes[name], only_outers(factors)
         if not outers or len(shape) != 2 or ".lora_" in name:
-            gram += gradients.gram_of(name, samples, geometry)
+            gram += gradients.gram_of(name, samples, preconditioner)
             continue
-        preconditioner = geometry(name)
-        scales = _scales(shape, preconditioner)
+        diagonal = preconditioner(name)
+        scales = _scales(shape, diagonal)
         if scales is not None:
             gram += _exact_products(_scaled(outers, samples, *(scale.sqrt() for scale in scales)))
-        elif preconditioner is not None:
-            gram += written.written_gram(outers, samples, *shape, preconditioner.sqrt())
+        elif diagonal is not None:
+            gram += written.written_gram(outers, samples, *shape, diagonal.sqrt())
     return gram
 
 
@@ -44,7 +57,7 @@ def ghost_is_cheaper(num_rows: int, num_samples: int, shape: Sequence[int]) -> b
     """Whether products of token pairs cost less than gradients written out, 2 R p d + 2 n^2 p d operations.
 
     To be asked for every call: R is the number of tokens of all samples and changes from pool to pool. Symmetry halves
-    the pairs to R^2 (p + d) operations, but a pair also costs passes over memory: it counts in full, as was measured.
+    the pairs to R^2 (p + d) operations, but a pair also costs passes over memory, so it counts in full.
     """
     p, d = shape
     return num_rows**2 * (p + d) < (num_rows + num_samples**2) * p * d
@@ -67,11 +80,11 @@ def ghost_gram(factor: Outer) -> Tensor:
     return gram
 
 
-def _scales(shape: torch.Size, preconditioner: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def _scales(shape: torch.Size, diagonal: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """The scales x and y of a matrix, or None where P has no rank-one fit."""
-    if preconditioner is None:
+    if diagonal is None:
         return torch.ones(shape[0]), torch.ones(shape[1])
-    return rank_one(preconditioner)
+    return rank_one(diagonal)
 
 
 def _scaled(outers: Sequence[Outer], samples: Sequence[int], left_p: Tensor, right_d: Tensor) -> Outer:

@@ -2,25 +2,25 @@
 
 **c**: the direction `u = P * G_target` of a matrix is replaced by its projection on the columns that a randomised range
 finder gives, `u ~ left right^T` of rank k (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). Then
-`<g_i, u>` of `g_i = b^T a` costs `2 R k (p + d)` operations for R tokens where the exact one costs `2 R p d`. At a rank
-of 16 the order of c on SmolLM2 has a rank correlation of 0.97 to 1.00 with the exact one over 100 updates, at a rank of
-32 one of 0.98 to 1.00; two-sided random projections of width 64, which cost several times as much, came to 0.81 to
-0.97. The head belongs to c: without it the correlation was down to 0.88 after 50 updates. Its products are taken while
-the pass has its output gradients.
+`<g_i, u>` of `g_i = b^T a` costs `2 R k (p + d)` operations for R tokens where the exact one costs `2 R p d`. The
+direction is known before the pass, and a low rank holds most of it: random projections, which know nothing of it, cost
+more and order samples less well. The head belongs to c: without it the order would be another one. Its products are
+taken while the pass has its output gradients.
 
 **K**: of every matrix one row in 32 is drawn, the survivors' gradients are written out at these rows under the exact P,
 and their products are scaled up: right in the mean whatever P is, under a mask too. Tables of tokens have rows that
 stand out, those of a sample's own tokens; they are taken as they are, and only the others are stood for by some.
-`benchmarks.fidelity` has the figures.
+`benchmarks.fidelity` measures the error.
 
 Exact in a sketch: vectors (biases, norms), LoRA's narrow matrices, tables of embeddings by themselves, a head where
 nothing else is sketched, and c under a mask, whose direction has no low rank. Rows are drawn anew for every matrix, so
-that errors do not add up. A draw and its P may be kept for as long as the target's gradient is: P hardly changes in
-some steps, and computing it anew for 135 million weights takes longer than sketching six samples.
+that errors do not add up. A draw and its P may be kept for as long as the target's gradient is: P hardly changes in a
+few steps, and computing it again for a whole model can cost more than the sketches do.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from gradient_selectors.capture.factors import Factor, Lookup, LowRank, MatrixFactor
 from gradient_selectors.capture.gradients import Gradient, PoolGradients, gram_at_rows, squared_length
 from gradient_selectors.capture.head import HeadWeight
-from gradient_selectors.preconditioner import NEVER_UPDATED, Geometry, at_rows
+from gradient_selectors.preconditioner import NEVER_UPDATED, Preconditioner, at_rows
 
 SHARE = 32  # one row in so many stands for a matrix
 
@@ -65,42 +65,47 @@ class Projection:
 
 @torch.no_grad()
 def project(
-    target: Gradient, geometry: Geometry, generator: torch.Generator, width: int = 16, head: str | None = None
+    target: Gradient,
+    preconditioner: Preconditioner,
+    generator: torch.Generator,
+    width: int = 16,
+    head: str | None = None,
 ) -> dict[str, Projection]:
     """Projections of every parameter that can be sketched; `generator` (on the CPU) gives whatever is random.
 
     `width`: rank of the directions, and the least number of rows. `head`: name of the head's weight, which is sketched
     only if others are.
     """
-    names = [name for name, values in target.items() if _is_large_matrix(name, values, width)]
+    # By name: a model laid out in another order, or restored in one, draws the same.
+    names = [name for name in sorted(target) if _is_large_matrix(name, target[name], width)]
     if all(name == head for name in names):
         return {}
-    return {name: _project(target[name], geometry(name), width, generator) for name in names}
+    return {name: _project(target[name], preconditioner(name), width, generator) for name in names}
 
 
 def _is_large_matrix(name: str, values: Tensor, width: int) -> bool:
     return values.ndim == 2 and min(values.shape) > width and ".lora_" not in name
 
 
-def _project(target: Tensor, preconditioner: Tensor | None, width: int, generator: torch.Generator) -> Projection:
-    sample = _draw_rows(target, preconditioner, width, generator)
-    if preconditioner is None:
+def _project(target: Tensor, diagonal: Tensor | None, width: int, generator: torch.Generator) -> Projection:
+    sample = _draw_rows(target, diagonal, width, generator)
+    if diagonal is None:
         return Projection(low_rank(target, width, generator), target.square().sum(), sample)
-    direction, known = preconditioner * target, int(preconditioner.count_nonzero())
+    direction, known = diagonal * target, int(diagonal.count_nonzero())
     square = torch.sum(direction * target)
     if known < (1 - NEVER_UPDATED) * target.numel():
         return Projection(None, square, sample)
     return Projection(low_rank(direction, width, generator), square, sample)
 
 
-def _draw_rows(target: Tensor, preconditioner: Tensor | None, width: int, generator: torch.Generator) -> RowSample:
-    if preconditioner is None:
+def _draw_rows(target: Tensor, diagonal: Tensor | None, width: int, generator: torch.Generator) -> RowSample:
+    if diagonal is None:
         population = torch.arange(len(target), device=target.device)
     else:
-        population = preconditioner.any(1).nonzero().squeeze(1)
+        population = diagonal.any(1).nonzero().squeeze(1)
     drawn = torch.randperm(len(population), generator=generator)[: max(width, len(population) // SHARE)]
     rows_n = population[drawn.sort().values.to(population.device)]
-    root_nd = target.new_ones(len(rows_n), target.shape[1]) if preconditioner is None else preconditioner[rows_n].sqrt()
+    root_nd = target.new_ones(len(rows_n), target.shape[1]) if diagonal is None else diagonal[rows_n].sqrt()
     return RowSample(rows_n, root_nd, torch.tensor(len(population)))
 
 
@@ -119,69 +124,114 @@ def low_rank(matrix_pd: Tensor, rank: int, generator: torch.Generator) -> LowRan
     return LowRank(matrix_pd @ basis_dr, basis_dr.contiguous())
 
 
-@dataclass(frozen=True, eq=False)
-class Sketches:
-    """One pool's gradients under projections; what has none is exact under the geometry."""
+class Sketched:
+    """Utilities from the target's direction at low rank, redundancy from one row in 32: a fraction of the time.
 
-    gradients: PoolGradients
-    projections: Mapping[str, Projection]
-    geometry: Geometry
+    What was projected is kept until `reset`: until the target's gradient, the mask or the kind of P is new.
+
+    Examples:
+        >>> from gradient_selectors import Sketched
+        >>> scoring = Sketched(width=16)  # SelectionEngine(..., scoring=scoring)
+        >>> sorted(scoring.state_dict())
+        ['generator']
+    """
+
+    def __init__(self, width: int = 16, generator: torch.Generator | None = None) -> None:
+        """`width`: rank of the directions, and the least number of rows.
+
+        `generator` (on the CPU) gives whatever is random; a new one with seed 0 by default.
+        """
+        self.width = width
+        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.projections: dict[str, Projection] | None = None
+        self._preconditioner: Preconditioner | None = None
+
+    def start(self, target: Gradient, preconditioner: Preconditioner, head: str | None) -> LowRank | None:
+        if self.projections is None:
+            self.projections = project(target, preconditioner, self.generator, self.width, head)
+        self._preconditioner = preconditioner
+        of_head = self.projections.get(head or "")
+        return None if of_head is None else of_head.direction
+
+    def reset(self) -> None:
+        self.projections = self._preconditioner = None
 
     @torch.no_grad()
-    def rows(self, gradients: PoolGradients, target: Gradient, geometry: Geometry) -> dict[str, Tensor]:
-        """`c_i` within each parameter, (N,) float32 each."""
-        self._check(gradients, geometry)
-        rows = {}
+    def utilities(
+        self, gradients: PoolGradients, target: Gradient, preconditioner: Preconditioner
+    ) -> dict[str, Tensor]:
+        projections = self._checked(preconditioner)
+        found = {}
         for name, factors in gradients.factors.items():
-            projection, matrices = self.projections.get(name), _matrices(factors)
+            projection, matrices = projections.get(name), _matrices(factors)
             if projection is not None and projection.direction is not None and matrices:
-                rows[name] = torch.stack([factor.along(projection.direction) for factor in matrices]).sum(0)
+                found[name] = torch.stack([factor.along(projection.direction) for factor in matrices]).sum(0)
             else:
-                rows[name] = gradients.rows_of(name, target, geometry)
-        return rows
+                found[name] = gradients.utilities_of(name, target, preconditioner)
+        return found
 
-    def squared_length(self, target: Gradient, geometry: Geometry) -> float:
-        """`<G_target, P * G_target>` over what is projected, P being that of when it was; exact if nothing is."""
-        assert geometry is self.geometry, "sketches belong to one geometry"
-        if not self.projections:
-            return squared_length(target, geometry)
-        return float(torch.stack([projection.square for projection in self.projections.values()]).sum())
+    def squared_length(self, target: Gradient, preconditioner: Preconditioner) -> float:
+        """Of what is projected, with P as it was then; exact if nothing is."""
+        projections = self._checked(preconditioner)
+        if not projections:
+            return squared_length(target, preconditioner)
+        return float(torch.stack([projections[name].square for name in sorted(projections)]).sum())
 
     @torch.no_grad()
-    def gram(self, gradients: PoolGradients, samples: Sequence[int], geometry: Geometry) -> Tensor:
-        """K of some samples, (n, n) float64."""
-        self._check(gradients, geometry)
+    def gram(self, gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        projections = self._checked(preconditioner)
         gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
         for name, factors in gradients.factors.items():
-            projection, matrices = self.projections.get(name), _matrices(factors)
+            projection, matrices = projections.get(name), _matrices(factors)
             if projection is not None and matrices:
-                gram += self._gram_of(name, matrices, samples, projection.sample)
+                gram += _gram_of(name, matrices, samples, projection.sample, preconditioner)
             else:
-                gram += gradients.gram_of(name, samples, geometry)
+                gram += gradients.gram_of(name, samples, preconditioner)
         return gram
 
-    def _gram_of(self, name: str, factors: Sequence[MatrixFactor], samples: Sequence[int], drawn: RowSample) -> Tensor:
-        """One matrix's share of K: the rows of own tokens as they are, those drawn of the others for all of these."""
-        own = _own_rows(factors, samples)
-        if own is None:
-            gram = gram_at_rows(factors, samples, drawn.rows_n, drawn.root_nd)
-            return gram * (int(drawn.population) / max(1, len(drawn.rows_n)))
-        others = ~torch.isin(drawn.rows_n, own)
-        rest = gram_at_rows(factors, samples, drawn.rows_n[others], drawn.root_nd[others])
-        root = _root_at(self.geometry, name, own, drawn.root_nd)
-        population = int(drawn.population) - int(root.any(1).sum())
-        gram = gram_at_rows(factors, samples, own, root)
-        return gram.add_(rest, alpha=population / max(1, int(others.sum())))
+    def state_dict(self) -> dict[str, Any]:
+        """The generator, and what was projected by `<part>.<parameter>`, if anything."""
+        projected = None if self.projections is None else to_tensors(self.projections)
+        return {"generator": self.generator.get_state()} | ({} if projected is None else {"projections": projected})
 
-    def _check(self, gradients: PoolGradients, geometry: Geometry) -> None:
-        assert gradients is self.gradients, "sketches belong to one pool"
-        assert geometry is self.geometry, "sketches belong to one geometry"
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.reset()
+        if "generator" in state:
+            self.generator.set_state(state["generator"])
+        if state.get("projections"):
+            self.projections = from_tensors(state["projections"])
+
+    def _checked(self, preconditioner: Preconditioner) -> dict[str, Projection]:
+        """The projections. Raises ValueError if they are not of this preconditioner, as under another metric."""
+        if self.projections is None or preconditioner is not self._preconditioner:
+            raise ValueError("sketches are made for one preconditioner; with Sketched scoring use metric='p_norm'")
+        return self.projections
 
 
-def _root_at(geometry: Geometry, name: str, rows: Tensor, like: Tensor) -> Tensor:
+def _gram_of(
+    name: str,
+    factors: Sequence[MatrixFactor],
+    samples: Sequence[int],
+    drawn: RowSample,
+    preconditioner: Preconditioner,
+) -> Tensor:
+    """One matrix's share of K: the rows of own tokens as they are, those drawn of the others for all of these."""
+    own = _own_rows(factors, samples)
+    if own is None:
+        gram = gram_at_rows(factors, samples, drawn.rows_n, drawn.root_nd)
+        return gram * (int(drawn.population) / max(1, len(drawn.rows_n)))
+    others = ~torch.isin(drawn.rows_n, own)
+    rest = gram_at_rows(factors, samples, drawn.rows_n[others], drawn.root_nd[others])
+    root = _root_at(preconditioner, name, own, drawn.root_nd)
+    population = int(drawn.population) - int(root.any(1).sum())
+    gram = gram_at_rows(factors, samples, own, root)
+    return gram.add_(rest, alpha=population / max(1, int(others.sum())))
+
+
+def _root_at(preconditioner: Preconditioner, name: str, rows: Tensor, like: Tensor) -> Tensor:
     """sqrt(P) at some rows, float32, in the form of `like`."""
-    preconditioner = at_rows(geometry, name, rows)
-    return like.new_ones(len(rows), like.shape[1]) if preconditioner is None else preconditioner.sqrt()
+    diagonal = at_rows(preconditioner, name, rows)
+    return like.new_ones(len(rows), like.shape[1]) if diagonal is None else diagonal.sqrt()
 
 
 def _own_rows(factors: Sequence[MatrixFactor], samples: Sequence[int]) -> Tensor | None:

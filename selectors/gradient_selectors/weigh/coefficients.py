@@ -1,9 +1,9 @@
 """The quadratic program for the coefficients of an update: `min_w 1/2 w^T (K + rho I) w - c^T w`, `0 <= w <= u`.
 
 Solved by cvxpy as a parameterised problem (DPP) that is built once for each size, on a factor `K + rho I = R^T R`. It
-is *not* least squares on the normal equations, `||K w - c||^2`: a different problem, with a regret of up to 20 %.
-R is triangular and declared so, which halves the time at 64 candidates: 1 to 3 ms (`benchmarks.solver`). If the solver
-fails or exceeds its time limit, projected gradients solve it instead.
+is *not* least squares on the normal equations, `||K w - c||^2`: that is a different problem with a worse solution. R is
+triangular and declared so, which makes the solver faster. If the solver fails or exceeds its time limit, projected
+gradients solve it instead.
 """
 
 import time
@@ -27,13 +27,13 @@ class Solution:
     """Coefficients and how they were found.
 
     Attributes:
-        weights: (n,), not negative, in the natural scale of K and c.
+        coefficients: (n,), not negative, in the natural scale of K and c.
         status: `optimal`, `fallback_failed` or `fallback_timeout`.
         seconds: wall-clock time of the solve.
         residual: largest violation of the optimality (KKT) conditions, in the scaled problem.
     """
 
-    weights: Vector
+    coefficients: Vector
     status: str
     seconds: float
     residual: float

@@ -13,13 +13,13 @@ Metrics, each of one scale for `c` and `K`, so that redundancy neither vanishes 
   scales all coefficients alike, so it shows under the `natural` normalisation and in the `simplex` only.
 
 From scratch, P is wrong by up to the whole update until Adam's second moment has settled (about 100 steps). Pass the
-`plain` geometry then: the three metrics become one, the match of raw gradients, and the rest works as it does later.
+`plain` one then: the three metrics become one, the match of raw gradients, and the rest works as it does later.
 Under `mean_one` the change from one to the other does not show in the size of the steps. A pretrained model does better
-under Adam's geometry from its second step on: of the 64 samples chosen in 16 steps of SmolLM2, 50 were of the target's
-kind and not 39, since plain inner products favour short answers.
+under Adam's from its second step on, since plain inner products favour short answers.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from gradient_selectors.preconditioner import squared
-from gradient_selectors.views.interaction import Decision, Interaction, SolverReport
+from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Solution, Vector
+from gradient_selectors.weigh.selector import Decision, SolverReport
 
 Filter = Literal["first_order", "cosine", "nn_omp"]
 Metric = Literal["p_norm", "update", "greats"]
@@ -45,10 +46,15 @@ JITTER = 1e-8  # of a candidate's own K_ii: copies have no inverse without a rid
 class FilterThenWeight:
     """Settings of the method.
 
+    Examples:
+        >>> from gradient_selectors import FilterThenWeight
+        >>> FilterThenWeight(batch_size=4).max_survivors
+        8
+
     Attributes:
-        chosen: samples k that may enter the update.
-        survivors: samples m that the filter keeps at most; only they enter the quadratic term.
-        min_gain: share of the utility that a chosen sample must add, or it is not trained on.
+        batch_size: samples k that may enter the update.
+        keep_ratio: the filter keeps at most this many times `batch_size`; only these enter the quadratic term.
+        min_gain: share of the utility that a selected sample must add, or it is not trained on.
         solver: solves for the coefficients.
         ridge: regularisation relative to the mean of K's diagonal; gives duplicates equal coefficients.
         cap: bound on a coefficient, in units of the mean of those that are positive without it, or None.
@@ -63,9 +69,9 @@ class FilterThenWeight:
             lengths of the gradients count against that of the target's.
     """
 
-    chosen: int
-    survivors: int
-    solver: CoefficientSolver
+    batch_size: int
+    keep_ratio: float = 2.0
+    solver: CoefficientSolver = field(default_factory=CoefficientSolver)
     ridge: float = 1e-3
     cap: float | None = None
     filter: Filter = "first_order"
@@ -74,70 +80,75 @@ class FilterThenWeight:
     normalisation: Normalisation = "mean_one"
     min_gain: float = 0.0
 
+    @property
+    def max_survivors(self) -> int:
+        """Samples m that the filter keeps at most."""
+        return math.ceil(self.keep_ratio * self.batch_size - 1e-9)
+
     def decide(self, interaction: Interaction) -> Decision:
         """Coefficients with a sum of 1 (or in natural scale); all zero if no candidate points towards the target."""
-        rows_N, quadratic = self._views(interaction)
-        positive = positive_samples(rows_N)
-        nothing = Decision(torch.zeros(len(rows_N)), num_positive=len(positive))
+        utilities_N, quadratic = self._views(interaction)
+        positive = positive_samples(utilities_N)
+        nothing = Decision(torch.zeros(len(utilities_N)), num_positive=len(positive))
         if not positive:
             return nothing
-        survivors, gram = sound(*self._filter(rows_N, positive, quadratic))
+        survivors, gram = sound(*self._filter(utilities_N, positive, quadratic))
         if not survivors:
             return nothing
-        linear = rows_N[survivors].cpu().double().numpy()
+        linear = utilities_N[survivors].cpu().double().numpy()
         kept, solution = self._weigh(gram, linear)
-        if linear[kept] @ solution.weights <= 0:
+        if linear[kept] @ solution.coefficients <= 0:
             return nothing
-        weights_N = torch.zeros(len(rows_N), dtype=torch.float64)
-        weights_N[[survivors[i] for i in kept]] = torch.from_numpy(solution.weights)
+        coefficients_N = torch.zeros(len(utilities_N), dtype=torch.float64)
+        coefficients_N[[survivors[i] for i in kept]] = torch.from_numpy(solution.coefficients)
         if self.normalisation == "natural":
-            weights_N *= line_search(quadratic, rows_N, weights_N)
+            coefficients_N *= line_search(quadratic, utilities_N, coefficients_N)
         else:
-            weights_N /= weights_N.sum()
+            coefficients_N /= coefficients_N.sum()
         return Decision(
-            weights_N.float(),
+            coefficients_N.float(),
             len(positive),
-            redundancy(gram[np.ix_(kept, kept)], linear[kept], solution.weights),
+            redundancy(gram[np.ix_(kept, kept)], linear[kept], solution.coefficients),
             SolverReport(solution.status, solution.seconds),
         )
 
     def _views(self, interaction: Interaction) -> tuple[Tensor, Interaction]:
         """`c` of usable candidates, and the interaction whose Gram matrix is K."""
         if self.metric == "p_norm":
-            return usable_rows(interaction), interaction
-        updates = replace(interaction, geometry=squared(interaction.geometry))
+            return usable_utilities(interaction), interaction
+        updates = replace(interaction, preconditioner=squared(interaction.preconditioner))
         if self.metric == "update":
-            return usable_rows(updates), updates
-        return usable_rows(interaction) * self.gamma, updates
+            return usable_utilities(updates), updates
+        return usable_utilities(interaction) * self.gamma, updates
 
-    def _filter(self, rows_N: Tensor, positive: list[int], quadratic: Interaction) -> tuple[list[int], Matrix]:
+    def _filter(self, utilities_N: Tensor, positive: list[int], quadratic: Interaction) -> tuple[list[int], Matrix]:
         """At most m candidates and their K. `positive` is in the order of c."""
         if self.filter == "first_order":
             # A positive cosine and a positive c are the same; ranked by c, no K is needed outside the survivors.
-            survivors = positive[: self.survivors]
+            survivors = positive[: self.max_survivors]
             return survivors, _matrix(quadratic.gram(survivors))
         if self.filter == "cosine":
             positive, gram = sound(positive, _matrix(quadratic.gram(positive)))
-            cosines = rows_N[positive].cpu().double().numpy() / np.sqrt(np.diag(gram))
-            order = np.argsort(-cosines, kind="stable")[: self.survivors]
+            cosines = utilities_N[positive].cpu().double().numpy() / np.sqrt(np.diag(gram))
+            order = np.argsort(-cosines, kind="stable")[: self.max_survivors]
             return [positive[i] for i in order], gram[np.ix_(order, order)]
-        usable = torch.isfinite(rows_N).nonzero().squeeze(1).tolist()
+        usable = torch.isfinite(utilities_N).nonzero().squeeze(1).tolist()
         usable, gram = sound(usable, _matrix(quadratic.gram(usable)))
-        linear = rows_N[usable].cpu().double().numpy()
-        picked = matching_pursuit(with_ridge(gram, self.ridge), linear, self.survivors, self.solver)
+        linear = utilities_N[usable].cpu().double().numpy()
+        picked = matching_pursuit(with_ridge(gram, self.ridge), linear, self.max_survivors, self.solver)
         return [usable[i] for i in picked], gram[np.ix_(picked, picked)]
 
     def _weigh(self, gram: Matrix, linear: Vector) -> tuple[list[int], Solution]:
         """Solve on all survivors, drop the most dispensable as `eliminate` does, and solve again on those left."""
         hessian, reward = self._program(gram, linear)
         solution = self._solve(hessian, reward)
-        kept = eliminate(hessian, reward, np.flatnonzero(solution.weights > 0), self.chosen, self.min_gain)
-        if (solution.weights > 0).sum() > len(kept):
+        kept = eliminate(hessian, reward, np.flatnonzero(solution.coefficients > 0), self.batch_size, self.min_gain)
+        if (solution.coefficients > 0).sum() > len(kept):
             solution = self._solve(hessian[np.ix_(kept, kept)], reward[kept])
         else:
-            solution = replace(solution, weights=solution.weights[kept])
+            solution = replace(solution, coefficients=solution.coefficients[kept])
         if self.normalisation == "simplex":
-            solution = replace(solution, weights=solution.weights / solution.weights.sum())
+            solution = replace(solution, coefficients=solution.coefficients / solution.coefficients.sum())
         return kept.tolist(), solution
 
     def _program(self, gram: Matrix, linear: Vector) -> tuple[Matrix, Vector]:
@@ -159,7 +170,7 @@ def matching_pursuit(gram: Matrix, linear: Vector, size: int, solver: Coefficien
     """Non-negative orthogonal matching pursuit: at most `size` candidates, in the order in which they were added.
 
     Each is the one whose own step would gain most after the earlier ones, `r_i / sqrt(K_ii)` with `r = c - K w` and w
-    solved anew on those chosen so far. Ends early once no step gains anything. A longer choice starts with a shorter
+    solved again on those picked so far. Ends early once no step gains anything. A longer list starts with a shorter
     one, so utility grows with `size`.
     """
     lengths = np.sqrt(np.diag(gram))
@@ -175,7 +186,7 @@ def matching_pursuit(gram: Matrix, linear: Vector, size: int, solver: Coefficien
             break
         picked.append(best)
         free[best] = False
-        weights[picked] = solver.solve(gram[np.ix_(picked, picked)], linear[picked]).weights
+        weights[picked] = solver.solve(gram[np.ix_(picked, picked)], linear[picked]).coefficients
     return picked
 
 
@@ -197,8 +208,8 @@ def eliminate(hessian: Matrix, linear: Vector, candidates: Indices, size: int, m
 
     Without candidate i, the others answering, the utility `c^T w - 1/2 w^T H w` is lower by half of
     `w_i^2 / (H^-1)_ii` (Hassibi and Stork 1993, equation 5), of `1/2 c^T w` in all; one whose own coefficient has
-    become negative goes first. Of duplicates all but one go at no loss, where ranking by `c_i w_i` kept them and
-    dropped what they hide.
+    become negative goes first. Of duplicates all but one go at no loss, where ranking by `c_i w_i` would keep them and
+    drop what they hide.
     """
     kept = candidates
     hessian = hessian + np.diag(JITTER * np.diag(hessian))
@@ -213,14 +224,14 @@ def eliminate(hessian: Matrix, linear: Vector, candidates: Indices, size: int, m
     return kept
 
 
-def line_search(quadratic: Interaction, rows_N: Tensor, weights_N: Tensor) -> float:
+def line_search(quadratic: Interaction, utilities_N: Tensor, coefficients_N: Tensor) -> float:
     """The factor on the coefficients that suits best, `c^T w / w^T K w`, not negative: exact however w was found.
 
-    `rows_N` are c; candidates of weight zero are not read. `quadratic` is the interaction whose geometry K has.
+    `utilities_N` are c; candidates with a coefficient of zero are not read. `quadratic` is the interaction of K.
     """
-    used = weights_N != 0
-    linear = float(rows_N.double().cpu()[used] @ weights_N.double()[used])  # weights are decided on the CPU
-    return max(0.0, linear) / quadratic.gradients.squared_length(weights_N, quadratic.geometry)
+    used = coefficients_N != 0
+    linear = float(utilities_N.double().cpu()[used] @ coefficients_N.double()[used])  # weights are decided on the CPU
+    return max(0.0, linear) / quadratic.gradients.squared_length(coefficients_N, quadratic.preconditioner)
 
 
 def with_ridge(gram: Matrix, ridge: float) -> Matrix:
@@ -229,17 +240,17 @@ def with_ridge(gram: Matrix, ridge: float) -> Matrix:
     return hessian
 
 
-def usable_rows(interaction: Interaction) -> Tensor:
-    """`c_i`, with minus infinity for candidates whose loss or gradient is not finite: they are never chosen."""
-    rows_N = interaction.rows_N
-    usable = torch.isfinite(rows_N) & torch.isfinite(interaction.gradients.losses_N)
-    return torch.where(usable, rows_N, -torch.inf)
+def usable_utilities(interaction: Interaction) -> Tensor:
+    """`c_i`, with minus infinity for candidates whose loss or gradient is not finite: they are never selected."""
+    utilities_N = interaction.utilities_N
+    usable = torch.isfinite(utilities_N) & torch.isfinite(interaction.gradients.losses_N)
+    return torch.where(usable, utilities_N, -torch.inf)
 
 
-def positive_samples(rows_N: Tensor) -> list[int]:
+def positive_samples(utilities_N: Tensor) -> list[int]:
     """Candidates whose update points towards the target, the best first."""
-    order = torch.argsort(rows_N, descending=True, stable=True).tolist()
-    return [i for i in order if rows_N[i] > 0]
+    order = torch.argsort(utilities_N, descending=True, stable=True).tolist()
+    return [i for i in order if utilities_N[i] > 0]
 
 
 def redundancy(gram: Matrix, linear: Vector, weights: Vector) -> float:

@@ -1,7 +1,7 @@
-"""Greedy choice by marginal utility: first order minus redundancy, with equal weights. A baseline.
+"""Greedy choice by marginal utility: first order minus redundancy, with equal coefficients. A baseline.
 
 The rule of GREATS (NeurIPS 2024): take the candidate that gains most, subtract what it shares with the others, repeat.
-With the weight omega on every chosen sample, adding i to the set S gains
+With the coefficient omega on every selected sample, adding i to the set S gains
 
     omega c_i - 1/2 omega^2 K_ii - omega^2 sum_{j in S} K_ij
 
@@ -10,55 +10,62 @@ and never stops. First, c and K here carry P once each, so no learning rate stan
 1e-5 of the score at usual rates, and the choice is that of top-k. Second, the choice ends when the best gain is
 negative. Third, omega is `alpha / k`, not `1 / k`: the length of the step is the optimizer's matter, while c also
 carries the length of the target's gradient, a mean over many samples and so often far shorter than one sample's. At
-`1 / k` even the first gain is then negative, and nothing is ever chosen. Alpha is the exact line search along the
-equal-weight update of the top k, `c^T w / w^T K w`: the scale at which that update suits the target best.
+`1 / k` even the first gain is then negative, and nothing is ever selected. Alpha is the exact line search along the
+update of the top k with equal coefficients, `c^T w / w^T K w`: the scale at which that update suits the target best.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gradient_selectors.views.interaction import Decision, Interaction, equal_weights
+from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.weigh.coefficients import Matrix, Vector
-from gradient_selectors.weigh.filter_then_weight import positive_samples, redundancy, sound, usable_rows
+from gradient_selectors.weigh.filter_then_weight import positive_samples, redundancy, sound, usable_utilities
+from gradient_selectors.weigh.selector import Decision, equal_coefficients
 
 
 @dataclass(frozen=True)
 class Greedy:
     """Settings of the baseline.
 
+    Examples:
+        >>> from gradient_selectors import Greedy
+        >>> selector = Greedy(batch_size=4)
+
     Attributes:
-        chosen: samples k that may enter the update.
-        candidates: samples with the largest positive `c_i` that are looked at; K is computed for these.
+        batch_size: samples k that may enter the update.
+        keep_ratio: at most this many times `batch_size` candidates, those with the largest positive `c_i`, are looked
+            at; K is computed for these.
     """
 
-    chosen: int
-    candidates: int
+    batch_size: int
+    keep_ratio: float = 2.0
 
     def decide(self, interaction: Interaction) -> Decision:
-        """Equal weights with a sum of 1; all zero if no candidate points towards the target."""
-        rows_N = usable_rows(interaction)
-        positive = positive_samples(rows_N)
-        nothing = Decision(torch.zeros(len(rows_N)), num_positive=len(positive))
+        """Equal coefficients with a sum of 1; all zero if no candidate points towards the target."""
+        utilities_N = usable_utilities(interaction)
+        positive = positive_samples(utilities_N)
+        nothing = Decision(torch.zeros(len(utilities_N)), num_positive=len(positive))
         if not positive:
             return nothing
-        looked_at = positive[: self.candidates]
+        looked_at = positive[: math.ceil(self.keep_ratio * self.batch_size - 1e-9)]
         looked_at, gram = sound(looked_at, interaction.gram(looked_at).cpu().numpy())
         if not looked_at:
             return nothing
-        linear = rows_N[looked_at].cpu().double().numpy()
-        omega = matched_weight(gram, linear, self.chosen)
-        picked = greedy_choice(gram, linear, omega, self.chosen)
+        linear = utilities_N[looked_at].cpu().double().numpy()
+        omega = matched_weight(gram, linear, self.batch_size)
+        picked = greedy_choice(gram, linear, omega, self.batch_size)
         return Decision(
-            equal_weights(len(rows_N), [looked_at[i] for i in picked]),
+            equal_coefficients(len(utilities_N), [looked_at[i] for i in picked]),
             len(positive),
             redundancy(gram[np.ix_(picked, picked)], linear[picked], np.full(len(picked), omega)),
         )
 
 
 def matched_weight(gram: Matrix, linear: Vector, chosen: int) -> float:
-    """Omega: the weight of each of the top k by c, at which their equal-weight update suits the target best."""
+    """Omega: the one coefficient of the top k by c at which their update suits the target best."""
     top = np.argsort(-linear, kind="stable")[:chosen]
     return float(linear[top].sum() / gram[np.ix_(top, top)].sum())
 

@@ -1,16 +1,17 @@
 """Every view of the captured gradients against autograd, one sample at a time, on several families of models."""
 
-import copy
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from gradient_selectors.capture import head
 from gradient_selectors.capture.batch import Batch
-from gradient_selectors.capture.capture import GradientCapture, UnsupportedParameterError
+from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.factors import Outer, Written
+from gradient_selectors.capture.places import UnsupportedParameterError
 from gradient_selectors.preconditioner import plain
 from gradient_selectors.views.interaction import Interaction
 from torch import nn
@@ -21,16 +22,16 @@ from tests.helpers.tiny_models import shake
 
 LENGTHS = (12, 7, 9, 12, 5)
 EXACT = 1e-5  # relative, float32
-ROUNDING = 2e-2  # relative, of passes in bfloat16
+ROUNDING = 1.5  # times torch's own, of passes in bfloat16
 
 
 @pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> nn.Module:
+def model(request: pytest.FixtureRequest) -> Any:
     return make_model(request.param)
 
 
 @pytest.fixture
-def capture(model: nn.Module) -> Iterator[GradientCapture]:
+def capture(model: Any) -> Iterator[GradientCapture]:
     made = GradientCapture(model)
     yield made
     made.close()
@@ -39,7 +40,7 @@ def capture(model: nn.Module) -> Iterator[GradientCapture]:
 @pytest.mark.parametrize("kept", [0, 10**6])
 @pytest.mark.parametrize("chunk", [64, 10**6])
 def test_rows_gram_and_update_agree_with_autograd(
-    chunk: int, kept: int, model: nn.Module, capture: GradientCapture, monkeypatch: pytest.MonkeyPatch
+    chunk: int, kept: int, model: Any, capture: GradientCapture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the head in many chunks, of positions and of the vocabulary, and in one; its errors kept or made anew."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)
@@ -50,14 +51,14 @@ def test_rows_gram_and_update_agree_with_autograd(
     preconditioner, target = random_like(capture, 5), random_like(capture, 6)
     interaction = Interaction(gradients, target, preconditioner.__getitem__)
     assert relative_error(gradients.losses_N, oracle.losses) < EXACT
-    scale = oracle.flat(preconditioner)
-    assert relative_error(interaction.rows_N, oracle.gradients @ (scale * oracle.flat(target))) < EXACT
-    want = (oracle.gradients.double() * scale) @ oracle.gradients.double().T
+    direction = oracle.flat(preconditioner) * oracle.flat(target)
+    assert relative_error(interaction.utilities_N, oracle.gradients @ direction) < EXACT
+    want = oracle.gram(preconditioner)
     assert relative_error(interaction.gram(range(len(LENGTHS))), want) < EXACT
     assert relative_error(interaction.gram([3, 1]), want[[3, 1]][:, [3, 1]]) < EXACT
     weights = torch.tensor([0.1, 0.0, 0.5, 0.7, 1.3])
     update = oracle.flat(gradients.weighted_gradient(weights))
-    assert relative_error(update, weights @ oracle.gradients) < EXACT
+    assert relative_error(update, oracle.update(weights)) < EXACT
 
 
 @pytest.mark.parametrize("lengths", [(10,), (10, 6, 8, 4)])
@@ -65,13 +66,12 @@ def test_rows_gram_and_update_agree_with_autograd(
 def test_target_rows_are_averaged_as_gradients(kind: str, lengths: tuple[int, ...]) -> None:
     """One and several target rows: factors must not be summed over rows before the product."""
     model = make_model(kind)
-    exact = copy.deepcopy(model).double()  # a mean of several rows cancels: in float32 the oracle itself is off by 1e-5
     capture = GradientCapture(model)
     target_batch, pool = make_batch(lengths, seed=7), make_batch(LENGTHS, seed=8)
     mean = torch.full((len(lengths),), 1 / len(lengths))
     target = capture.run(target_batch).weighted_gradient(mean)
-    rows = Interaction(capture.run(pool), target, plain).rows_N
-    of_pool, of_target = dense(exact, pool).gradients, dense(exact, target_batch).gradients.mean(0)
+    rows = Interaction(capture.run(pool), target, plain).utilities_N
+    of_pool, of_target = dense(model, pool).gradients, dense(model, target_batch).gradients.mean(0)
     # Products cancel, and by how much depends on the processor's kernels: measured in what they could be at most.
     error = (rows.double() - of_pool @ of_target).norm() / (of_pool.norm(dim=1) * of_target.norm()).norm()
     assert float(error) < EXACT
@@ -86,9 +86,8 @@ def test_padding_changes_nothing(capture: GradientCapture) -> None:
     )
     weights = torch.tensor([0.4, 0.6])
     once, again = capture.run(batch), capture.run(padded)
-    for name in capture.parameters:
-        first, second = once.weighted_gradient_of(name, weights), again.weighted_gradient_of(name, weights)
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+    first, second = (torch.cat([g.weighted_gradient_of(n, weights).flatten() for n in g.shapes]) for g in (once, again))
+    assert relative_error(second, first) < EXACT
 
 
 def test_a_sample_of_weight_zero_leaves_no_trace(capture: GradientCapture) -> None:
@@ -117,7 +116,7 @@ def test_weights_that_were_at_their_initial_values_may_move(kind: str) -> None:
     shake(model)
     oracle, weights = dense(model, batch), torch.tensor([0.4, 0.0, 1.6])
     update = oracle.flat(capture.run(batch).weighted_gradient(weights))
-    assert relative_error(update, weights @ oracle.gradients) < EXACT
+    assert relative_error(update, oracle.update(weights)) < EXACT
 
 
 def test_shapes_may_change_from_pass_to_pass() -> None:
@@ -126,17 +125,17 @@ def test_shapes_may_change_from_pass_to_pass() -> None:
     for lengths in [(4,), (20, 4, 17), (8, 8)]:
         batch = make_batch(lengths)
         rows = torch.stack([capture.run(batch).gram([i], plain)[0, 0] for i in range(len(lengths))])
-        assert relative_error(rows, dense(model, batch).gradients.double().square().sum(1)) < EXACT
+        assert relative_error(rows, dense(model, batch).gradients.square().sum(1)) < EXACT
 
 
 def test_bfloat16_keeps_the_order_of_the_scores() -> None:
     model = make_model("llama")
     batch, capture = make_batch((16,) * 8), GradientCapture(model, autocast=torch.bfloat16)
     target = random_like(capture, 3)
-    got = Interaction(capture.run(batch), target, plain).rows_N
+    got = Interaction(capture.run(batch), target, plain).utilities_N
     oracle = dense(model, batch)
     want = oracle.gradients @ oracle.flat(target)
-    assert float(torch.corrcoef(torch.stack([got, want]))[0, 1]) > 0.999
+    assert float(torch.corrcoef(torch.stack([got.double(), want]))[0, 1]) > 0.999
 
 
 @pytest.mark.parametrize("kept", [0, 10**6])
@@ -152,7 +151,9 @@ def test_the_update_in_bfloat16_is_that_of_autograd_but_for_rounding(
     batch, capture = make_batch(LENGTHS), GradientCapture(model, autocast=torch.bfloat16)
     weights = torch.tensor([0.1, 0.0, 0.5, 0.7, 1.3])
     gradients, oracle = capture.run(batch), dense(model, batch)
-    assert relative_error(oracle.flat(gradients.weighted_gradient(weights)), weights @ oracle.gradients) < ROUNDING
+    want, of_torch = oracle.update(weights), dense(model, batch, torch.bfloat16).update(weights)
+    update = oracle.flat(gradients.weighted_gradient(weights))
+    assert relative_error(update, want) < ROUNDING * relative_error(of_torch, want)
     assert capture.head is not None  # else there are no chunks
 
 
@@ -251,7 +252,8 @@ def test_a_parameter_that_a_zero_hides_is_named() -> None:
             nn.init.zeros_(self.up.weight)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.up(torch.nn.functional.linear(x, self.down.weight))
+            output: torch.Tensor = x + self.up(torch.nn.functional.linear(x, self.down.weight))
+            return output
 
     model = make_model("llama")
     model.model.layers[0].self_attn.o_proj = Adapted()
@@ -261,17 +263,42 @@ def test_a_parameter_that_a_zero_hides_is_named() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_model_that_writes_over_an_output_is_refused_and_left_as_it_was() -> None:
-    class Falcons(Around):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x).add_(1.0)
+class InPlace(Around):
+    """Writes over what a layer gave it, as Falcon's blocks do."""
 
-    model = make_model("llama")
-    attention = model.model.layers[0].self_attn
-    attention.o_proj = Falcons(attention.o_proj)
-    with pytest.raises(UnsupportedParameterError, match=r"in place; use LoRA"):
-        GradientCapture(model)
-    assert not any(module._forward_hooks for module in model.modules())
+    def __init__(self, inner: nn.Linear, write: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(inner)
+        self.write = write
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.write(self.inner(x))
+
+
+@pytest.mark.parametrize("kind", ["llama", "lora", "checkpointing"])
+@pytest.mark.parametrize(
+    "write", [lambda y: y.add_(0.5), lambda y: y.mul_(1.5), lambda y: y.relu_()], ids=["add", "mul", "relu"]
+)
+def test_a_model_that_writes_over_an_output_is_exact(kind: str, write: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    model = make_model(kind)
+    attention, batch = model.model.layers[0].self_attn, make_batch((8, 6, 7))
+    attention.o_proj = InPlace(attention.o_proj, write)
+    gradients, oracle = GradientCapture(model).run(batch), dense(model, batch)
+    weights = torch.tensor([0.3, 0.0, 1.7])
+    assert relative_error(oracle.flat(gradients.weighted_gradient(weights)), oracle.update(weights)) < EXACT
+    want = oracle.gram()
+    assert relative_error(gradients.gram(range(3), plain), want) < EXACT
+
+
+def test_what_a_tap_returns_is_no_view() -> None:
+    """torch lets nobody write over a view that a function of ours returned."""
+    model = make_model("gpt2")
+    capture, seen = GradientCapture(model), dict[str, bool]()
+    names = {name: module for name, module in model.named_modules() if module._forward_hooks}
+    for name, module in names.items():
+        module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output._is_view()}))
+    capture.run(make_batch((6, 5)))
+    assert seen == dict.fromkeys(names, False)
+    assert {"transformer.wte", "transformer.h.0.attn.c_attn", "transformer.ln_f"} <= seen.keys()
 
 
 def test_a_norm_of_any_class_name_is_covered() -> None:
@@ -290,7 +317,7 @@ def test_a_module_called_twice_adds_up() -> None:
     gradients = GradientCapture(model).run(batch)
     oracle = dense(model, batch)
     assert len(gradients.factors["model.layers.0.mlp.down_proj.weight"]) == 2
-    want = oracle.gradients.double() @ oracle.gradients.double().T
+    want = oracle.gram()
     assert relative_error(gradients.gram(range(3), plain), want) < EXACT
 
 
@@ -304,11 +331,14 @@ def test_adapters_are_written_out_where_that_is_smaller(lengths: tuple[int, ...]
     assert narrow
     assert {type(f) for name in narrow for f in gradients.factors[name]} == {factor}
     target = random_like(capture, 6)
-    assert relative_error(Interaction(gradients, target, plain).rows_N, oracle.gradients @ oracle.flat(target)) < EXACT
-    want = oracle.gradients.double() @ oracle.gradients.double().T
+    assert (
+        relative_error(Interaction(gradients, target, plain).utilities_N, oracle.gradients @ oracle.flat(target))
+        < EXACT
+    )
+    want = oracle.gram()
     assert relative_error(gradients.gram(range(3), plain), want) < EXACT
     weights = torch.tensor([0.3, 0.0, 1.7])
-    assert relative_error(oracle.flat(gradients.weighted_gradient(weights)), weights @ oracle.gradients) < EXACT
+    assert relative_error(oracle.flat(gradients.weighted_gradient(weights)), oracle.update(weights)) < EXACT
 
 
 @pytest.mark.parametrize(("kind", "matrix"), [("llama", "weight"), ("lora", "lora_A.default.weight")])

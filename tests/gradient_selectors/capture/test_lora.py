@@ -12,16 +12,14 @@ import pytest
 import torch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.lora import recognise_lora
-from gradient_selectors.preconditioner import plain
-from gradient_selectors.views.interaction import Interaction
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
-from tests.helpers.oracle import dense, make_batch, make_model, random_like, relative_error
+from tests.helpers.oracle import dense, make_batch, make_model, relative_error
 
 IN, OUT, RANK = 6, 10, 3
-ROUNDING = 2e-2  # relative, of passes in bfloat16
+ROUNDING = 1.5  # times torch's own, of passes in bfloat16
 
 
 def adapted(base: nn.Module | None = None, **config: Any) -> Any:
@@ -133,7 +131,7 @@ def test_a_pass_does_without_the_layers_own_forward(kind: str, monkeypatch: pyte
     monkeypatch.setattr(PeftLinear, "forward", fail)
     gradients = capture.run(batch)
     weights = torch.tensor([0.3, 0.0, 1.7])
-    assert relative_error(oracle.flat(gradients.weighted_gradient(weights)), weights @ oracle.gradients) < 1e-5
+    assert relative_error(oracle.flat(gradients.weighted_gradient(weights)), oracle.update(weights)) < 1e-5
 
 
 def test_afterwards_the_layers_are_as_they_were() -> None:
@@ -156,7 +154,7 @@ def test_adapters_of_a_layer_whose_base_is_trained_too_are_captured_by_their_tap
     weights = torch.tensor([0.3, 0.5, 1.7])
     update = capture.run(batch).weighted_gradient(weights)
     assert "model.layers.0.mlp.down_proj.base_layer.weight" in update
-    assert relative_error(oracle.flat(update), weights @ oracle.gradients) < 1e-5
+    assert relative_error(oracle.flat(update), oracle.update(weights)) < 1e-5
 
 
 def test_layers_that_were_merged_meanwhile_are_left_to_peft() -> None:
@@ -175,7 +173,7 @@ def test_layers_that_were_merged_meanwhile_are_left_to_peft() -> None:
 def test_bfloat16_agrees_with_autograd_up_to_rounding() -> None:
     model, batch = make_model("lora"), make_batch((16,) * 8)
     capture = GradientCapture(model, autocast=torch.bfloat16)
-    oracle, target = dense(model, batch), random_like(capture, 3)
-    got = Interaction(capture.run(batch), target, plain).rows_N
-    want = oracle.gradients @ oracle.flat(target)
-    assert relative_error(got, want) < ROUNDING
+    oracle, weights = dense(model, batch), torch.rand(8, generator=torch.Generator().manual_seed(0))
+    update = capture.run(batch).weighted_gradient(weights)
+    want, of_torch = oracle.update(weights), dense(model, batch, torch.bfloat16).update(weights)
+    assert relative_error(oracle.flat(update), want) < ROUNDING * relative_error(of_torch, want)

@@ -14,13 +14,12 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from tests.helpers.oracle import dense, make_batch, make_model, relative_error
 
 WIDTH = 24
-ROUNDING = 3e-2  # relative, of passes in bfloat16
+ROUNDING = 1.5  # times torch's own, of passes in bfloat16
 
 
-class Doubled(LlamaRMSNorm):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        output: Tensor = 2 * super().forward(hidden_states)
-        return output
+class Doubled(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
 
 class Absolute(nn.Module):
@@ -35,8 +34,8 @@ class Absolute(nn.Module):
 
 
 def patched() -> nn.Module:
-    norm = LlamaRMSNorm(WIDTH)
-    norm.forward = lambda hidden_states: hidden_states
+    norm: nn.Module = LlamaRMSNorm(WIDTH)
+    vars(norm)["forward"] = lambda hidden_states: hidden_states
     return norm
 
 
@@ -107,7 +106,7 @@ def test_a_pass_does_without_the_norms_own_forward(kind: str, monkeypatch: pytes
         patch.setattr(LlamaRMSNorm, "forward", fail)
         gradients = capture.run(batch)
     weights = torch.tensor([0.3, 0.0, 1.7])
-    assert relative_error(oracle.flat(gradients.weighted_gradient(weights)), weights @ oracle.gradients) < 1e-5
+    assert relative_error(oracle.flat(gradients.weighted_gradient(weights)), oracle.update(weights)) < 1e-5
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -121,4 +120,5 @@ def test_a_norm_of_bfloat16_inputs_keeps_its_own_forward() -> None:
     weights = torch.tensor([0.3, 0.5, 1.7, 1.0])
     update = capture.run(batch).weighted_gradient(weights)
     assert ran[0] == torch.bfloat16
-    assert relative_error(oracle.flat(update), weights @ oracle.gradients) < ROUNDING
+    want, of_torch = oracle.update(weights), dense(model, batch, torch.bfloat16).update(weights)
+    assert relative_error(oracle.flat(update), want) < ROUNDING * relative_error(of_torch, want)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gradient_selectors.draw.arm_moments import ArmMoments
 from gradient_selectors.draw.cluster_ucb import ClusterUcb, Draw, StreamOptions
-from gradient_selectors.draw.cluster_ucb_offline import OfflineOptions, select_offline
+from gradient_selectors.draw.cluster_ucb_offline import Index, OfflineOptions, select_offline
 from torch import Tensor
 
 from benchmarks.cluster_ucb_simulation import OURS, PUBLISHED, recall, recovered, simulated_pool
@@ -76,7 +76,7 @@ def test_t1_ucb1_is_as_defined() -> None:
 
 def test_t2_discounted_moments_equal_those_of_the_whole_history() -> None:
     generator, discount = seeded(), 0.9
-    moments, arms, rewards, weights = ArmMoments(3), [], [], torch.empty(0)
+    moments, arms, rewards, weights = ArmMoments(3), list[int](), list[float](), torch.empty(0)
     for _ in range(60):
         arms_n = torch.randint(3, (4,), generator=generator)
         rewards_n = 1e4 + torch.randn(4, generator=generator, dtype=torch.float64)
@@ -100,7 +100,7 @@ def test_t2_equal_rewards_have_no_spread() -> None:
 
 
 def test_t2_without_discount_and_shrinkage_it_is_the_published_index() -> None:
-    arms = ([0.5, -0.2, 0.1], [0.0, 0.3], [])
+    arms: tuple[list[float], ...] = ([0.5, -0.2, 0.1], [0.0, 0.3], [])
     moments = moments_of(*arms)
     moments.discount(1.0)
     expected = [np.mean(rewards) + np.std(rewards) if rewards else np.inf for rewards in arms]
@@ -134,18 +134,18 @@ def test_t3_shrinkage_brings_an_arm_that_is_not_drawn_back_to_the_average() -> N
 @pytest.mark.parametrize("shift", [0.0, -100.0])
 @pytest.mark.parametrize("index", ["mean_std", "ucb1", "random"])
 @pytest.mark.parametrize("pulls", [1, 7])
-def test_t4_budget_and_selection_are_kept(shift: float, index: str, pulls: int) -> None:
+def test_t4_budget_and_selection_are_kept(shift: float, index: Index, pulls: int) -> None:
     """With every reward negative, too, where the release chose exhausted arms and stopped."""
     labels_N, rewards_N = small_pool()
     rewards_N = rewards_N + shift
     for budget, share in ((0.2, 0.05), (0.9, 0.1), (1.0, 0.5), (0.05, 0.5)):
         options = OfflineOptions(budget=budget, share=share, pulls=pulls, index=index)
         found = select_offline(labels_N, lambda i: rewards_N[i], options, seeded())
-        assert len(found.drawn_n) == len(found.drawn_n.unique()) == round(budget * 200)
+        assert len(found.drawn_n) == len(set(found.drawn_n.tolist())) == round(budget * 200)
         assert torch.equal(found.rewards_n, rewards_N[found.drawn_n])
-        assert len(found.chosen) == min(round(share * 200), len(found.drawn_n))
-        assert set(found.chosen) <= set(found.drawn_n.tolist())
-        chosen = rewards_N[list(found.chosen)]
+        assert len(found.selected) == min(round(share * 200), len(found.drawn_n))
+        assert set(found.selected) <= set(found.drawn_n.tolist())
+        chosen = rewards_N[list(found.selected)]
         assert torch.equal(chosen, found.rewards_n.sort(descending=True).values[: len(chosen)])
 
 
@@ -156,7 +156,7 @@ def test_t4_empty_and_one_sample_clusters() -> None:
     options = OfflineOptions(budget=1.0, share=1.0)
     found = select_offline(labels_N, lambda i: rewards_N[i], options, seeded())
     assert sorted(found.drawn_n.tolist()) == list(range(32))
-    assert list(found.chosen) == torch.argsort(rewards_N, descending=True).tolist()
+    assert list(found.selected) == torch.argsort(rewards_N, descending=True).tolist()
 
 
 def test_t4_the_cold_start_draws_from_every_cluster_within_the_budget() -> None:
@@ -175,8 +175,8 @@ def test_t4_unusable_gradients_are_paid_for_and_never_selected() -> None:
     found = select_offline(labels_N, lambda i: rewards_N[i], OfflineOptions(budget=0.5, share=0.4), seeded())
     assert len(found.drawn_n) == 100
     assert (labels_N[found.drawn_n] == 2).sum() == 2
-    assert len(found.chosen) == int(torch.isfinite(found.rewards_n).sum())
-    assert torch.isfinite(rewards_N[list(found.chosen)]).all()
+    assert len(found.selected) == int(torch.isfinite(found.rewards_n).sum())
+    assert torch.isfinite(rewards_N[list(found.selected)]).all()
 
 
 def test_t4_wrong_shares_are_refused() -> None:
@@ -195,7 +195,7 @@ def test_t4_wrong_shares_are_refused() -> None:
 def test_t5_whole_budget_gives_the_exact_best() -> None:
     labels_N, rewards_N = small_pool()
     found = select_offline(labels_N, lambda i: rewards_N[i], OfflineOptions(budget=1.0), seeded())
-    assert list(found.chosen) == torch.topk(rewards_N, 10).indices.tolist()
+    assert list(found.selected) == torch.topk(rewards_N, 10).indices.tolist()
 
 
 def test_t5_one_cluster_is_a_uniform_draw() -> None:
@@ -303,7 +303,7 @@ def test_stream_draws_are_distinct_and_as_many_as_asked(thompson: bool) -> None:
     for count, waiting in ((6, 24), (24, 24), (30, 24), (5, 1), (3, 0), (0, 4)):
         ((features_Md, utilities_M),) = stream_of(count, 1, waiting)
         draw = policy.draw(features_Md, count)
-        assert len(draw.indices_n) == len(draw.indices_n.unique()) == min(count, waiting)
+        assert len(draw.indices_n) == len(set(draw.indices_n.tolist())) == min(count, waiting)
         assert draw.indices_n.tolist() == sorted(draw.indices_n.tolist())
         assert torch.equal(draw.arms_n, policy.clusters.assign(features_Md)[draw.indices_n] if waiting else draw.arms_n)
         policy.observe(draw.arms_n, utilities_M[draw.indices_n] - 5)
@@ -324,7 +324,7 @@ def test_the_best_arm_leaves_slots_to_the_next(thompson: bool) -> None:
     assert policy.draw(KINDS[kinds[kinds == 2]], 6).arms_n.tolist() == [int(arms_K[2])] * 6
     most = replace(options, per_arm=None)
     free = ClusterUcb(most, 0, KINDS[2])
-    free.load_state(policy.state())
+    free.load_state_dict(policy.state_dict())
     assert thompson or free.draw(KINDS[kinds], 6).arms_n.tolist() == [int(arms_K[2])] * 6
 
 
@@ -334,20 +334,20 @@ def test_an_interrupted_stream_goes_on_bit_for_bit(thompson: bool) -> None:
     whole, first = (ClusterUcb(options, 0, torch.ones(4)) for _ in range(2))
     draws = follow(whole, steps)
     follow(first, steps[:17])
-    saved = first.state()
+    saved = first.state_dict()
     resumed = ClusterUcb(options, 99, -torch.ones(4))
-    resumed.load_state(saved)
+    resumed.load_state_dict(saved)
     follow(first, steps[17:20])  # what was saved is a copy
     for ours, theirs in zip(follow(resumed, steps[17:]), draws[17:], strict=True):
         assert torch.equal(ours.indices_n, theirs.indices_n)
         assert torch.equal(ours.arms_n, theirs.arms_n)
-    assert all(torch.equal(value, whole.state()[name]) for name, value in resumed.state().items())
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
 
 
 def test_state_of_another_size_is_refused() -> None:
     policy = ClusterUcb(OPTIONS, 0, torch.ones(4))
     with pytest.raises(ValueError, match=r"\(5, 4\).*does not fit \(6, 4\)"):
-        policy.load_state(ClusterUcb(replace(OPTIONS, num_clusters=5), 0, torch.ones(4)).state())
+        policy.load_state_dict(ClusterUcb(replace(OPTIONS, num_clusters=5), 0, torch.ones(4)).state_dict())
 
 
 def test_rewards_do_not_depend_on_the_scale_of_utilities_even_as_it_drifts() -> None:

@@ -22,7 +22,7 @@ def blobs(num_samples: int, noise: float = 0.15, seed: int = 0) -> tuple[Tensor,
 
 
 def purity(labels_N: Tensor, kinds_N: Tensor) -> float:
-    hits = sum(int(torch.bincount(kinds_N[labels_N == label]).max()) for label in labels_N.unique())
+    hits = sum(int(torch.bincount(kinds_N[labels_N == label]).max()) for label in set(labels_N.tolist()))
     return hits / len(kinds_N)
 
 
@@ -71,7 +71,7 @@ def test_an_empty_cluster_starts_again_at_the_sample_that_fits_worst() -> None:
 def test_degenerate_input() -> None:
     assert len(cosine_k_means(torch.eye(3), 10, seeded()).centres_Kd) == 3
     same = cosine_k_means(torch.ones(6, 2), 4, seeded())
-    assert same.labels_N.unique().numel() == 1
+    assert len(set(same.labels_N.tolist())) == 1
     assert torch.isfinite(cosine_k_means(torch.zeros(4, 2), 2, seeded()).centres_Kd).all()
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     torch.testing.assert_close(cosine_k_means(opposite, 1, seeded()).centres_Kd.norm(dim=1), torch.ones(1))
@@ -86,7 +86,7 @@ def test_t7_one_pass_over_a_stream_comes_close_to_all_at_once() -> None:
     features_Nd = unit(blobs(2000, noise=0.3)[0])
     stream = StreamClusters(5, 8, decay=1.0)
     stream.found(features_Nd[:100], seeded())
-    for batch_Nd in features_Nd[100:].split(16):
+    for batch_Nd in torch.split(features_Nd[100:], 16):
         stream.learn(batch_Nd)
     whole = cosine_k_means(features_Nd, 5, seeded()).similarities[-1]
     streamed = float(nearest(features_Nd, stream.centres_Kd)[1].mean())

@@ -1,6 +1,6 @@
 """DualSFT against dense autograd on several families of models, every trainable parameter included.
 
-Named after the invariants they prove, T23 to T33; `test_masked_adamw` and `test_mask` hold T29 and T31 for their parts.
+Named after the invariants they prove, T23 to T33; `test_masked_adamw` and `test_rule` hold T29 and T31 for their parts.
 """
 
 import copy
@@ -12,6 +12,7 @@ import torch
 from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.mask.dual_sft import (
+    Anchors,
     Curvature,
     DualSft,
     Response,
@@ -28,7 +29,7 @@ from gradient_selectors.mask.self_distillation import prior_gradient
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.helpers.oracle import Dense, dense, make_batch, make_model, random_like, relative_error
+from tests.helpers.oracle import Dense, dense, in_float64, make_batch, make_model, random_like, relative_error
 
 LENGTHS = (12, 7, 9, 12, 5, 10, 8, 6)
 KINDS = ("llama", "qwen2_tied", "gpt2", "lora")
@@ -61,7 +62,7 @@ class Scored:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_t23_columns_and_rows_are_sums_of_one_matrix(kind: str) -> None:
-    response = Response(RATE, lambda_new=1.0, lambda_prior=0.3, lambda_answers=0.7)
+    response = Response(RATE, lambda_new=1.0, lambda_prior=0.3, lambda_anchor=0.7)
     scored = Scored(kind, response)
     oracle = scored.oracle
     target = dense(scored.model, make_batch((9, 11), seed=4)).gradients.mean(0)
@@ -165,16 +166,17 @@ def test_the_prior_is_confidence_weighted_self_distillation(kind: str, monkeypat
     got = prior_gradient(GradientCapture(model), base, batches, temperature=1.5)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     divergences, omegas = [], []
-    for batch in batches:
-        for i, length in enumerate(batch.lengths):
-            ids, inside = batch.input_ids_NT[i : i + 1, :length], batch.labels_NT[i, 1:length] != -100
-            with torch.no_grad():
-                teacher = base(input_ids=ids, use_cache=False).logits[0, :-1][inside].div(1.5).softmax(1)
-            student = model(input_ids=ids, use_cache=False).logits[0, :-1][inside].div(1.5).log_softmax(1)
-            divergences.append(F.kl_div(student, teacher, reduction="batchmean"))
-            omegas.append(float(teacher.amax(1).mean()))
-    loss = 1.5**2 * sum(w * d for w, d in zip(omegas, divergences, strict=True)) / sum(omegas)
-    want = torch.autograd.grad(loss, list(parameters.values()))
+    with in_float64(model), in_float64(base):
+        for batch in batches:
+            for i, length in enumerate(batch.lengths):
+                ids, inside = batch.input_ids_NT[i : i + 1, :length], batch.labels_NT[i, 1:length] != -100
+                with torch.no_grad():
+                    teacher = base(input_ids=ids, use_cache=False).logits[0, :-1][inside].div(1.5).softmax(1)
+                student = model(input_ids=ids, use_cache=False).logits[0, :-1][inside].div(1.5).log_softmax(1)
+                divergences.append(F.kl_div(student, teacher, reduction="batchmean"))
+                omegas.append(float(teacher.amax(1).mean()))
+        weighted = torch.stack([w * d for w, d in zip(omegas, divergences, strict=True)]).sum()
+        want = torch.autograd.grad(1.5**2 * weighted / sum(omegas), list(parameters.values()))
     assert got.keys() == parameters.keys()
     flat = torch.cat([got[name].flatten() for name in parameters])
     assert relative_error(flat, torch.cat([values.flatten() for values in want])) < EXACT
@@ -353,9 +355,8 @@ def test_the_state_of_the_selector_travels() -> None:
     first, again = Online(), Online()
     for number in range(4):
         first.step(number)
-    tensors, counters = first.selector.state()
-    again.selector.load_state({name: tensor.clone() for name, tensor in tensors.items()}, dict(counters))
-    again.optimizer.load_tensors(first.optimizer.tensors())
+    again.selector.load_state_dict(copy.deepcopy(first.selector.state_dict()))
+    again.optimizer.load_state_dict(first.optimizer.state_dict())
     with torch.no_grad():
         for name, parameter in again.capture.parameters.items():
             parameter.copy_(first.capture.parameters[name])
@@ -366,3 +367,12 @@ def test_the_state_of_the_selector_travels() -> None:
     assert again.refreshed == [6]
     for name, parameter in again.capture.parameters.items():
         assert torch.equal(parameter, first.capture.parameters[name])
+
+
+def test_no_copy_of_the_model_is_kept_where_self_distillation_counts_for_nothing() -> None:
+    model, batches = make_model("llama"), [make_batch(LENGTHS)]
+    teacher = Anchors.of(model, batches, Response(lambda_prior=0.2)).teacher
+    assert teacher is not None
+    assert teacher is not model
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert Anchors.of(model, batches, Response(lambda_prior=0.0)).teacher is None

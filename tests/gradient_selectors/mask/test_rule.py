@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gradient_selectors.mask import rule as mask_module
-from gradient_selectors.mask.rule import MaskRule, choose_mask
+from gradient_selectors.mask.rule import Granularity, MaskRule, choose_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,8 +29,8 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
-def plain(density: float, **others: object) -> MaskRule:
-    return MaskRule(density, layer_quota=0.0, module_quota=0.0, **others)
+def plain(density: float, granularity: Granularity = "weight", absolute: bool = False) -> MaskRule:
+    return MaskRule(density, granularity, absolute, layer_quota=0.0, module_quota=0.0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,12 +115,13 @@ def test_scores_are_left_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"density": 0.0}, r"density=0\.0"),
-        ({"density": 1.5}, r"density=1\.5"),
-        ({"density": 0.1, "layer_quota": 0.7, "module_quota": 0.4}, "module_quota=0.4"),
-        ({"density": 0.1, "layer_quota": -0.1}, "layer_quota=-0.1"),
+        ((0.0, 0.2, 0.2), r"density=0\.0"),
+        ((1.5, 0.2, 0.2), r"density=1\.5"),
+        ((0.1, 0.7, 0.4), r"module_quota=0\.4"),
+        ((0.1, -0.1, 0.2), r"layer_quota=-0\.1"),
     ],
 )
-def test_rules_that_make_no_sense_are_refused(wrong: dict[str, float], says: str) -> None:
+def test_rules_that_make_no_sense_are_refused(wrong: tuple[float, float, float], says: str) -> None:
+    density, layer_quota, module_quota = wrong
     with pytest.raises(ValueError, match=says):
-        MaskRule(**wrong)
+        MaskRule(density, layer_quota=layer_quota, module_quota=module_quota)

@@ -1,15 +1,20 @@
 """The views of the interaction matrix against the matrix itself, and updates whose rows are weighted layer by layer."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from gradient_selectors.capture.capture import GradientCapture
-from gradient_selectors.capture.gradients import layer_of
-from gradient_selectors.preconditioner import plain
-from gradient_selectors.views.interaction import Decision, Interaction
+from gradient_selectors.capture.gradients import PoolGradients, layer_of
+from gradient_selectors.preconditioner import Preconditioner, plain
+from gradient_selectors.views.interaction import Interaction
+from gradient_selectors.views.scoring import Exact
+from gradient_selectors.weigh.selector import Decision
+from torch import Tensor
 
 from tests.helpers.oracle import dense, make_batch, make_model, random_like, relative_error
 
-EXACT = 1e-5
+EXACT = 1e-5  # relative, float32
 LENGTHS = (8, 6, 9)
 
 
@@ -41,13 +46,12 @@ def test_views_are_sums_of_the_matrix(kind: str) -> None:
     layers = interaction.gradients.layers
     assert len(layers) == len(set(owners))
     by_layer = torch.stack([matrix[:, [owner == layer for owner in owners]].sum(1) for layer in layers])
-    assert relative_error(interaction.rows_by_layer_LN, by_layer) < EXACT
-    torch.testing.assert_close(interaction.rows_by_layer_LN.sum(0), interaction.rows_N, rtol=1e-4, atol=1e-6)
+    assert relative_error(interaction.utilities_LN, by_layer) < EXACT
+    assert relative_error(interaction.utilities_LN.sum(0), interaction.utilities_N) < EXACT
     weights = torch.tensor([0.2, 0.0, 1.3])
-    columns = dict(interaction.columns(weights))
-    assert relative_error(oracle.flat(columns), weights @ matrix) < EXACT
-    total = float(sum(values.double().sum() for values in columns.values()))
-    assert total == pytest.approx(float(interaction.rows_N.double() @ weights.double()), rel=1e-4)
+    columns = oracle.flat(dict(interaction.columns(weights)))
+    assert relative_error(columns, weights.double() @ matrix) < EXACT
+    assert float(columns.sum()) == pytest.approx(float(interaction.utilities_N.double() @ weights.double()), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2_tied", "lora"])
@@ -81,13 +85,35 @@ def test_one_layers_weights_move_one_layers_gradient() -> None:
 
 
 def test_chosen_are_the_samples_that_some_layer_uses() -> None:
-    weights_N = torch.tensor([0.5, 0.5, 0.0])
-    routed = Decision(weights_N, layer_weights_LN=torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
-    assert Decision(weights_N).chosen == [0, 1]
-    assert routed.chosen == [0]
+    coefficients_N = torch.tensor([0.5, 0.5, 0.0])
+    routed = Decision(coefficients_N, coefficients_LN=torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
+    assert Decision(coefficients_N).selected == [0, 1]
+    assert routed.selected == [0]
 
 
-def test_gram_is_computed_as_the_interaction_is_told() -> None:
+class Sevens(Exact):
+    """Sees sevens everywhere, and two of the target's own."""
+
+    def utilities(self, gradients: PoolGradients, *_: object) -> dict[str, Tensor]:
+        return {"model.norm.weight": torch.full((gradients.num_samples,), 7.0)}
+
+    def gram(self, _: PoolGradients, samples: Sequence[int], __: Preconditioner) -> Tensor:
+        return torch.full((len(samples), len(samples)), 7.0)
+
+    def squared_length(self, *_: object) -> float:
+        return 2.0
+
+
+def test_views_are_computed_as_the_interaction_is_told() -> None:
     gradients = GradientCapture(make_model("llama")).run(make_batch(LENGTHS))
-    interaction = Interaction(gradients, {}, plain, gram_mode=lambda *_: torch.full((2, 2), 7.0))
+    interaction = Interaction(gradients, {}, plain, Sevens())
     assert interaction.gram([0, 2]).tolist() == [[7.0, 7.0], [7.0, 7.0]]
+    assert interaction.utilities_N.tolist() == [7.0] * 3
+    assert interaction.relative_utilities_N.tolist() == [3.5] * 3
+    assert interaction.utilities_LN.sum(0).tolist() == [7.0] * 3
+
+
+def test_a_target_without_any_gradient_gives_nothing() -> None:
+    capture = GradientCapture(make_model("llama"))
+    zero = {name: torch.zeros_like(parameter) for name, parameter in capture.parameters.items()}
+    assert Interaction(capture.run(make_batch(LENGTHS)), zero, plain).relative_utilities_N.tolist() == [0.0] * 3

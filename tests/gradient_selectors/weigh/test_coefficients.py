@@ -16,8 +16,9 @@ def problem(rng: np.random.Generator, size: int) -> tuple[Matrix, Vector]:
     return gradients @ gradients.T, gradients @ (rng.normal(size=gradients.shape[1]) + 0.3 * gradients.sum(0))
 
 
-def with_ridge(gram: Matrix, ridge: float = RIDGE) -> Matrix:
-    return gram + ridge * np.diag(gram).mean() * np.eye(len(gram))
+def with_ridge(gram: Matrix) -> Matrix:
+    hessian: Matrix = gram + RIDGE * np.diag(gram).mean() * np.eye(len(gram))
+    return hessian
 
 
 def utility(hessian: Matrix, linear: Vector, weights: Vector) -> float:
@@ -44,47 +45,49 @@ def test_equals_brute_force_over_supports(seed: int) -> None:
     hessian = with_ridge(gram)
     best = brute_force(hessian, linear)
     assert solution.status == "optimal"
-    np.testing.assert_allclose(solution.weights, best, rtol=1e-6, atol=1e-8 * max(best.max(), 1e-12))
+    np.testing.assert_allclose(solution.coefficients, best, rtol=1e-6, atol=1e-8 * max(best.max(), 1e-12))
     # At the optimum, half of the linear term is left (U = 1/2 c^T w).
-    assert utility(hessian, linear, solution.weights) == pytest.approx(0.5 * linear @ solution.weights, rel=1e-6)
+    assert utility(hessian, linear, solution.coefficients) == pytest.approx(
+        0.5 * linear @ solution.coefficients, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 64])
 def test_optimality_conditions_hold(size: int) -> None:
     gram, linear = problem(np.random.default_rng(size), size)
     solution = CoefficientSolver().solve(gram, linear, RIDGE)
-    slope = with_ridge(gram) @ solution.weights - linear
+    slope = with_ridge(gram) @ solution.coefficients - linear
     scale = np.sqrt(np.diag(gram))
     size_of_slope = np.abs(linear / scale).max()
-    assert (solution.weights >= 0).all()
+    assert (solution.coefficients >= 0).all()
     assert (slope / scale >= -1e-6 * size_of_slope).all()
-    assert abs(solution.weights @ slope) <= 1e-6 * abs(linear @ solution.weights)
+    assert abs(solution.coefficients @ slope) <= 1e-6 * abs(linear @ solution.coefficients)
     assert solution.residual < 1e-8
 
 
 def test_one_candidate_is_a_division() -> None:
     solution = CoefficientSolver().solve(np.array([[4.0]]), np.array([2.0]))
-    assert solution.weights == pytest.approx([0.5])
+    assert solution.coefficients == pytest.approx([0.5])
 
 
 def test_nothing_points_towards_the_target() -> None:
     gram, _ = problem(np.random.default_rng(0), 4)
-    assert not CoefficientSolver().solve(gram, -np.ones(4), RIDGE).weights.any()
+    assert not CoefficientSolver().solve(gram, -np.ones(4), RIDGE).coefficients.any()
 
 
 def test_a_target_inside_the_cone_is_met_exactly() -> None:
     gradients = np.random.default_rng(1).normal(size=(4, 10))
     wanted = np.array([0.2, 0.0, 1.5, 0.7])
     solution = CoefficientSolver().solve(gradients @ gradients.T, gradients @ (wanted @ gradients))
-    np.testing.assert_allclose(solution.weights @ gradients, wanted @ gradients, atol=1e-6)
+    np.testing.assert_allclose(solution.coefficients @ gradients, wanted @ gradients, atol=1e-6)
 
 
 def test_duplicates_share_their_coefficient() -> None:
     gradients = np.random.default_rng(2).normal(size=(3, 10))
     twice = np.vstack([gradients, gradients[:1]])
     target = np.array([1.0, 0.5, 0.3]) @ gradients
-    once = CoefficientSolver().solve(gradients @ gradients.T, gradients @ target, 1e-9).weights
-    both = CoefficientSolver().solve(twice @ twice.T, twice @ target, 1e-6).weights
+    once = CoefficientSolver().solve(gradients @ gradients.T, gradients @ target, 1e-9).coefficients
+    both = CoefficientSolver().solve(twice @ twice.T, twice @ target, 1e-6).coefficients
     assert both[0] == pytest.approx(both[3], rel=1e-4)
     assert both[0] + both[3] == pytest.approx(once[0], rel=1e-3)
 
@@ -93,8 +96,8 @@ def test_scaling_a_gradient_scales_its_coefficient_back() -> None:
     gradients = np.random.default_rng(3).normal(size=(4, 10))
     target, scale = gradients.sum(0), np.array([0.01, 1.0, 10.0, 300.0])
     scaled = gradients * scale[:, None]
-    plain = CoefficientSolver().solve(gradients @ gradients.T, gradients @ target).weights
-    again = CoefficientSolver().solve(scaled @ scaled.T, scaled @ target).weights
+    plain = CoefficientSolver().solve(gradients @ gradients.T, gradients @ target).coefficients
+    again = CoefficientSolver().solve(scaled @ scaled.T, scaled @ target).coefficients
     np.testing.assert_allclose(again * scale, plain, rtol=1e-5, atol=1e-9)
 
 
@@ -102,18 +105,18 @@ def test_order_of_the_candidates_does_not_matter() -> None:
     gram, linear = problem(np.random.default_rng(4), 6)
     order = np.array([3, 0, 5, 1, 4, 2])
     solver = CoefficientSolver()
-    first = solver.solve(gram, linear, RIDGE).weights
+    first = solver.solve(gram, linear, RIDGE).coefficients
     np.testing.assert_allclose(
-        solver.solve(gram[order][:, order], linear[order], RIDGE).weights, first[order], rtol=1e-6
+        solver.solve(gram[order][:, order], linear[order], RIDGE).coefficients, first[order], rtol=1e-6
     )
 
 
 def test_a_cap_bounds_every_coefficient() -> None:
     gram, linear = np.eye(4), np.array([10.0, 1.0, 1.0, 1.0])
     solution = CoefficientSolver().solve(gram, linear, cap=2.0)
-    np.testing.assert_allclose(solution.weights, [2 * 13 / 4, 1, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(solution.coefficients, [2 * 13 / 4, 1, 1, 1], rtol=1e-6)
     with_unused = CoefficientSolver().solve(np.eye(6), np.append(linear, [-1.0, -1.0]), cap=2.0)
-    np.testing.assert_allclose(with_unused.weights, [2 * 13 / 4, 1, 1, 1, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(with_unused.coefficients, [2 * 13 / 4, 1, 1, 1, 0, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [5, 16])
@@ -123,7 +126,7 @@ def test_a_time_limit_ends_in_the_fallback_with_the_same_answer(size: int) -> No
     best = CoefficientSolver().solve(gram, linear, RIDGE)
     assert fallback.status == "fallback_timeout"
     assert best.status == "optimal"
-    np.testing.assert_allclose(fallback.weights, best.weights, rtol=1e-4, atol=1e-6 * best.weights.max())
+    np.testing.assert_allclose(fallback.coefficients, best.coefficients, rtol=1e-4, atol=1e-6 * best.coefficients.max())
 
 
 def test_a_failing_solver_ends_in_the_fallback_with_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +139,7 @@ def test_a_failing_solver_ends_in_the_fallback_with_the_same_answer(monkeypatch:
     monkeypatch.setattr(cp.Problem, "solve", fail)
     fallback = CoefficientSolver().solve(gram, linear, RIDGE)
     assert fallback.status == "fallback_failed"
-    np.testing.assert_allclose(fallback.weights, best.weights, rtol=1e-4, atol=1e-6 * best.weights.max())
+    np.testing.assert_allclose(fallback.coefficients, best.coefficients, rtol=1e-4, atol=1e-6 * best.coefficients.max())
 
 
 def test_is_not_least_squares_on_the_normal_equations() -> None:
@@ -146,7 +149,7 @@ def test_is_not_least_squares_on_the_normal_equations() -> None:
     gram, linear = gradients @ gradients.T, gradients @ rng.normal(size=8)
     other = cp.Variable(12, nonneg=True)
     cp.Problem(cp.Minimize(cp.sum_squares(gram @ other - linear))).solve()
-    ours = CoefficientSolver().solve(gram, linear).weights
+    ours = CoefficientSolver().solve(gram, linear).coefficients
     assert utility(gram, linear, ours) > 1.001 * utility(gram, linear, other.value)
 
 

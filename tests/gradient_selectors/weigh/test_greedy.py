@@ -1,10 +1,12 @@
 """The greedy baseline against brute force, and where it must differ from top-k."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from gradient_selectors.weigh.baselines import TopK
+from gradient_selectors.weigh.coefficients import Matrix, Vector
 from gradient_selectors.weigh.greedy import Greedy, greedy_choice, matched_weight
 
 from tests.helpers.pools import written_pool
@@ -12,13 +14,13 @@ from tests.helpers.pools import written_pool
 TARGET = [1.0, 1.0, 0.0, 0.0]
 
 
-def utility(gram: np.ndarray, linear: np.ndarray, omega: float, chosen: list[int]) -> float:
+def utility(gram: Matrix, linear: Vector, omega: float, chosen: Sequence[int]) -> float:
     weights = np.zeros(len(linear))
-    weights[chosen] = omega
+    weights[list(chosen)] = omega
     return float(linear @ weights - 0.5 * weights @ gram @ weights)
 
 
-def random_problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def random_problem(seed: int) -> tuple[Matrix, Vector]:
     rng = np.random.default_rng(seed)
     gradients = rng.normal(size=(8, 5)) + 0.3
     return gradients @ gradients.T, gradients @ np.ones(5)
@@ -61,10 +63,10 @@ def test_the_matched_weight_is_the_line_search_along_the_top_k() -> None:
 
 def test_copies_are_left_out_where_top_k_takes_them() -> None:
     rows = [[3.0, 0.1, 0, 0], [3.0, 0.1, 0, 0], [0, 1.5, 0, 0]]
-    assert TopK(2).decide(written_pool(rows, TARGET)).chosen == [0, 1]
-    decision = Greedy(2, 4).decide(written_pool(rows, TARGET))
-    assert decision.chosen == [0, 2]
-    assert decision.weights_N.tolist() == [0.5, 0.0, 0.5]
+    assert TopK(2).decide(written_pool(rows, TARGET)).selected == [0, 1]
+    decision = Greedy(2).decide(written_pool(rows, TARGET))
+    assert decision.selected == [0, 2]
+    assert decision.coefficients_N.tolist() == [0.5, 0.0, 0.5]
     assert decision.redundancy == pytest.approx(0.0, abs=0.1)
 
 
@@ -79,15 +81,15 @@ def test_a_short_target_gradient_does_not_end_the_choice_at_once() -> None:
     """A mean over many samples is shorter than one sample: at the weight 1 / k nothing would be chosen."""
     rows = [[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0.9, 0.1, 0, 0]]
     for length in (1e-3, 1.0, 1e3):
-        assert len(Greedy(2, 4).decide(written_pool(rows, [length, length, 0, 0])).chosen) == 2
+        assert len(Greedy(2).decide(written_pool(rows, [length, length, 0, 0])).selected) == 2
     gram = np.array(rows) @ np.array(rows).T
     assert greedy_choice(gram, np.array(rows) @ [1e-3, 1e-3, 0, 0], omega=1 / 2, chosen=2) == []
 
 
 def test_nothing_helps_or_is_broken() -> None:
-    assert Greedy(2, 4).decide(written_pool([[-1.0, 0, 0, 0], [0, 0, 1.0, 0]], TARGET)).chosen == []
+    assert Greedy(2).decide(written_pool([[-1.0, 0, 0, 0], [0, 0, 1.0, 0]], TARGET)).selected == []
     broken = written_pool([[float("nan"), 0, 0, 0], [1.0, 0, 0, 0]], TARGET)
-    assert Greedy(2, 4).decide(broken).chosen == [1]
+    assert Greedy(2).decide(broken).selected == [1]
     too_long = written_pool([[1e30, 0, 0, 0], [1.0, 0, 0, 0]], TARGET)
-    assert Greedy(2, 4).decide(too_long).chosen == [1]
-    assert Greedy(2, 1).decide(too_long).chosen == []
+    assert Greedy(2).decide(too_long).selected == [1]
+    assert Greedy(2, 0.5).decide(too_long).selected == []

@@ -5,16 +5,16 @@
 | T3 | scores are inner products with autograd's gradients | test_capture: rows_gram_and_update_agree_with_autograd |
 | T4 | several target samples: mean of gradients | test_capture: target_rows_are_averaged_as_gradients |
 | T5 | LoRA with alpha / r, ties, a module used twice | test_capture: the models of its fixture, a_module_called_twice |
-| T5 | the same under approximate products | test_approximate_geometry: rank_one_is_exact_for_rank_one |
-| T7 | second moments of rank one: the fit is exact | test_approximate_geometry: rank_one_is_exact_for_rank_one |
-| T9 | the linear map against AdamW itself | test_geometry: the_linearised_update_is_adamws_but_for_the_... |
+| T5 | the same under approximate products | test_rank_one: rank_one_is_exact_for_rank_one |
+| T7 | second moments of rank one: the fit is exact | test_rank_one: rank_one_is_exact_for_rank_one |
+| T9 | the linear map against AdamW itself | test_preconditioner: the_linearised_update_is_adamws_but_for_the_... |
 | T12 | the optimum against brute force, KKT | test_coefficients: equals_brute_force, optimality_conditions |
 | T13 | a target in the cone is met | test_coefficients: a_target_inside_the_cone_is_met_exactly |
 | T14 | one candidate is a division | test_coefficients: one_candidate_is_a_division |
-| T15 | nothing helps: w = 0, and what follows | test_coefficients, test_filter_then_weight, test_step: nothing_helps |
+| T15 | nothing helps: w = 0, and what follows | test_coefficients, test_filter_then_weight, test_engine: nothing_... |
 | T18 | order does not matter | test_filter_then_weight: order_of_the_pool_does_not_matter |
 | T20 | no worse than the best single and equal weights | test_filter_then_weight: the_choice_is_as_good_as_... |
-| T22 | book-keeping is autograd, equal weights are AdamW | test_capture: rows_gram_and_update..., test_step |
+| T22 | book-keeping is autograd, equal weights are AdamW | test_capture: rows_gram_and_update..., test_engine |
 | T22 | weight zero and the target leave no trace | test_capture: a_sample_of_weight_zero..., test_step |
 
 Errors of 1e-12 in float64 (T1) do not apply: sums are float32 by design. T23 on belong to DualSFT.
@@ -30,10 +30,10 @@ from gradient_selectors.capture import gradients as written
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.factors import Outer, Segments
 from gradient_selectors.capture.gradients import PoolGradients
-from gradient_selectors.preconditioner import adam_geometry, adam_preconditioner, plain
+from gradient_selectors.preconditioner import AdamPreconditioner, adam_preconditioner, plain
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.rank_one import ghost_gram
-from gradient_selectors.weigh.coefficients import CoefficientSolver
+from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Vector
 from gradient_selectors.weigh.filter_then_weight import FilterThenWeight, Metric, matching_pursuit, with_ridge
 from torch import Size, Tensor
 
@@ -50,7 +50,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def method(metric: Metric = "p_norm") -> FilterThenWeight:
-    return FilterThenWeight(chosen=8, survivors=8, solver=SOLVER, ridge=1e-6, metric=metric)
+    return FilterThenWeight(batch_size=8, keep_ratio=1.0, solver=SOLVER, ridge=1e-6, metric=metric)
 
 
 def random_rows(size: int = 8, seed: int = 0) -> Tensor:
@@ -59,7 +59,7 @@ def random_rows(size: int = 8, seed: int = 0) -> Tensor:
 
 def interaction_of(rows: Tensor, preconditioner: Tensor | None = None) -> Interaction:
     interaction = written_pool(rows.tolist(), [1.0] * 6)
-    return interaction if preconditioner is None else replace(interaction, geometry=lambda _: preconditioner)
+    return interaction if preconditioner is None else replace(interaction, preconditioner=lambda _: preconditioner)
 
 
 def gram_of(factor: Outer) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def test_t02_gram_is_positive_and_sums_to_the_length_of_the_gradient(kind: str) 
     lengths = gram.diag().sqrt()
     assert (gram.abs() <= torch.outer(lengths, lengths) * (1 + 1e-6)).all()
     oracle = dense(model, batch)
-    summed = oracle.gradients.double().sum(0)
+    summed = oracle.gradients.sum(0)
     squared = float((summed**2 * oracle.flat(preconditioner)).sum())
     assert float(gram.sum()) == pytest.approx(squared, rel=1e-4)
 
@@ -111,11 +111,11 @@ def test_t06_a_flat_preconditioner_is_plain_and_its_scale_does_not_matter() -> N
     torch.testing.assert_close(interaction_of(rows, torch.ones(6)).gram(range(8)), interaction_of(rows).gram(range(8)))
     one, scaled = interaction_of(rows, preconditioner), interaction_of(rows, 1e-4 * preconditioner)
     torch.testing.assert_close(scaled.gram(range(8)), 1e-4 * one.gram(range(8)))
-    torch.testing.assert_close(scaled.rows_N, 1e-4 * one.rows_N)
+    torch.testing.assert_close(scaled.utilities_N, 1e-4 * one.utilities_N)
     metrics: tuple[Metric, ...] = ("p_norm", "update", "greats")
     for metric in metrics:
-        weights = method(metric).decide(one).weights_N
-        torch.testing.assert_close(method(metric).decide(scaled).weights_N, weights, rtol=1e-3, atol=1e-5)
+        weights = method(metric).decide(one).coefficients_N
+        torch.testing.assert_close(method(metric).decide(scaled).coefficients_N, weights, rtol=1e-3, atol=1e-5)
 
 
 def frozen_update(gradient: Tensor, moment: Tensor, second: Tensor, weight: Tensor, decay: float) -> Tensor:
@@ -143,9 +143,11 @@ def test_t10_the_scale_of_the_loss_does_not_matter() -> None:
             parameter.grad = scale * torch.randn(6, generator=seeded(step))
             optimizer.step()
         interaction = interaction_of(scale * random_rows())
-        geometry = adam_geometry(optimizer, {"w": parameter})
+        preconditioner = AdamPreconditioner.of(optimizer, {"w": parameter})
         target = {"w": scale * interaction.target["w"]}
-        weights.append(method().decide(replace(interaction, geometry=geometry, target=target)).weights_N)
+        weights.append(
+            method().decide(replace(interaction, preconditioner=preconditioner, target=target)).coefficients_N
+        )
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-5)
 
 
@@ -162,20 +164,20 @@ def test_t11_products_with_the_gram_matrix_need_no_gram_matrix() -> None:
     assert squared == pytest.approx(float(weights.double() @ gram @ weights.double()), rel=EXACT)
 
 
-def program(seed: int, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def program(seed: int, size: int = 8) -> tuple[Matrix, Vector]:
     rng = np.random.default_rng(seed)
     gradients = rng.normal(size=(size, 12)) + 0.3
     return with_ridge(gradients @ gradients.T, 1e-3), gradients @ rng.normal(loc=0.3, size=12)
 
 
-def utility(gram: np.ndarray, linear: np.ndarray, weights: np.ndarray) -> float:
+def utility(gram: Matrix, linear: Vector, weights: Vector) -> float:
     return float(linear @ weights - 0.5 * weights @ gram @ weights)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_t12_the_utility_of_the_optimum_is_half_its_linear_term(seed: int) -> None:
     gram, linear = program(seed)
-    weights = SOLVER.solve(gram, linear).weights
+    weights = SOLVER.solve(gram, linear).coefficients
     assert utility(gram, linear, weights) == pytest.approx(0.5 * linear @ weights, rel=1e-8)
 
 
@@ -186,7 +188,7 @@ def test_t16_a_copy_adds_no_utility_and_shares_the_coefficient() -> None:
     results = []
     for rows in (gradients, twice):
         gram, linear = rows @ rows.T, rows @ target
-        weights = SOLVER.solve(gram, linear, ridge=1e-7).weights
+        weights = SOLVER.solve(gram, linear, ridge=1e-7).coefficients
         results.append((utility(gram, linear, weights), weights))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     assert results[1][1][0] == pytest.approx(results[1][1][5], rel=1e-4)
@@ -195,11 +197,11 @@ def test_t16_a_copy_adds_no_utility_and_shares_the_coefficient() -> None:
 def test_t17_a_longer_target_lengthens_the_update_and_turns_it_nowhere() -> None:
     gram, linear = program(1)
     np.testing.assert_allclose(
-        SOLVER.solve(gram, 7 * linear).weights, 7 * SOLVER.solve(gram, linear).weights, rtol=1e-6
+        SOLVER.solve(gram, 7 * linear).coefficients, 7 * SOLVER.solve(gram, linear).coefficients, rtol=1e-6
     )
     interaction = interaction_of(random_rows())
     longer = replace(interaction, target={"w": 7 * interaction.target["w"]})
-    once, again = method().decide(interaction).weights_N, method().decide(longer).weights_N
+    once, again = method().decide(interaction).coefficients_N, method().decide(longer).coefficients_N
     torch.testing.assert_close(once, again, rtol=1e-4, atol=1e-6)
 
 
@@ -207,13 +209,13 @@ def test_t17_a_longer_target_lengthens_the_update_and_turns_it_nowhere() -> None
 def test_t19_utility_grows_with_the_number_of_samples(seed: int) -> None:
     """Under the matching pursuit, whose longer choices start with the shorter ones."""
     gram, linear = program(seed)
-    utilities, earlier = [0.0], []
+    utilities, earlier = [0.0], list[int]()
     for size in range(1, 9):
         picked = matching_pursuit(gram, linear, size, SOLVER)
         assert picked[: len(earlier)] == earlier
         earlier = picked
         weights = np.zeros(8)
-        weights[picked] = SOLVER.solve(gram[np.ix_(picked, picked)], linear[picked]).weights
+        weights[picked] = SOLVER.solve(gram[np.ix_(picked, picked)], linear[picked]).coefficients
         utilities.append(utility(gram, linear, weights))
     assert all(after >= before - 1e-12 for before, after in itertools.pairwise(utilities))
     assert utilities[-1] > utilities[0]
@@ -225,7 +227,7 @@ def test_t21_what_is_predicted_is_what_happens() -> None:
     capture, target_batch = GradientCapture(model), make_batch((8, 9), seed=4)
     target = capture.run(target_batch).weighted_gradient(torch.tensor([0.5, 0.5]))
     gradients = capture.run(make_batch((8, 6, 9, 7)))
-    rows_N = Interaction(gradients, target, plain).rows_N
+    utilities_N = Interaction(gradients, target, plain).utilities_N
     before = float(capture.losses(target_batch).double().mean())
     start = {name: parameter.detach().clone() for name, parameter in capture.parameters.items()}
 
@@ -237,7 +239,7 @@ def test_t21_what_is_predicted_is_what_happens() -> None:
         return before - float(capture.losses(target_batch).double().mean())
 
     draws = torch.rand(12, 4, generator=seeded())
-    predicted = torch.stack([rows_N @ weights for weights in draws])
+    predicted = torch.stack([utilities_N @ weights for weights in draws])
     happened = torch.tensor([fall(weights, 1e-2) for weights in draws]) / 1e-2
     ranks = torch.stack([values.argsort().argsort().float() for values in (predicted, happened)])
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.9

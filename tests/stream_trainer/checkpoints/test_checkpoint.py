@@ -4,29 +4,38 @@ import os
 import resource
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from gradient_selectors.state import flatten
 
 from stream_trainer.checkpoints import checkpoint
 from stream_trainer.checkpoints.checkpoint import TrainerState, load_latest, restore, save_checkpoint
 from stream_trainer.errors import CheckpointError
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.settings.schema import LoraSettings
+from stream_trainer.training.optimizer import NamedAdamW
 from tests.helpers.tiny_models import CONFIGS, INPUT, overwrite, settings_of, with_config
 
-LORA = {"lora": LoraSettings(rank=2)}
+LORA = LoraSettings(rank=2)
 
 
-def fresh(kind: str = "llama", seed: int = 1, **others: Any) -> tuple[LoadedModel, torch.optim.AdamW]:
-    loaded = load_model(settings_of(kind, **others), seed)
-    return loaded, optimizer_of(loaded)
+class Trained(NamedTuple):
+    """A model and its optimizer."""
+
+    loaded: LoadedModel
+    optimizer: NamedAdamW
 
 
-def optimizer_of(loaded: LoadedModel, learning_rate: float = 0.01) -> torch.optim.AdamW:
-    trainable = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=learning_rate, amsgrad=True)
+def fresh(kind: str = "llama", seed: int = 1, lora: LoraSettings | None = None) -> Trained:
+    loaded = load_model(settings_of(kind, lora=lora), seed)
+    return Trained(loaded, optimizer_of(loaded))
+
+
+def optimizer_of(loaded: LoadedModel, learning_rate: float = 0.01) -> NamedAdamW:
+    trainable = [(name, p) for name, p in loaded.model.named_parameters() if p.requires_grad]
+    return NamedAdamW([{"params": trainable}], lr=learning_rate, amsgrad=True)
 
 
 def train(loaded: LoadedModel, optimizer: torch.optim.Optimizer, steps: int, generator: torch.Generator) -> None:
@@ -42,13 +51,15 @@ def state_at(step: int, generator: torch.Generator | None = None) -> TrainerStat
         step=step,
         cursor={"events:0": {"next": 17, "decided": [19, 23]}},
         source_identity={"topic_id": "abc"},
-        extra={"counters": {"trained": 0.1 + 0.2}},
-        tensors={
-            "target": torch.arange(6.0).reshape(2, 3).T,
-            "count": torch.tensor(7),
-            "half": torch.ones(2).bfloat16(),
+        version="1.2.3",
+        parts={
+            "engine": {
+                "target": {"gradient": {"a.weight": torch.arange(6.0).reshape(2, 3).T}, "age": 3},
+                "scoring": {"generator": (generator or torch.Generator()).get_state(), "projections": {}},
+                "mask": {"average": {"b": torch.ones(2).bfloat16()}, "since_refresh": None, "share": 0.1 + 0.2},
+            },
+            "sampler": {"count": torch.tensor(7)},
         },
-        random={"draw": (generator or torch.Generator()).get_state()},
     )
 
 
@@ -59,6 +70,12 @@ def assert_equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.
         assert torch.equal(tensor, theirs[name]), name
 
 
+def assert_same_parts(ours: TrainerState, theirs: TrainerState) -> None:
+    (tensors, rest), (their_tensors, their_rest) = flatten(ours.parts), flatten(theirs.parts)
+    assert_equal_tensors(tensors, their_tensors)
+    assert rest == their_rest
+
+
 def latest_step(directory: Path) -> int:
     found = load_latest(directory)
     assert found is not None
@@ -66,39 +83,37 @@ def latest_step(directory: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def trained() -> tuple[LoadedModel, torch.optim.AdamW]:
-    loaded, optimizer = fresh()
-    train(loaded, optimizer, 2, torch.Generator().manual_seed(0))
-    return loaded, optimizer
+def trained() -> Trained:
+    made = fresh()
+    train(*made, 2, torch.Generator().manual_seed(0))
+    return made
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("others", [{}, LORA], ids=["full", "lora"])
-def test_training_goes_on_bit_for_bit_after_a_restore(kind: str, others: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_training_goes_on_bit_for_bit_after_a_restore(kind: str, lora: LoraSettings | None, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(9)
-    loaded, optimizer = fresh(kind, **others)
+    loaded, optimizer = fresh(kind, lora=lora)
     train(loaded, optimizer, 3, generator)
     saved = save_checkpoint(tmp_path, loaded, optimizer, state_at(3, generator), keep=2)
     train(loaded, optimizer, 3, generator)
 
-    again, its_optimizer = fresh(kind, seed=1 if others else 2, **others)
+    again, its_optimizer = fresh(kind, seed=1 if lora else 2, lora=lora)
     found = load_latest(tmp_path)
     assert found is not None
     assert (found.path, found.step) == (saved.path, 3)
     state = restore(found, again, its_optimizer)
     its_generator = torch.Generator()
-    its_generator.set_state(state.random["draw"])
+    its_generator.set_state(state.parts["engine"]["scoring"]["generator"])
     train(again, its_optimizer, 3, its_generator)
 
     assert_equal_tensors(again.model.state_dict(), loaded.model.state_dict())
     names = [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
-    states, its_states = optimizer.state_dict()["state"], its_optimizer.state_dict()["state"]
-    assert len(states) == len(its_states) == len(names)
-    for index in states:
-        assert_equal_tensors(states[index], its_states[index])
+    assert {key.rpartition(".")[0] for key in optimizer.state_dict()} == set(names)
+    assert_equal_tensors(its_optimizer.state_dict(), optimizer.state_dict())
 
 
-def test_state_of_the_trainer_is_read_back_exactly(trained: Any, tmp_path: Path) -> None:
+def test_state_of_the_trainer_is_read_back_exactly(trained: Trained, tmp_path: Path) -> None:
     state = state_at(5)
     saved = save_checkpoint(tmp_path / "new" / "directory", *trained, state, keep=2)
     assert saved.path.name == "step-00000005"
@@ -107,28 +122,26 @@ def test_state_of_the_trainer_is_read_back_exactly(trained: Any, tmp_path: Path)
     assert found is not None
     back = restore(found, *fresh())
     assert (back.step, back.cursor, back.source_identity) == (5, state.cursor, state.source_identity)
-    assert back.extra == state.extra
-    assert_equal_tensors(back.tensors, state.tensors)
-    assert_equal_tensors(back.random, state.random)
+    assert back.version == "1.2.3"
+    assert_same_parts(back, state)
 
 
-def test_optimizer_state_is_matched_by_name_and_settings_keep_the_learning_rate(trained: Any, tmp_path: Path) -> None:
+def test_optimizer_state_goes_by_name_and_settings_keep_the_learning_rate(trained: Trained, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
     loaded, _ = fresh()
-    reversed_order = list(loaded.model.parameters())[::-1]
-    optimizer = torch.optim.AdamW(reversed_order, lr=0.5, amsgrad=True)
+    reversed_order = list(loaded.model.named_parameters())[::-1]
+    optimizer = NamedAdamW([{"params": reversed_order}], lr=0.5, amsgrad=True)
     found = load_latest(tmp_path)
     assert found is not None
     restore(found, loaded, optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.5
-    source, its_optimizer = trained
-    names = {id(parameter): name for name, parameter in source.model.named_parameters()}
-    expected = {names[id(parameter)]: fields for parameter, fields in its_optimizer.state.items()}
+    assert_equal_tensors(optimizer.state_dict(), trained.optimizer.state_dict())
+    expected = dict(trained.loaded.model.named_parameters())
     for name, parameter in loaded.model.named_parameters():
-        assert_equal_tensors(optimizer.state[parameter], expected[name])
+        assert_equal_tensors(optimizer.state[parameter], trained.optimizer.state[expected[name]])
 
 
-def test_restored_state_does_not_depend_on_the_files(trained: Any, tmp_path: Path) -> None:
+def test_restored_state_does_not_depend_on_the_files(trained: Trained, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path
     loaded, optimizer = fresh()
     found = load_latest(tmp_path)
@@ -136,12 +149,9 @@ def test_restored_state_does_not_depend_on_the_files(trained: Any, tmp_path: Pat
     state = restore(found, loaded, optimizer)
     for file in path.rglob("*.safetensors"):
         overwrite(file)
-    source, its_optimizer = trained
-    assert_equal_tensors(loaded.model.state_dict(), source.model.state_dict())
-    assert_equal_tensors(state.tensors, state_at(1).tensors)
-    states, its_states = optimizer.state_dict()["state"], its_optimizer.state_dict()["state"]
-    for index in its_states:
-        assert_equal_tensors(states[index], its_states[index])
+    assert_equal_tensors(loaded.model.state_dict(), trained.loaded.model.state_dict())
+    assert_equal_tensors(optimizer.state_dict(), trained.optimizer.state_dict())
+    assert_same_parts(state, state_at(1))
 
 
 def test_optimizer_without_state_is_restored_without_state(tmp_path: Path) -> None:
@@ -166,7 +176,7 @@ def test_no_directory_and_an_empty_one_hold_no_checkpoint(tmp_path: Path) -> Non
 def test_damage_to_any_file_falls_back_to_the_checkpoint_before(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    loaded, optimizer = fresh(**LORA)
+    loaded, optimizer = fresh(lora=LORA)
     train(loaded, optimizer, 1, torch.Generator())
     save_checkpoint(tmp_path, loaded, optimizer, state_at(1), keep=2)
     newest = save_checkpoint(tmp_path, loaded, optimizer, state_at(2), keep=2).path
@@ -194,7 +204,7 @@ def test_damage_to_any_file_falls_back_to_the_checkpoint_before(
     assert latest_step(tmp_path) == 2
 
 
-def test_every_bit_of_the_manifest_is_verified(trained: Any, tmp_path: Path) -> None:
+def test_every_bit_of_the_manifest_is_verified(trained: Trained, tmp_path: Path) -> None:
     manifest = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path / "manifest.json"
     content = manifest.read_bytes()
     for position in range(0, len(content), 7):
@@ -203,7 +213,7 @@ def test_every_bit_of_the_manifest_is_verified(trained: Any, tmp_path: Path) -> 
             load_latest(tmp_path)
 
 
-def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(trained: Any, tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(trained: Trained, tmp_path: Path) -> None:
     for step in (1, 2):
         (save_checkpoint(tmp_path, *trained, state_at(step), keep=2).path / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"^checkpoint.dir=.* holds 2 checkpoints and none is whole; restore one"):
@@ -211,19 +221,19 @@ def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(trained: Any, t
 
 
 def test_checkpoint_of_a_later_format_is_named_not_passed_over(
-    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
-    monkeypatch.setattr("stream_trainer.checkpoints.manifest.FORMAT_VERSION", 2)
+    monkeypatch.setattr("stream_trainer.checkpoints.manifest.FORMAT_VERSION", 3)
     save_checkpoint(tmp_path, *trained, state_at(2), keep=2)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format_version=2, this version reads 1; use the version"):
+    with pytest.raises(CheckpointError, match="format_version=3, this version reads up to 2; use the version"):
         load_latest(tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["save_model", "write_manifest", "_put_in_place"])
 def test_interrupted_save_leaves_the_old_checkpoint(
-    stage: str, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
 
@@ -237,7 +247,7 @@ def test_interrupted_save_leaves_the_old_checkpoint(
     assert latest_step(tmp_path) == 1
 
 
-def test_what_a_crash_left_behind_is_removed_at_the_next_save(trained: Any, tmp_path: Path) -> None:
+def test_what_a_crash_left_behind_is_removed_at_the_next_save(trained: Trained, tmp_path: Path) -> None:
     first = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path
     shutil.copytree(first, tmp_path / ".tmp-step-00000002")
     assert latest_step(tmp_path) == 1
@@ -245,7 +255,7 @@ def test_what_a_crash_left_behind_is_removed_at_the_next_save(trained: Any, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
-def test_same_step_is_replaced(trained: Any, tmp_path: Path) -> None:
+def test_same_step_is_replaced(trained: Trained, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path
     (path / "trainer.json").write_text("damaged")
     save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
@@ -254,7 +264,7 @@ def test_same_step_is_replaced(trained: Any, tmp_path: Path) -> None:
 
 
 def test_crash_while_a_step_is_replaced_leaves_one_of_the_two(
-    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
     rename = Path.rename
@@ -276,13 +286,13 @@ def test_crash_while_a_step_is_replaced_leaves_one_of_the_two(
     assert latest_step(tmp_path) == 2
 
 
-def test_only_the_newest_are_kept(trained: Any, tmp_path: Path) -> None:
+def test_only_the_newest_are_kept(trained: Trained, tmp_path: Path) -> None:
     for step in range(5):
         save_checkpoint(tmp_path, *trained, state_at(step), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
-def test_later_checkpoints_do_not_displace_the_one_just_written(trained: Any, tmp_path: Path) -> None:
+def test_later_checkpoints_do_not_displace_the_one_just_written(trained: Trained, tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save_checkpoint(tmp_path, *trained, state_at(step), keep=3)
     for step in (20, 30):
@@ -293,7 +303,7 @@ def test_later_checkpoints_do_not_displace_the_one_just_written(trained: Any, tm
 
 
 def test_old_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(
-    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_checkpoint(tmp_path, *trained, state_at(1), keep=1)
 
@@ -307,7 +317,7 @@ def test_old_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(
     assert latest_step(tmp_path) == 3
 
 
-def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(trained: Any, tmp_path: Path) -> None:
+def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(trained: Trained, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes a file may have: the nearest to a full disk
@@ -322,7 +332,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(trained: Any, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_directory_that_cannot_be_made_is_one_line(trained: Any) -> None:
+def test_directory_that_cannot_be_made_is_one_line(trained: Trained) -> None:
     with pytest.raises(
         CheckpointError, match=rf"writing the directory to {os.devnull}/run failed .*mend its permissions"
     ):
@@ -334,30 +344,32 @@ def test_directory_that_cannot_be_made_is_one_line(trained: Any) -> None:
 @pytest.mark.parametrize(
     ("made", "used", "message"),
     [
-        ({}, LORA, "was made without adapters; unset model.lora"),
-        (LORA, {}, "was made with adapters; set model.lora"),
+        (None, LORA, "was made without adapters; unset model.lora"),
+        (LORA, None, "was made with adapters; set model.lora"),
     ],
     ids=["adapters added", "adapters gone"],
 )
-def test_adapters_must_be_as_before(made: Any, used: Any, message: str, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, *fresh(**made), state_at(1), keep=2)
+def test_adapters_must_be_as_before(
+    made: LoraSettings | None, used: LoraSettings | None, message: str, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path, *fresh(lora=made), state_at(1), keep=2)
     found = load_latest(tmp_path)
     assert found is not None
     with pytest.raises(CheckpointError, match=message):
-        restore(found, *fresh(**used))
+        restore(found, *fresh(lora=used))
 
 
 def test_adapters_on_another_base_model_are_noticed(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, *fresh(**LORA), state_at(1), keep=2)
+    save_checkpoint(tmp_path, *fresh(lora=LORA), state_at(1), keep=2)
     found = load_latest(tmp_path)
     assert found is not None
     with pytest.raises(CheckpointError, match="another base model"):
-        restore(found, *fresh(seed=2, **LORA))
+        restore(found, *fresh(seed=2, lora=LORA))
 
 
 def test_parameter_that_the_optimizer_did_not_have_is_named(tmp_path: Path) -> None:
     loaded, _ = fresh()
-    some = torch.optim.AdamW([loaded.model.get_parameter("lm_head.weight")])
+    some = NamedAdamW([{"params": [("lm_head.weight", loaded.model.get_parameter("lm_head.weight"))]}])
     save_checkpoint(tmp_path, loaded, some, state_at(1), keep=2)
     found = load_latest(tmp_path)
     assert found is not None
@@ -367,7 +379,7 @@ def test_parameter_that_the_optimizer_did_not_have_is_named(tmp_path: Path) -> N
         restore(found, *fresh())
 
 
-def test_optimizer_state_of_another_shape_is_named(trained: Any, tmp_path: Path) -> None:
+def test_optimizer_state_of_another_shape_is_named(trained: Trained, tmp_path: Path) -> None:
     loaded, optimizer = fresh()
     train(loaded, optimizer, 1, torch.Generator())
     optimizer.state[loaded.model.get_parameter("lm_head.weight")]["exp_avg_sq"] = torch.zeros(3)
@@ -375,12 +387,12 @@ def test_optimizer_state_of_another_shape_is_named(trained: Any, tmp_path: Path)
     found = load_latest(tmp_path)
     assert found is not None
     with pytest.raises(
-        CheckpointError, match=r"the exp_avg_sq of lm_head.weight with shape \(3,\), the model has \(300, 16\)"
+        CheckpointError, match=r"exp_avg_sq of lm_head.weight is \(3,\), not \(300, 16\); restore the settings"
     ):
         restore(found, *fresh())
 
 
-def test_model_of_another_shape_is_named(trained: Any, tmp_path: Path) -> None:
+def test_model_of_another_shape_is_named(trained: Trained, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
     found = load_latest(tmp_path)
     assert found is not None
@@ -389,7 +401,7 @@ def test_model_of_another_shape_is_named(trained: Any, tmp_path: Path) -> None:
         restore(found, other, optimizer_of(other))
 
 
-def test_files_are_json_and_safetensors_only(trained: Any, tmp_path: Path) -> None:
+def test_files_are_json_and_safetensors_only(trained: Trained, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path
     files = [file for file in path.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} == {".json", ".safetensors", ".jinja"}

@@ -1,6 +1,7 @@
 """What the settings name is looked for before anything is loaded."""
 
 import gc
+import os
 import shutil
 import socket
 import warnings
@@ -102,7 +103,7 @@ def test_directories_are_made_later_but_not_below_a_file(settings: Settings) -> 
 
 
 def test_a_read_only_place(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.os, "access", lambda *_: False)  # permissions do not stop root
+    monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not stop root
     lines = failures(check_offline(settings))
     assert [line.partition("=")[0] for line in lines] == ["checkpoint.dir", "dead_letters.path"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stream_trainer.commands.produce import ProduceReport, add_produce_arguments, parse_files, produce, run_produce
+from stream_trainer.commands.produce import ProduceReport, add_arguments, parse_files, produce, run
 from stream_trainer.demo.broker import free_port
 from stream_trainer.errors import SettingsError, SourceError
 from stream_trainer.records import Record
@@ -139,7 +139,7 @@ def test_an_unreachable_broker_ends_it(topic: str, tmp_path: Path) -> None:
 
 def command_line(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_produce_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -150,7 +150,7 @@ def test_the_command_publishes_and_reports(
     files = [write(tmp_path, name, 10) for name in ("math", "tools")]
     args = command_line(f"{files[0]}:0.5", f"{files[1]}:0.5", "--topic", topic, "--bootstrap-servers", broker)
     args.count = 6
-    assert run_produce(args) == 0
+    assert run(args) == 0
     out = capsys.readouterr().out
     assert "published 6 records" in out
     assert all(str(file) in out for file in files)
@@ -174,7 +174,7 @@ def test_options_that_cannot_be_used_are_named(
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "math", 1)
     with pytest.raises(SettingsError, match=message) as caught:
-        run_produce(command_line(*arguments))
+        run(command_line(*arguments))
     assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""The offline command on files, and the cheap features it clusters by."""
+"""The offline command on files."""
 
 import argparse
 import json
@@ -14,13 +14,12 @@ from stream_trainer.errors import SettingsError
 from stream_trainer.ingest.dead_letters import read_dead_letters
 from stream_trainer.models.loading import load_model
 from stream_trainer.models.saving import save_model
-from stream_trainer.records import Partition, Sample
+from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.samples.decoder import Decoder, read_samples
-from stream_trainer.settings.schema import LoraSettings, ModelSettings, SampleSettings
-from stream_trainer.training.features import EmbeddingFeatures
+from stream_trainer.settings.schema import ModelSettings, SampleSettings
 from tests.helpers.oracle import dense
-from tests.helpers.tiny_models import CONFIGS, settings_of, shake
+from tests.helpers.tiny_models import settings_of, shake
 
 KINDS = ("one two three four", "ABC DEF GHI JKL", "9 + 9 = 18; 8 + 8 = 16")
 BAD = ("{broken", '{"prompt": "no response"}', '["list"]', '{"text": "\\ud800"}')
@@ -156,39 +155,3 @@ def test_a_pool_without_samples_is_refused(place: Path) -> None:
 def test_wrong_values_name_the_option(place: Path, name: str, value: str) -> None:
     with pytest.raises(argparse.ArgumentError, match=f"--{name.replace('_', '-')}.*{value}"):
         options(place, **{name: value})
-
-
-# Features
-
-
-def sample(*ids: int) -> Sample:
-    return Sample(ids, ids, Partition("t", 0), 0, 1)
-
-
-def test_features_are_the_normalised_mean_embedding() -> None:
-    model: Any = load_model(settings_of("gpt2"), seed=0).model
-    features = EmbeddingFeatures.of_model(model)
-    found = features([sample(5, 7, 7, 9), sample(5)])
-    mean = model.get_input_embeddings().weight.detach()[[5, 7, 7, 9]].mean(0)
-    assert found.dtype == torch.float32
-    assert found.shape == (2, features.size)
-    assert float(torch.nn.functional.cosine_similarity(found[0], mean, dim=0)) > 0.9999
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
-    torch.testing.assert_close(features.centre([sample(5), sample(5)]), found[1])
-    assert features([]).shape == (0, features.size)
-
-
-def test_features_stay_as_the_model_moves() -> None:
-    model = load_model(settings_of("qwen2"), seed=0).model
-    features, samples = EmbeddingFeatures.of_model(model), [sample(3, 4), sample(8)]
-    before = features(samples)
-    shake(model)
-    assert torch.equal(features(samples), before)
-    assert not torch.allclose(EmbeddingFeatures.of_model(model)(samples), before, atol=1e-3)
-
-
-def test_features_are_the_same_with_and_without_adapters() -> None:
-    plain, adapted = (load_model(settings_of("llama", lora=lora), seed=0).model for lora in (None, LoraSettings()))
-    samples = [sample(1, 2, 3)]
-    assert torch.equal(EmbeddingFeatures.of_model(plain)(samples), EmbeddingFeatures.of_model(adapted)(samples))
-    assert EmbeddingFeatures.of_model(plain).size == CONFIGS["llama"]["hidden_size"]

@@ -146,7 +146,7 @@ def test_a_sample_without_a_finite_loss_neither_counts_nor_spoils_the_rest(
 ) -> None:
     loaded = load_model(ModelSettings(name=str(directory / "model")), seed=0)
     with torch.no_grad():
-        loaded.model.get_input_embeddings().weight[ord("~")] = torch.nan
+        loaded.model.get_parameter("model.embed_tokens.weight")[ord("~")] = torch.nan
     save_model(loaded, directory / "model")
     with (directory / "pool.jsonl").open("ab") as file:
         file.write(b'\n{"text": "a ~ b"}\n')

@@ -118,12 +118,12 @@ def wait_until(condition: Callable[[], bool]) -> bool:
 
 def test_end_of_stream_releases_what_is_left_then_nothing() -> None:
     buffer = buffer_of(range(2))
-    assert not buffer.ended
+    ended_before = buffer.ended
     thread = in_background(buffer.end)
     assert offsets_taken(buffer, 3) == [0, 1]
     assert offsets_taken(buffer, 3) == []
     thread.join()
-    assert buffer.ended
+    assert (ended_before, buffer.ended) == (False, True)
     with pytest.raises(AssertionError):
         buffer.put(sample(2))
 

@@ -21,11 +21,11 @@ def read(cursor: Cursor, offsets: list[int]) -> list[int]:
 def test_position_is_the_lowest_undecided_record() -> None:
     cursor = Cursor()
     read(cursor, [10, 12, 15])
-    cursor.decide(LOG, 12, Outcome.TRAINED)
+    cursor.resolve(LOG, 12, Outcome.TRAINED)
     assert cursor.positions() == {LOG: 10}
-    cursor.decide(LOG, 10, Outcome.FILTERED)
+    cursor.resolve(LOG, 10, Outcome.FILTERED)
     assert cursor.positions() == {LOG: 15}
-    cursor.decide(LOG, 15, Outcome.TRAINED)
+    cursor.resolve(LOG, 15, Outcome.TRAINED)
     assert cursor.positions() == {LOG: 16}
     assert cursor.counts == {
         Outcome.TRAINED: 2,
@@ -39,15 +39,15 @@ def test_a_gap_between_decided_records_does_not_split_their_interval() -> None:
     cursor = Cursor()
     read(cursor, [0, 5, 9, 10])
     for offset in (5, 9, 10):
-        cursor.decide(LOG, offset, Outcome.TRAINED)
-    assert cursor.snapshot()["partitions"] == {str(LOG): {"next": 0, "decided": [[5, 11]]}}
+        cursor.resolve(LOG, offset, Outcome.TRAINED)
+    assert cursor.state_dict()["partitions"] == {str(LOG): {"next": 0, "decided": [[5, 11]]}}
 
 
 def test_counts_survive_a_restart_and_skipped_records_are_not_counted_again() -> None:
     cursor = Cursor()
     read(cursor, [0, 1])
-    cursor.decide(LOG, 1, Outcome.DEAD_LETTERED)
-    cursor = Cursor.restore(json.loads(json.dumps(cursor.snapshot())))
+    cursor.resolve(LOG, 1, Outcome.DEAD_LETTERED)
+    cursor = Cursor.restore(json.loads(json.dumps(cursor.state_dict())))
     assert read(cursor, [0, 1]) == [0]
     assert cursor.counts[Outcome.DEAD_LETTERED] == 1
 
@@ -55,25 +55,25 @@ def test_counts_survive_a_restart_and_skipped_records_are_not_counted_again() ->
 def test_a_snapshot_before_everything_is_read_again_keeps_what_was_decided() -> None:
     cursor = Cursor()
     read(cursor, [0, 1, 2, 3])
-    cursor.decide(LOG, 1, Outcome.TRAINED)
-    cursor.decide(LOG, 2, Outcome.TRAINED)
-    again = Cursor.restore(cursor.snapshot())
+    cursor.resolve(LOG, 1, Outcome.TRAINED)
+    cursor.resolve(LOG, 2, Outcome.TRAINED)
+    again = Cursor.restore(cursor.state_dict())
     assert read(again, [0, 1]) == [0]
-    once_more = Cursor.restore(again.snapshot())
+    once_more = Cursor.restore(again.state_dict())
     assert read(once_more, [0, 1, 2, 3]) == [0, 3]
 
 
 def test_begin_keeps_the_place_in_a_partition_without_records() -> None:
     cursor = Cursor()
     cursor.begin({LOG: 40})
-    assert Cursor.restore(cursor.snapshot()).positions() == {LOG: 40}
+    assert Cursor.restore(cursor.state_dict()).positions() == {LOG: 40}
 
 
 def test_begin_keeps_what_was_decided_unless_the_log_was_made_anew() -> None:
     cursor = Cursor()
     read(cursor, [10, 11, 12])
-    cursor.decide(LOG, 11, Outcome.TRAINED)
-    snapshot = cursor.snapshot()
+    cursor.resolve(LOG, 11, Outcome.TRAINED)
+    snapshot = cursor.state_dict()
     for begin, expected in [(10, [10, 12]), (11, [12]), (9, [10, 11, 12])]:
         cursor = Cursor.restore(snapshot)
         cursor.begin({LOG: begin})
@@ -92,21 +92,21 @@ def test_reached_passes_control_records_but_no_undecided_one() -> None:
     read(cursor, [40])
     cursor.reached(LOG, 43)
     assert cursor.positions() == {LOG: 40}
-    cursor.decide(LOG, 40, Outcome.TRAINED)
+    cursor.resolve(LOG, 40, Outcome.TRAINED)
     assert cursor.positions() == {LOG: 43}
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2], ids=["decided", "gone", "unknown"])
-def test_deciding_what_is_not_undecided_is_an_assertion_error(offset: int) -> None:
+def test_resolving_what_is_not_undecided_is_an_assertion_error(offset: int) -> None:
     cursor = Cursor()
     read(cursor, [0, 1])
-    cursor.decide(LOG, 1, Outcome.TRAINED)
+    cursor.resolve(LOG, 1, Outcome.TRAINED)
     if offset == 0:
-        cursor.decide(LOG, 0, Outcome.TRAINED)
+        cursor.resolve(LOG, 0, Outcome.TRAINED)
     with pytest.raises(AssertionError):
-        cursor.decide(LOG, offset, Outcome.TRAINED)
+        cursor.resolve(LOG, offset, Outcome.TRAINED)
     with pytest.raises(AssertionError):
-        cursor.decide(Partition("elsewhere", 0), offset, Outcome.TRAINED)
+        cursor.resolve(Partition("elsewhere", 0), offset, Outcome.TRAINED)
 
 
 def test_reading_backwards_is_an_assertion_error() -> None:
@@ -121,11 +121,11 @@ def test_both_threads_may_use_it() -> None:
     read(cursor, list(range(2000)))
     halves = [range(0, 2000, 2), range(1, 2000, 2)]
 
-    def decide(offsets: range) -> None:
+    def resolve(offsets: range) -> None:
         for offset in offsets:
-            cursor.decide(LOG, offset, Outcome.TRAINED)
+            cursor.resolve(LOG, offset, Outcome.TRAINED)
 
-    threads = [threading.Thread(target=decide, args=(half,)) for half in halves]
+    threads = [threading.Thread(target=resolve, args=(half,)) for half in halves]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -156,7 +156,7 @@ def test_each_record_is_decided_exactly_once_whatever_happens(
     cursor, position = Cursor(), dict.fromkeys(records, 0)
     decided: set[tuple[Partition, int]] = set()
     waiting: list[tuple[Partition, int]] = []
-    kept = (json.dumps(cursor.snapshot()), frozenset(decided))
+    kept = (json.dumps(cursor.state_dict()), frozenset(decided))
     total = sum(map(len, records.values()))
     for action in data.draw(st.lists(st.sampled_from(["read", "decide", "keep", "restart"]), max_size=80)):
         if action == "read":
@@ -168,10 +168,10 @@ def test_each_record_is_decided_exactly_once_whatever_happens(
                     waiting.append((log, offset))
         elif action == "decide" and waiting:
             choice = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
-            cursor.decide(*choice, data.draw(st.sampled_from(list(Outcome))))
+            cursor.resolve(*choice, data.draw(st.sampled_from(list(Outcome))))
             decided.add(choice)
         elif action == "keep":
-            kept = (json.dumps(cursor.snapshot()), frozenset(decided))
+            kept = (json.dumps(cursor.state_dict()), frozenset(decided))
         elif action == "restart":
             cursor, decided, waiting = Cursor.restore(json.loads(kept[0])), set(kept[1]), []
             position = {log: cursor.positions().get(log, 0) for log in records}

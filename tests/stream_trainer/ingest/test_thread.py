@@ -40,6 +40,7 @@ class Service:
         self.dead_letters = dead_letters or ListDeadLetters()
         self.buffer = Buffer(BufferSettings(max_records=max_records))
         self.metrics = Metrics(REASONS)
+        self.metrics.count_outcomes(lambda: self.cursor.counts)
         self.ingest = Ingest(source, DECODER, self.dead_letters, self.cursor, self.buffer, self.metrics)
 
     def take(self, n: int) -> list[Sample]:
@@ -87,7 +88,7 @@ def test_ten_thousand_malformed_records_stop_nothing_and_none_vanishes(tmp_path:
         samples = service.take_all()
         assert service.ingest.alive
         for sample in samples:
-            service.cursor.decide(sample.partition, sample.offset, Outcome.TRAINED)
+            service.cursor.resolve(sample.partition, sample.offset, Outcome.TRAINED)
     letters.close()
     assert [sample.id for sample in samples] == [str(number) for number in range(10_000)]
     kept = list(read_dead_letters(path))
@@ -127,8 +128,8 @@ def test_what_was_decided_before_a_restart_is_skipped() -> None:
     records = records_of([b"{", good(1), b"{", good(3), good(4)])
     with running(Service(ListSource(records))) as first:
         first.take_all()
-        first.cursor.decide(LOG, 3, Outcome.TRAINED)
-    cursor = Cursor.restore(first.cursor.snapshot())
+        first.cursor.resolve(LOG, 3, Outcome.TRAINED)
+    cursor = Cursor.restore(first.cursor.state_dict())
     source = ListSource(records)
     with running(Service(source, cursor)) as second:
         assert [sample.id for sample in second.take_all()] == ["1", "4"]
@@ -229,7 +230,7 @@ def test_records_that_the_stream_never_returns_do_not_hold_the_position(monkeypa
     with running(Service(ListSource(records_of([b"{", good(1)]), finite=False, hidden=2))) as service:
         service.take(1)
         assert service.cursor.positions() == {LOG: 1}
-        service.cursor.decide(LOG, 1, Outcome.TRAINED)
+        service.cursor.resolve(LOG, 1, Outcome.TRAINED)
         wait_for(lambda: service.cursor.positions() == {LOG: 4})
         wait_for(lambda: service.metric("lag_records", topic="log", partition="0") == 0)
 
@@ -282,12 +283,12 @@ class SlowSource(ListSource):
 
 def test_nothing_is_decided_after_reading_has_stopped() -> None:
     """A snapshot taken then is the last word: no record is dead-lettered again after a restart."""
-    source = SlowSource(records_of([b"{"] * 5000), batch=10, finite=False)
-    with running(Service(source)) as service:
+    source, letters = SlowSource(records_of([b"{"] * 5000), batch=10, finite=False), ListDeadLetters()
+    with running(Service(source, dead_letters=letters)) as service:
         wait_for(lambda: service.cursor.counts[Outcome.DEAD_LETTERED] > 0)
         service.ingest.stop_reading()
-        counts, sent = dict(service.cursor.counts), len(service.dead_letters.sent)
+        counts, sent = dict(service.cursor.counts), len(letters.sent)
         service.ingest.request_commit({LOG: 1}, step=1)
         wait_for(lambda: bool(source.commits))
         assert dict(service.cursor.counts) == counts
-        assert len(service.dead_letters.sent) == sent < 5000
+        assert len(letters.sent) == sent < 5000

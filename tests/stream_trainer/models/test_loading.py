@@ -46,9 +46,10 @@ def test_loaded_model_says_how_it_is_to_be_run(monkeypatch: pytest.MonkeyPatch) 
     assert loaded.autocast_dtype is torch.bfloat16
     assert all(parameter.dtype is torch.float32 for parameter in loaded.model.parameters())
     assert loaded.max_positions == 64
-    assert loaded.model.config.use_cache is False
+    model: Any = loaded.model
+    assert model.config.use_cache is False
     assert loaded.device == torch.device("cpu")
-    assert loaded.model.config.eos_token_id == loaded.tokenizer.eos_token_id
+    assert model.config.eos_token_id == loaded.tokenizer.eos_token_id
     assert load_model(settings_of("gpt2"), seed=1).autocast_dtype is None
 
 

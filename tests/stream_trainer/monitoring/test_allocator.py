@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stream_trainer.monitoring import allocator as memory
+from stream_trainer.monitoring.allocator import keep_freed_memory
 
 MEGABYTES = 256
 FREE = f"""
@@ -42,11 +42,11 @@ def test_freed_memory_is_kept_once_told(mode: str) -> None:
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.sys, "platform", "darwin")
-    assert not memory.keep_freed_memory()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not keep_freed_memory()
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.sys, "platform", "linux")
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _name: object())
-    assert not memory.keep_freed_memory()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: object())
+    assert not keep_freed_memory()

@@ -11,6 +11,7 @@ import pytest
 from stream_trainer.errors import SettingsError
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.monitoring.server import Health, Server
+from stream_trainer.records import Outcome
 from stream_trainer.settings.schema import ServerSettings
 
 
@@ -43,7 +44,7 @@ def service() -> Iterator[Service]:
 
 
 def test_metrics_in_the_format_that_is_asked_for(service: Service) -> None:
-    service.metrics.records.labels("trained").inc(3)
+    service.metrics.count_outcomes(lambda: {Outcome.TRAINED: 3})
     status, kind, text = service.request("/metrics")
     assert (status, kind.partition(";")[0]) == (200, "text/plain")
     assert 'stream_trainer_records_total{outcome="trained"} 3.0' in text

@@ -28,11 +28,11 @@ def mistakes(path: Path | None, *overrides: str) -> list[str]:
 def test_the_command_line_wins_over_the_environment_over_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = write(tmp_path / "s.yaml", "buffer: {max_records: 100, max_bytes: 100, max_tokens: 100}")
+    file = write(tmp_path / "s.yaml", "buffer: {max_records: 400, max_bytes: 100, max_tokens: 100}")
     monkeypatch.setenv("STREAM_TRAINER_BUFFER__MAX_BYTES", "200")
     monkeypatch.setenv("STREAM_TRAINER_BUFFER__MAX_TOKENS", "200")
     settings = load_settings(file, [*ENOUGH, "--buffer.max_tokens=300"])
-    assert (settings.buffer.max_records, settings.buffer.max_bytes, settings.buffer.max_tokens) == (100, 200, 300)
+    assert (settings.buffer.max_records, settings.buffer.max_bytes, settings.buffer.max_tokens) == (400, 200, 300)
 
 
 def test_a_variable_may_name_the_file_and_the_argument_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +61,12 @@ def test_a_model_configuration_keeps_its_types(monkeypatch: pytest.MonkeyPatch) 
     options = ["--model.config.hidden_size=64", "--model.config.rms_norm_eps=1e-6", "--model.tokenizer=bytes"]
     config = load_settings(None, ["--source.kafka.topic=t", "--target.path=t", *options]).model.config
     assert config == {"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "rms_norm_eps": 1e-6}
+
+
+def test_options_of_a_selector_keep_their_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAM_TRAINER_SELECTION__WEIGH_OPTIONS__SHARE", "0.5")
+    options = ["--selection.weigh=halves:Halves", "--selection.weigh_options.names=[a, b]"]
+    assert load_settings(None, [*ENOUGH, *options]).selection.weigh_options == {"share": 0.5, "names": ["a", "b"]}
 
 
 def test_a_negative_number_and_a_dash_are_values() -> None:
@@ -241,7 +247,7 @@ def test_the_description_has_every_setting_with_default_and_meaning() -> None:
     assert "--buffer.max_records=INTEGER  (default 512; >= 1)" in text
     assert "--target.path=PATH  (required)" in text
     assert "--optimizer.clip_norm=NUMBER  (default 1.0; > 0)" in text
-    assert "--selection.pool_size=INTEGER  (default 16; >= 1)" in text
+    assert "--selection.pool_size=INTEGER  (default 4; >= 1)" in text
 
 
 def test_the_schema_refuses_unknown_names() -> None:

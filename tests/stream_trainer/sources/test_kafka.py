@@ -409,7 +409,8 @@ def test_tls_and_sasl_pass_with_the_right_password(apache_kafka: ApacheKafka, to
 def test_tls_and_sasl_fail_in_one_line(
     apache_kafka: ApacheKafka, topic: str, wrong: dict[str, Any], reason: str
 ) -> None:
-    settings = {**secured(apache_kafka), "bootstrap_timeout_s": 4, **wrong}
+    # Time for a dozen tries, of which each second one hears why it was refused.
+    settings = {**secured(apache_kafka), "bootstrap_timeout_s": 15, **wrong}
     with pytest.raises(SourceError, match=reason) as caught, started(apache_kafka.secure_servers, topic, **settings):
         pass
     message = str(caught.value)

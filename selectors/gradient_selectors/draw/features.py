@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stream_trainer.records import Sample
-
 
 @dataclass(frozen=True)
 class EmbeddingFeatures:
@@ -37,11 +35,11 @@ class EmbeddingFeatures:
     def size(self) -> int:
         return self.table_Vd.shape[1]
 
-    def __call__(self, samples: Sequence[Sample]) -> Tensor:
-        """Unit vectors, (M, d) float32; all tokens count, with loss or without. O(tokens d)."""
-        means = [self.table_Vd[list(sample.input_ids)].float().mean(0) for sample in samples]
+    def __call__(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Unit vectors of M samples, (M, d) float32; all tokens count, with loss or without. O(tokens d)."""
+        means = [self.table_Vd[list(ids)].float().mean(0) for ids in token_ids]
         return F.normalize(torch.stack(means), dim=1) if means else torch.empty(0, self.size)
 
-    def centre(self, samples: Sequence[Sample]) -> Tensor:
+    def centre(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Mean of the samples' features, (d,) float32: what the target looks like."""
-        return self(samples).mean(0)
+        return self(token_ids).mean(0)

@@ -1,0 +1,276 @@
+"""One call in place of `loss.backward()`: score candidates, decide, and leave the update's gradient in `.grad`."""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from gradient_selectors.capture.batch import Batch
+from gradient_selectors.capture.capture import GradientCapture
+from gradient_selectors.capture.gradients import Gradient, PoolGradients
+from gradient_selectors.mask.dual_sft import DualSft
+from gradient_selectors.mask.masked_adamw import MaskChange, MaskedAdamW
+from gradient_selectors.preconditioner import optimizer_steps, preconditioner_of
+from gradient_selectors.route.gast import Gast
+from gradient_selectors.state import State, load_states, states_of
+from gradient_selectors.target import Target
+from gradient_selectors.views.interaction import Interaction
+from gradient_selectors.views.scoring import Exact, Scoring
+from gradient_selectors.weigh.selector import Decision, Selector, needs_target
+
+Batches = Iterable[Batch | Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class PoolReport:
+    """What a pass found, beside the decision.
+
+    Attributes:
+        losses_N: loss of each candidate before the update (nats per token): progressive validation for free.
+        utilities_N: utility of each candidate relative to the target's own, float64, if it was asked for.
+        target_refreshed: whether the target's gradient was computed for this pass.
+        mask_change: what a refresh of the mask changed, or None if there was none.
+        seconds: time by phase: `target`, `score`, `weigh`, `update`.
+    """
+
+    losses_N: Tensor
+    utilities_N: Tensor | None = None
+    target_refreshed: bool = False
+    mask_change: MaskChange | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class SelectionEngine:
+    """Selects by gradients in any training loop.
+
+    A selecting step on 8 candidates, of which 2 enter the update:
+
+    Examples:
+        >>> from gradient_selectors import FilterThenWeight, SelectionEngine
+        >>> from gradient_selectors.examples import tiny_batch, tiny_model
+        >>> model, target_batches, loader = tiny_model(), [tiny_batch(seed=1)], [tiny_batch(8)]
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> engine = SelectionEngine(model, optimizer, FilterThenWeight(batch_size=2), target=target_batches)
+        >>> for candidates in loader:
+        ...     decision = engine.backward(candidates)  # in place of loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> len(decision.selected) <= 2, engine.losses_N.shape
+        (True, torch.Size([8]))
+
+    Attributes:
+        capture: hooks on the model.
+        last: what the last pass found; None before the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        selector: Selector,
+        *,
+        target: Target | Batches | None = None,
+        refresh_steps: int = 4,
+        scoring: Scoring | None = None,
+        route: Gast | None = None,
+        mask: DualSft | None = None,
+        autocast: torch.dtype | None = None,
+        preconditioner_warmup_steps: int = 1,
+        reports_utilities: bool = False,
+    ) -> None:
+        """Attach to the model.
+
+        Args:
+            model: a transformers causal LM, or a PEFT model around one.
+            optimizer: over the model's trainable parameters; AdamW, Adam, SGD or `MaskedAdamW`.
+            selector: decides each candidate's coefficient.
+            target: batches of what the model should get better at, as a data collator makes them, or a `Target`. Needed
+                unless nothing reads its gradient.
+            refresh_steps: steps between refreshes of the target's gradient, where `target` is given as batches.
+            scoring: `Exact()` by default, `RankOne()` or `Sketched()`.
+            route: draws the samples that update each layer.
+            mask: chooses the parameters that may move, again and again; the optimizer is then a `MaskedAdamW`.
+            autocast: dtype of the passes (bfloat16), or None for the model's own.
+            preconditioner_warmup_steps: optimizer steps before Adam's second moment is trusted; plain inner products
+                until then. 10 or more for a model that starts from random parameters.
+            reports_utilities: keep every candidate's utility in `last.utilities_N`, which a bandit learns from.
+
+        Raises UnsupportedParameterError, naming it, for a trainable parameter that is not covered exactly, and
+        ValueError for parts that do not go together.
+        """
+        if isinstance(target, Target) or target is None:
+            self.target = target
+        else:
+            self.target = Target.of(target, refresh_steps=refresh_steps)
+        if self.target is None and (
+            needs_target(selector) or route is not None or mask is not None or reports_utilities
+        ):
+            raise ValueError(f"{type(selector).__name__} is steered by a target; give target=batches")
+        if mask is not None and not isinstance(optimizer, MaskedAdamW):
+            raise ValueError(f"a mask needs the optimizer MaskedAdamW, not {type(optimizer).__name__}")
+        self.selector, self.route, self.mask = selector, route, mask
+        self.optimizer = optimizer
+        self.scoring: Scoring = Exact() if scoring is None else scoring
+        self.capture = GradientCapture(model, autocast)
+        self.last: PoolReport | None = None
+        self._warmup_steps = preconditioner_warmup_steps
+        self._reports_utilities = reports_utilities
+
+    def backward(self, candidates: Batch | Mapping[str, Any]) -> Decision:
+        """Score the candidates, decide, and leave the update's gradient in `.grad`: None everywhere if nothing helps.
+
+        `candidates`: `input_ids`, `labels` and `attention_mask`, (N, T) each, padded on the right. `weights` (N,) may
+        state what each sample counts; coefficients are multiplied with these. Takes the place of `loss.backward()`:
+        clipping and the optimizer's step are the caller's. Whatever was in `.grad` is overwritten.
+        """
+        clock = _Clock()
+        batch = Batch.of(candidates)
+        direction, refreshed = self._target_gradient()
+        clock.lap("target")
+        interaction = self._score(batch, direction)
+        utilities_N = interaction.relative_utilities_N if self._reports_utilities else None
+        clock.lap("score")
+        decision = self.selector.decide(interaction)
+        if self.route is not None:
+            decision = self.route.route(decision, interaction)
+        if batch.weights_N is not None:
+            decision = restated(decision, batch.weights_N)
+        clock.lap("weigh")
+        change = self._leave_gradient(interaction.gradients, decision, direction)
+        clock.lap("update")
+        losses_N = interaction.gradients.losses_N
+        self.last = PoolReport(losses_N, utilities_N, refreshed, change, clock.seconds)
+        return decision
+
+    @property
+    def losses_N(self) -> Tensor:
+        """Loss of each candidate of the last pass, before its update (nats per token), (N,) float32."""
+        if self.last is None:
+            raise ValueError("no pool has been scored yet; call backward first")
+        return self.last.losses_N
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next pass depends on, beside model and optimizer: nested dictionaries of tensors and JSON values."""
+        return states_of(self._parts())
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a copy of what `state_dict` returned. A part that was off then begins afresh."""
+        load_states(self._parts(), _on_device(state, self.capture.device))
+
+    def close(self) -> None:
+        """Take the hooks off the model again."""
+        self.capture.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _parts(self) -> dict[str, object]:
+        return {
+            "target": self.target,
+            "scoring": self.scoring,
+            "selector": self.selector,
+            "route": self.route,
+            "mask": self.mask,
+        }
+
+    def _target_gradient(self) -> tuple[Gradient, bool]:
+        """The target's gradient, and whether it is new. What the scoring kept of an old one, or of another P, goes."""
+        gradient: Gradient = {}
+        refreshed = False
+        if self.target is not None:
+            gradient, refreshed = self.target.current(self.capture)
+        if refreshed or optimizer_steps(self.optimizer) == self._warmup_steps:
+            self.scoring.reset()
+        return gradient, refreshed
+
+    def _score(self, batch: Batch, target: Gradient) -> Interaction:
+        """One forward and one backward pass over the candidates, seen from the target."""
+        preconditioner = preconditioner_of(self.optimizer, self.capture.parameters, self._warmup_steps)
+        head_direction = self.scoring.start(target, preconditioner, self.capture.head)
+        gradients = self.capture.run(batch, head_direction)
+        return Interaction(gradients, target, preconditioner, self.scoring)
+
+    def _leave_gradient(self, gradients: PoolGradients, decision: Decision, target: Gradient) -> MaskChange | None:
+        """Book-keep the weighted gradient and let the mask follow it; what a refresh of the mask changed."""
+        parameters = self.capture.parameters
+        for parameter in parameters.values():
+            parameter.grad = None
+        if not decision.selected:
+            return None
+        coefficients = decision.coefficients_N if decision.coefficients_LN is None else decision.coefficients_LN
+        for name in gradients.factors:
+            parameter = parameters[name]
+            parameter.grad = gradients.weighted_gradient_of(name, coefficients).to(parameter.dtype)
+        if not isinstance(self.optimizer, MaskedAdamW):
+            return None
+        left = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        if not math.isfinite(float(torch.nn.utils.get_total_norm(left.values()))):
+            return None  # it would spoil the mask's averages; whoever clips sees it as it is
+        change = None
+        if self.mask is not None:
+            change = self.mask.follow(self.capture, self.optimizer, left, target)
+        if change is not None:
+            self.scoring.reset()
+        self.optimizer.mask_gradients()
+        return change
+
+
+def restated(decision: Decision, weights_N: Tensor) -> Decision:
+    """A decision's coefficients times what each sample is stated to count."""
+    by_layer = decision.coefficients_LN
+    return replace(
+        decision,
+        coefficients_N=reweighted(decision.coefficients_N, weights_N),
+        coefficients_LN=None if by_layer is None else reweighted(by_layer, weights_N),
+    )
+
+
+def reweighted(coefficients: Tensor, weights_N: Tensor) -> Tensor:
+    """Coefficients, (N,) or (L, N), times weights (N,) above 0; every row keeps its sum, natural or one."""
+    sums = coefficients.double().sum(-1, keepdim=True)
+    # In float64, and the largest scaled to one before each product and sum: any finite weight may be stated.
+    scaled = _largest_to_one(coefficients.double()) * weights_N
+    scaled = _largest_to_one(scaled)
+    shares = scaled / scaled.sum(-1, keepdim=True).clamp(min=1.0)
+    return torch.where(scaled.sum(-1, keepdim=True) > 0, shares * sums, coefficients.double()).float()
+
+
+def _largest_to_one(rows: Tensor) -> Tensor:
+    largest = rows.amax(-1, keepdim=True)
+    return torch.where(largest > 0, rows / largest, 0.0)
+
+
+def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A state with its tensors on the device; those of generators (uint8) stay on the CPU."""
+    moved: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            moved[name] = _on_device(value, device)
+        elif isinstance(value, Tensor) and value.dtype != torch.uint8:
+            moved[name] = value.to(device)
+        else:
+            moved[name] = value
+    return moved
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = now - self._last
+        self._last = now

@@ -1,0 +1,73 @@
+"""What the HTTP server shows of a run: health, and the report of its page."""
+
+import time
+from platform import python_version
+from typing import Any
+
+from stream_trainer import __version__
+from stream_trainer.monitoring.metrics import Metrics, State
+from stream_trainer.monitoring.server import Health
+from stream_trainer.records import Outcome
+from stream_trainer.settings.schema import Settings
+from stream_trainer.training.trainer import Trainer
+
+READY = frozenset({State.CATCHING_UP, State.TRAINING, State.IDLE})
+
+
+class Status:
+    """What the HTTP server shows; read from its threads while the trainer works."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.trainer: Trainer | None = None
+        self._settings = settings
+        self._metrics = metrics
+        self._state = State.STARTING
+        self.enter(State.STARTING)
+
+    def enter(self, state: State) -> None:
+        self._state = state
+        self._metrics.state.state(state.value)
+
+    def health(self) -> Health:
+        """Stalled means: for `server.stall_s` seconds no step while there is something to do, or no turn of reading."""
+        trainer, limit = self.trainer, self._settings.server.stall_s
+        if self._state is State.FAILED:
+            return Health(State.FAILED.value, ok=False, ready=False, detail="the service failed; see its log")
+        if trainer is None:
+            return Health(State.LOADING.value, ok=True, ready=False, detail="the model is being loaded")
+        # A step may rightly wait `buffer.wait_s` for samples that would fill its pool.
+        age = time.monotonic() - trainer.last_progress - self._settings.buffer.wait_s
+        silence = time.monotonic() - trainer.ingest.last_turn if trainer.ingest.alive else 0.0
+        detail = ""
+        if trainer.state is not State.IDLE and age > limit:
+            detail = f"no progress for {age:.0f} s, server.stall_s={limit:.0f}"
+        elif silence > limit:
+            detail = f"reading hangs since {silence:.0f} s, server.stall_s={limit:.0f}"
+        return Health(trainer.state.value, ok=not detail, ready=trainer.state in READY, detail=detail)
+
+    def report(self) -> dict[str, Any]:
+        """The service in a page: state, step, losses, records by outcome, what waits."""
+        trainer = self.trainer
+        report: dict[str, Any] = {
+            "version": __version__,
+            "python": python_version(),
+            "model": self._settings.model.name or "built from model.config",
+            "selection": f"{self._settings.selection.draw}, {self._settings.selection.weigh}",
+            "state": State.LOADING.value if trainer is None else trainer.state.value,
+        }
+        if trainer is None:
+            return report
+        last = trainer.last_report
+        report |= {
+            "step": trainer.step,
+            "evaluation_loss": dict(trainer.losses),
+            "records": {outcome.value: trainer.cursor.counts[outcome] for outcome in Outcome},
+            "buffer_records": trainer.buffer.records,
+        }
+        if last is not None:
+            report |= {
+                "pool_loss": sum(last.losses) / len(last.losses),
+                "learning_rate": last.learning_rate,
+                "step_seconds": sum(last.seconds.values()),
+            }
+        return report

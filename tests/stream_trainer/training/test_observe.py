@@ -1,0 +1,59 @@
+"""What a step did, as metrics."""
+
+from pathlib import Path
+
+import pytest
+
+from stream_trainer.ingest.buffer import Buffer
+from stream_trainer.monitoring.metrics import Metrics
+from stream_trainer.training.build import make_sampler
+from stream_trainer.training.observe import expect_layers, layers_of, observe_stages, observe_step
+from tests.helpers.service import ALL_ON
+from tests.helpers.steps import make_samples, setup_of
+
+
+def test_the_health_of_every_stage_is_exported(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path, ALL_ON)
+    buffer = Buffer(setup.settings.buffer)
+    for sample in make_samples(24):
+        buffer.put(sample)
+    sampler = make_sampler(setup.settings, buffer, setup.loaded, make_samples(4, seed=99))
+    metrics = Metrics(arms=4)
+    value = metrics.registry.get_sample_value
+    expect_layers(metrics, setup.engine)
+    layers = layers_of(setup.engine)
+    assert [value("stream_trainer_route_entropy_ratio", {"layer": layer}) for layer in layers] == [0] * len(layers)
+    report = setup.step(sampler.next(lambda: False))
+    sampler.feedback(report.utilities)
+    observe_stages(metrics, setup.engine, sampler, report)
+    assert sum(value("stream_trainer_arm_draws_total", {"arm": str(arm)}) or 0 for arm in range(4)) == 8
+    assert (value("stream_trainer_mask_churn_ratio"), value("stream_trainer_mask_refreshes_total")) == (1.0, 1.0)
+    assert value("stream_trainer_mask_age_steps") == 0
+    assert value("stream_trainer_waiting_records") == 12
+    entropy = value("stream_trainer_route_entropy_ratio", {"layer": "model.layers.1"})
+    assert entropy is not None
+    assert 0 < entropy < 1
+    assert any(value("stream_trainer_arm_reward", {"arm": str(arm)}) for arm in range(4))
+
+
+def test_a_step_is_counted_with_its_pool_and_its_samples(tmp_path: Path) -> None:
+    setup, pool = setup_of(tmp_path, {}), make_samples(8)
+    report = setup.step(pool)
+    metrics = Metrics()
+    observe_step(metrics, pool, make_samples(3, seed=1), report, 0.25, 0.5)
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"stream_trainer_{name}", labels)
+
+    assert value("steps_total", result="applied") == 1
+    assert value("step_seconds_sum") == 0.5
+    assert value("phase_seconds_total", phase="wait") == 0.25
+    for phase, seconds in report.seconds.items():
+        assert value("phase_seconds_total", phase=phase) == pytest.approx(seconds)
+    assert value("tokens_scored_total") == sum(sample.num_tokens for sample in pool)
+    assert value("tokens_trained_total") == sum(pool[i].num_tokens for i in report.selected)
+    assert value("selected_ratio") == len(report.selected) / 8
+    assert value("progressive_loss") == pytest.approx(sum(report.losses) / 8)
+    assert value("target_refreshes_total") == 1
+    assert value("effective_samples") == pytest.approx(report.decision.effective_samples)
+    assert value("solver_runs_total", status="optimal") == 1

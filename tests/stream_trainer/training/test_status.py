@@ -1,0 +1,57 @@
+"""What the HTTP server shows of a run: its health, and the report of its page."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from stream_trainer.monitoring.metrics import Metrics, State
+from stream_trainer.settings.schema import Settings
+from stream_trainer.training.status import Status
+from stream_trainer.training.trainer import Trainer
+from tests.helpers.service import configuration, jsonl
+
+
+def settings_of(folder: Path) -> Settings:
+    return Settings(**configuration(folder, jsonl(folder / "samples.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("state", "idle_s", "silent_s", "alive", "detail"),
+    [
+        (State.TRAINING, 600 + 59, 0, True, ""),
+        (State.TRAINING, 600 + 61, 0, True, "no progress for 601 s"),
+        (State.IDLE, 10**6, 599, True, ""),
+        (State.IDLE, 10**6, 601, True, "reading hangs since 601 s"),
+        (State.DRAINING, 0, 10**6, False, ""),
+    ],
+)
+def test_health_tells_of_steps_and_of_reading_that_do_not_come(
+    state: State, idle_s: float, silent_s: float, alive: bool, detail: str, tmp_path: Path
+) -> None:
+    """With `stall_s` 600 and `buffer.wait_s` 60."""
+    status, now = Status(settings_of(tmp_path), Metrics()), time.monotonic()
+    ingest = SimpleNamespace(alive=alive, last_turn=now - silent_s)
+    status.trainer = cast(Trainer, SimpleNamespace(state=state, last_progress=now - idle_s, ingest=ingest))
+    health = status.health()
+    assert health.ok == (not detail)
+    assert health.detail.startswith(detail)
+
+
+def test_while_the_model_is_loaded_it_is_well_and_not_ready(tmp_path: Path) -> None:
+    status = Status(settings_of(tmp_path), Metrics())
+    health, report = status.health(), status.report()
+    assert (health.state, health.ok, health.ready) == ("loading", True, False)
+    assert (report["state"], report["selection"]) == ("loading", "all, filter_then_weight")
+    assert "step" not in report
+
+
+def test_a_service_that_failed_is_neither_well_nor_ready(tmp_path: Path) -> None:
+    metrics = Metrics()
+    status = Status(settings_of(tmp_path), metrics)
+    status.enter(State.FAILED)
+    health = status.health()
+    assert (health.state, health.ok, health.ready) == ("failed", False, False)
+    assert metrics.registry.get_sample_value("stream_trainer_state", {"stream_trainer_state": "failed"}) == 1
