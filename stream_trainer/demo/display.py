@@ -4,9 +4,10 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from urllib.request import urlopen
 
@@ -19,9 +20,20 @@ from stream_trainer.demo.stream import MALFORMED, TARGET
 from stream_trainer.records import Outcome, Sample
 from stream_trainer.training.step import StepReport
 
+SELECTION, UNIFORM = "selection", "uniform"  # what the two runs are called
+HELD_OUT = "held-out"  # the evaluation set that both are measured on
 STATUS_INTERVAL_S = 0.5
 STATUS_TIMEOUT_S = 5.0
 PLAIN_LINES = 10  # of a run, where there is no terminal
+
+
+@dataclass(frozen=True)
+class Check:
+    """Loss on held-out samples of the target (nats per token), and what it had taken: samples trained on, seconds."""
+
+    samples: float
+    seconds: float
+    loss: float
 
 
 @dataclass
@@ -29,10 +41,11 @@ class Watch:
     """What one run of the service has done so far.
 
     Attributes:
-        method: its `selection.weigh`.
+        method: what the run is called.
         steps: steps it is expected to make.
         pool_loss: mean loss of the samples scored at the last step (nats per token).
-        scored, trained: samples by domain.
+        trained: samples by domain.
+        curve: what was measured before the first step and since then; the seconds of measuring itself do not count.
         status: what the service last said at `/status`.
     """
 
@@ -40,16 +53,36 @@ class Watch:
     steps: int
     step: int = 0
     pool_loss: float = math.nan
-    scored: Counter[str] = field(default_factory=Counter)
     trained: Counter[str] = field(default_factory=Counter)
+    curve: list[Check] = field(default_factory=list)
     status: dict[str, Any] = field(default_factory=dict)
+    _began: float = field(default=0.0, init=False)
+    _measuring: float = field(default=0.0, init=False)
+
+    def evaluated(self, _step: int, losses: Mapping[str, float], seconds: float) -> None:
+        """Take an evaluation into account. The service calls this after each, the first time before any step."""
+        now = time.monotonic()
+        if self.curve:
+            self._measuring += seconds
+        else:
+            self._began = now
+        spent = now - self._began - self._measuring
+        self.curve.append(Check(self.trained.total(), spent, losses[HELD_OUT]))
+
+    def took(self, loss: float) -> Check | None:
+        """What it took to get down to a loss, between two checks by a straight line; None if it never did."""
+        for before, after in pairwise(self.curve):
+            if after.loss <= loss:
+                share = (before.loss - loss) / (before.loss - after.loss) if before.loss > loss else 0.0
+                samples = before.samples + share * (after.samples - before.samples)
+                return Check(samples, before.seconds + share * (after.seconds - before.seconds), loss)
+        return None
 
     def count(self, step: int, pool: Sequence[Sample], report: StepReport) -> None:
         """Take a step into account."""
         self.step = step
         self.pool_loss = sum(report.losses) / len(report.losses)
-        self.scored.update(str(pool[i].domain) for i in report.candidates)
-        self.trained.update(str(pool[i].domain) for i in report.chosen)
+        self.trained.update(str(pool[i].domain) for i in report.selected)
 
     def cells(self) -> tuple[str, ...]:
         """Step, records read, pool loss, target loss, target's share of the trained, dead letters."""
@@ -133,18 +166,12 @@ class Display:
         return Group(self._bars, table)
 
 
-def print_report(
-    console: Console, stream: dict[str, int], runs: Sequence[Watch], before: float, after: Sequence[float]
-) -> None:
-    """What the stream held, what each run trained on, and what that bought on held-out samples of the target.
-
-    `after` are the losses of `runs`, in order; `before` is that of the model they both began with.
-    """
+def print_report(console: Console, stream: dict[str, int], selected: Watch, uniform: Watch) -> None:
+    """What the stream held, what each run trained on, and what that bought on held-out samples of the target."""
+    runs = (selected, uniform)
     records = Table("records by domain", "in the stream", title="What was read, and what each run trained on")
-    losses = Table("loss (nats per token)", "before", title=f"What it bought: {TARGET}, on held-out samples")
     for watch in runs:
         records.add_column(watch.method)
-        losses.add_column(watch.method)
     held = Counter(stream)
     usable = Counter({domain: held[domain] for domain in held if domain != MALFORMED})
     for domain, _ in usable.most_common():
@@ -153,5 +180,26 @@ def print_report(
     records.add_section()
     records.add_row("usable", *(f"{counts.total()}" for counts in (usable, *(w.trained for w in runs))))
     records.add_row(MALFORMED, f"{held[MALFORMED]}", *("dead-lettered" for _ in runs))
-    losses.add_row(f"held-out {TARGET}", f"{before:.3f}", *(f"{loss:.3f}" for loss in after))
-    console.print(records, losses)
+    console.print(records, _gains(selected, uniform))
+
+
+def _gains(selected: Watch, uniform: Watch) -> Table:
+    """Loss, samples and seconds of both runs, and what the selecting one took to get where the other ended."""
+    table = Table("", selected.method, uniform.method, title=f"What it bought: {TARGET}, on held-out samples")
+    ends = selected.curve[-1], uniform.curve[-1]
+    table.add_row("loss before (nats per token)", *(f"{watch.curve[0].loss:.3f}" for watch in (selected, uniform)))
+    table.add_row("loss after", *(f"{end.loss:.3f}" for end in ends))
+    table.add_row("samples trained on", *(f"{end.samples:.0f}" for end in ends))
+    table.add_row("seconds of training", *(f"{end.seconds:.1f}" for end in ends))
+    table.add_section()
+    took = selected.took(ends[1].loss)
+    samples, seconds = ("never", "never") if took is None else _relative(took, ends[1])
+    table.add_row(f"samples to {uniform.method}'s last loss", samples, f"{ends[1].samples:.0f}", style="bold")
+    table.add_row(f"seconds to {uniform.method}'s last loss", seconds, f"{ends[1].seconds:.1f}", style="bold")
+    return table
+
+
+def _relative(took: Check, end: Check) -> tuple[str, str]:
+    """Samples and seconds, each with what share of the other run's they are."""
+    samples = f"{took.samples:.0f} ({took.samples / max(1.0, end.samples):.0%})"
+    return samples, f"{took.seconds:.1f} ({took.seconds / max(1e-9, end.seconds):.0%})"

@@ -1,8 +1,8 @@
 """The demo: broker, stream, training and report on this machine, in a minute or two.
 
-Two runs of the service read the same stream: one selects, the control draws at random and trains on as many samples.
-What each has learned is measured on held-out samples of the target that took no part in either. Domain labels are
-counted for the report and select nothing.
+Two runs of the service read the same stream: one selects, with the default profile, the control draws at random and
+trains on as many samples. What each has learned, and in what time, is measured on held-out samples of the target that
+took no part in either. Domain labels are counted for the report and select nothing.
 """
 
 import argparse
@@ -16,21 +16,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
-from gradient_selectors.capture.capture import GradientCapture
 from rich.console import Console
 
 from stream_trainer import service
-from stream_trainer.checkpoints.checkpoint import MODEL, load_latest
 from stream_trainer.commands.produce import produce
 from stream_trainer.demo.broker import HOST, embedded_broker, free_port
-from stream_trainer.demo.display import Display, Watch, print_report, share
-from stream_trainer.demo.stream import HELD_OUT_SAMPLES, TARGET, TARGET_SAMPLES, DemoStream, write_stream
+from stream_trainer.demo.display import HELD_OUT, SELECTION, UNIFORM, Display, Watch, print_report, share
+from stream_trainer.demo.stream import HELD_OUT_SAMPLES, SHARES, TARGET, TARGET_SAMPLES, DemoStream, write_stream
 from stream_trainer.errors import SettingsError
-from stream_trainer.models.loading import load_model
 from stream_trainer.monitoring.logs import configure_logging
-from stream_trainer.samples.decoder import Decoder, read_samples
 from stream_trainer.settings.schema import (
     CheckpointSettings,
     DeadLetterSettings,
@@ -40,18 +35,19 @@ from stream_trainer.settings.schema import (
     LogSettings,
     ModelSettings,
     OptimizerSettings,
-    SampleSettings,
     ServerSettings,
     Settings,
     SourceSettings,
     TargetSettings,
     TrainingSettings,
 )
-from stream_trainer.settings.selection import SelectionSettings
-from stream_trainer.training.target import mean_loss
+from stream_trainer.settings.selection import ClusterUcbSettings, SelectionSettings
 
-POOL_SIZE, CHOSEN = 16, 4
+INTAKE = 32  # records of the stream that come in for each step
+WAITING = 128
+UNIFORM_POOL, UNIFORM_BATCH = 16, 4
 DEFAULT_STEPS = 250
+CHECKS = 25  # evaluations of a run
 TOPIC = "demo"
 THREADS = 1  # the model is too small to gain from more, and two wait for each other where cores are shared
 
@@ -74,7 +70,11 @@ examples:
       keep stream, checkpoints, dead letters and log in the directory demo, and the figures in a file
 """
 
-Method = Literal["filter_then_weight", "uniform"]
+# A small stream needs less room than the profile's; everything else is the profile's.
+METHODS = {
+    SELECTION: SelectionSettings(cluster_ucb=ClusterUcbSettings(waiting=WAITING, intake=INTAKE)),
+    UNIFORM: SelectionSettings(draw="uniform", weigh="equal", pool_size=UNIFORM_POOL, batch_size=UNIFORM_BATCH),
+}
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,13 @@ class _Demo:
 
 @dataclass(frozen=True)
 class _Run:
-    """A finished run.
-
-    Attributes:
-        outcomes: records by outcome.
-        loss: on held-out samples of the target, after it (nats per token).
-    """
+    """A finished run, and its records by outcome."""
 
     watch: Watch
     outcomes: dict[str, int]
-    loss: float
 
 
-def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `stream-trainer demo`."""
     parser.epilog = EXAMPLES
     parser.add_argument(
@@ -120,7 +114,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_demo(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the demo. Returns the exit code: 0, or 130 after Ctrl-C.
 
     Raises SettingsError for arguments that cannot be used, and what the service raises.
@@ -141,7 +135,7 @@ def run_demo(args: argparse.Namespace) -> int:
             steps=args.steps,
             seed=args.seed,
             port=port,
-            stream=write_stream(directory, args.steps * POOL_SIZE, args.seed),
+            stream=write_stream(directory, args.steps * INTAKE + WAITING, args.seed),
             display=Display(console, f"http://{HOST}:{port}"),
             stop=stop,
         )
@@ -150,13 +144,12 @@ def run_demo(args: argparse.Namespace) -> int:
         if len(runs) < 2:
             console.print(f"Stopped by {received[0].name}; without both runs there is no report.")
             return 130 if received[0] is signal.SIGINT else 0
-        before = _held_out_loss(demo, _model_settings())
     selected, uniform = runs
-    print_report(console, demo.stream.counts, [run.watch for run in runs], before, [run.loss for run in runs])
+    print_report(console, demo.stream.counts, selected.watch, uniform.watch)
     if args.dir is not None:
         console.print(f"Stream, checkpoints, dead letters and log are in {args.dir}.")
     if args.summary is not None:
-        figures = _summary(selected, uniform, before)
+        figures = _summary(selected, uniform)
         figures |= {"seconds": round(time.monotonic() - started, 1), "source": source.kind, "seed": args.seed}
         args.summary.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
@@ -204,13 +197,13 @@ def _train(demo: _Demo, source: SourceSettings, console: Console) -> list[_Run]:
     console.print(f"Metrics: http://{HOST}:{demo.port}/metrics  Status: http://{HOST}:{demo.port}/")
     runs: list[_Run] = []
     with demo.display.shown():
-        selected = _serve(demo, _settings(demo, source, "filter_then_weight"), demo.steps)
+        selected = _serve(demo, _settings(demo, source, SELECTION, demo.steps), demo.steps)
         if demo.stop.is_set():
             return runs
         runs.append(selected)
-        # The control trains on as many samples: a step that selects may choose fewer than it is allowed to, or none.
-        steps = max(1, math.ceil(selected.watch.trained.total() / CHOSEN))
-        uniform = _serve(demo, _settings(demo, source, "uniform", steps), steps)
+        # The control trains on as many samples: a step that selects may take fewer than it is allowed to, or none.
+        steps = max(1, math.ceil(selected.watch.trained.total() / UNIFORM_BATCH))
+        uniform = _serve(demo, _settings(demo, source, UNIFORM, steps), steps)
         if not demo.stop.is_set():
             runs.append(uniform)
     return runs
@@ -218,30 +211,17 @@ def _train(demo: _Demo, source: SourceSettings, console: Console) -> list[_Run]:
 
 def _serve(demo: _Demo, settings: Settings, steps: int) -> _Run:
     """One run of the service."""
-    watch = Watch(settings.selection.weigh, steps)
+    watch = Watch(UNIFORM if settings.selection.draw == "uniform" else SELECTION, steps)
     demo.display.begin(watch)
-    summary = service.serve(settings, demo.stop, demo.display.step)
-    checkpoint = load_latest(settings.checkpoint.dir)
-    loss = math.nan
-    if checkpoint is not None and not demo.stop.is_set():
-        loss = _held_out_loss(demo, ModelSettings(name=str(checkpoint.path / MODEL)))
-    return _Run(watch, summary.counts, loss)
-
-
-def _held_out_loss(demo: _Demo, settings: ModelSettings) -> float:
-    """Loss of a model on samples of the target that no run has seen (nats per token)."""
-    loaded = load_model(settings, demo.seed)
-    decoder = Decoder(loaded.tokenizer, SampleSettings(), loaded.max_positions)
-    samples = read_samples(demo.stream.held_out, decoder, HELD_OUT_SAMPLES, "the held-out set")
-    capture = GradientCapture(loaded.model, loaded.autocast_dtype)
-    return mean_loss(capture, samples, loaded.tokenizer.pad_token_id)
+    summary = service.serve(settings, demo.stop, demo.display.step, watch.evaluated)
+    return _Run(watch, summary.counts)
 
 
 def _model_settings() -> ModelSettings:
     return ModelSettings(config=dict(MODEL_CONFIG), tokenizer="bytes")
 
 
-def _settings(demo: _Demo, source: SourceSettings, method: Method, max_steps: int | None = None) -> Settings:
+def _settings(demo: _Demo, source: SourceSettings, method: str, max_steps: int) -> Settings:
     """What a user would write into the file; each run has a consumer group and a directory of its own."""
     directory = demo.directory / method
     return Settings(
@@ -249,28 +229,36 @@ def _settings(demo: _Demo, source: SourceSettings, method: Method, max_steps: in
             update={"kafka": source.kafka.model_copy(update={"group_id": f"{TOPIC}-{method}"})},
         ),
         model=_model_settings(),
-        target=TargetSettings(path=demo.stream.target, max_samples=TARGET_SAMPLES, refresh_steps=2),
-        selection=SelectionSettings(weigh=method, pool_size=POOL_SIZE, chosen=CHOSEN),
+        target=TargetSettings(path=demo.stream.target, max_samples=TARGET_SAMPLES),
+        selection=METHODS[method],
         optimizer=OptimizerSettings(learning_rate=2e-3, warmup_steps=20),
         training=TrainingSettings(max_steps=max_steps, seed=demo.seed, threads=THREADS),
-        evaluation=EvaluationSettings(every_steps=max(1, demo.steps // 20)),
+        evaluation=EvaluationSettings(
+            every_steps=max(1, max_steps // CHECKS), sets={HELD_OUT: demo.stream.held_out}, max_samples=HELD_OUT_SAMPLES
+        ),
         checkpoint=CheckpointSettings(dir=directory / "checkpoints"),
         dead_letters=DeadLetterSettings(path=directory / "dead-letters.jsonl"),
         server=ServerSettings(host=HOST, port=demo.port),
     )
 
 
-def _summary(selected: _Run, uniform: _Run, before: float) -> dict[str, object]:
-    """The figures, for scripts. Shares are of usable records."""
+def _summary(selected: _Run, uniform: _Run) -> dict[str, object]:
+    """The figures, for scripts. Shares are of usable records; what it took is up to uniform's last loss."""
+    final = uniform.watch.curve[-1]
+    took = selected.watch.took(final.loss)
     return {
         "records_consumed": sum(selected.outcomes.values()),
         "records_trained": selected.outcomes["trained"],
         "outcomes": selected.outcomes,
-        "target_share_stream": share(selected.watch.scored, TARGET),
+        "target_share_stream": SHARES[TARGET],
         "target_share_trained": share(selected.watch.trained, TARGET),
-        "target_loss_before": before,
-        "target_loss_after": selected.loss,
+        "target_loss_before": selected.watch.curve[0].loss,
+        "target_loss_after": selected.watch.curve[-1].loss,
+        "seconds_trained": selected.watch.curve[-1].seconds,
         "uniform_records_trained": uniform.outcomes["trained"],
         "uniform_target_share_trained": share(uniform.watch.trained, TARGET),
-        "uniform_target_loss_after": uniform.loss,
+        "uniform_target_loss_after": final.loss,
+        "uniform_seconds_trained": final.seconds,
+        "samples_to_uniform_loss": None if took is None else took.samples,
+        "seconds_to_uniform_loss": None if took is None else took.seconds,
     }
