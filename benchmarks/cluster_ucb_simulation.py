@@ -1,6 +1,6 @@
 """What the bandit recovers where the truth is known: pools and streams of simulated rewards.
 
-    PYTHONPATH=selectors python -m benchmarks.cluster_ucb_simulation [--seeds 5]
+    python -m benchmarks.cluster_ucb_simulation [--seeds 5]
 
 Offline: 20,000 samples in 50 clusters of Zipf sizes; a reward is its cluster's mean plus noise whose spread differs
 between clusters by a factor of up to three; half of the variance lies between clusters. The figure is the share of the
@@ -12,6 +12,7 @@ steps), or jump every 200 steps. The figure is the share of the gap between a un
 """
 
 import argparse
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -58,9 +59,9 @@ def simulated_pool(seed: int) -> tuple[Tensor, Tensor]:
 def recall(labels_N: Tensor, rewards_N: Tensor, options: OfflineOptions, seed: int) -> float:
     """Share of the true best that the bandit selects."""
     generator = torch.Generator().manual_seed(seed + 1000)
-    chosen = select_offline(labels_N, lambda indices_n: rewards_N[indices_n], options, generator).chosen
-    best = torch.topk(rewards_N, len(chosen)).indices.tolist()
-    return len(set(best) & set(chosen)) / len(best)
+    selected = select_offline(labels_N, lambda indices_n: rewards_N[indices_n], options, generator).selected
+    best = torch.topk(rewards_N, len(selected)).indices.tolist()
+    return len(set(best) & set(selected)) / len(best)
 
 
 def recovered(options: StreamOptions, drift: str, seed: int, steps: int) -> float:
@@ -89,7 +90,7 @@ def drifted(means_K: Tensor, drift: str, step: int, generator: torch.Generator) 
     if drift == "abrupt":
         return torch.randn(ARMS, generator=generator) if step and step % JUMP_STEPS == 0 else means_K
     speed = {"none": 0.0, "slow": SLOW, "fast": FAST}[drift]
-    return (1 - speed**2) ** 0.5 * means_K + speed * torch.randn(ARMS, generator=generator)
+    return means_K * math.sqrt(1 - speed**2) + torch.randn(ARMS, generator=generator) * speed
 
 
 def _best(rewards: Tensor) -> float:

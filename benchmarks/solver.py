@@ -3,10 +3,10 @@
     python -m benchmarks.solver --json solver.json [--repeats 300]
 
 Measured is one call of the service's own solver; a step calls it on its survivors and, where that leaves more than it
-may choose, again on those chosen. Each call has a new problem: gradients that share a direction, of lognormal lengths,
-some of them twice. Sizes are measured in turn, so that a busy machine slows all of them alike. `first_ms` is the first
-call of a new solver, which compiles the problem, and counts in nothing else. A cap of 1 bounds coefficients at the mean
-of those that are positive without a cap, which are solved for first: two programs, and two to compile.
+may select, again on those selected. Each call has a new problem: gradients that share a direction, of lognormal
+lengths, some of them twice. Sizes are measured in turn, so that a busy machine slows all of them alike. `first_ms` is
+the first call of a new solver, which compiles the problem, and counts in nothing else. A cap of 1 bounds coefficients
+at the mean of those that are positive without a cap, which are solved for first: two programs, and two to compile.
 
 Before anything is timed, every solution must be feasible and as good as that of scipy's active sets, to 1e-8 of the
 objective, or nothing is. Exit codes: 0 done, 1 the solver is wrong, 2 a mistake in the options.
@@ -29,11 +29,10 @@ from benchmarks.common.reporting import (
     OneLineParser,
     at_least_one,
     duration,
-    machine,
     say,
     table,
     writable_file,
-    write_json,
+    write_result,
 )
 from benchmarks.step_cost.agreement import DisagreementError
 
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     summary = [summarise(case, ms, disagreements[case]) for case, ms in measure(rounds).items()]
     versions = {"python": python_version(), **{name: version(name) for name in PACKAGES}}
-    write_json(options.json, {"machine": machine(), "versions": versions, "summary": summary})
+    write_result(options.json, {"versions": versions, "summary": summary})
     print(report(summary))
     return 0
 
@@ -100,7 +99,7 @@ def check(rounds: Sequence[Round]) -> dict[Case, float]:
 def disagreement(problem: Problem, cap: float | None, solver: CoefficientSolver) -> float:
     """Relative difference of the objective from that of scipy's solution; of a bound, where that is broken by more."""
     gram_nn, linear_n = problem
-    weights_n = solver.solve(gram_nn, linear_n, RIDGE, cap).weights
+    coefficients_n = solver.solve(gram_nn, linear_n, RIDGE, cap).coefficients
     hessian_nn = with_ridge(gram_nn, RIDGE)
     lower_nn = np.linalg.cholesky(hessian_nn)
     wanted_n = np.linalg.solve(lower_nn, linear_n)  # 1/2 ||L^T w - wanted||^2 is the objective but for a constant
@@ -108,8 +107,8 @@ def disagreement(problem: Problem, cap: float | None, solver: CoefficientSolver)
     if cap is not None:
         upper = cap * reference_n[reference_n > 0].mean()
         reference_n = lsq_linear(lower_nn.T, wanted_n, (0.0, upper), method="bvls", tol=1e-14).x
-    ours, best = (0.5 * w_n @ hessian_nn @ w_n - linear_n @ w_n for w_n in (weights_n, reference_n))
-    outside = max(0.0, -weights_n.min(), weights_n.max() - upper) / reference_n.max()
+    ours, best = (0.5 * w_n @ hessian_nn @ w_n - linear_n @ w_n for w_n in (coefficients_n, reference_n))
+    outside = max(0.0, -coefficients_n.min(), coefficients_n.max() - upper) / reference_n.max()
     return float(np.maximum(abs(ours - best) / abs(best), outside))
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: the machine, progress, tables, and mistakes in one line."""
+"""What the benchmarks share: results and what made them, progress, tables, and mistakes in one line."""
 
 import argparse
 import json
@@ -7,10 +7,14 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from stream_trainer import __version__
+
 CPU_INFO = Path("/proc/cpuinfo")
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # the widest first
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -49,16 +53,19 @@ def writable_file(text: str) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """Processor and operating system."""
-    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
+    """Processor, the widest vectors that it adds up (clouds hide its exact name), and operating system."""
+    return {
+        "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
+        "vectors": next((name for flag, name in VECTORS.items() if flag in _cpu_info("flags").split()), None),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+    }
 
 
-def _cpu_model() -> str:
-    if CPU_INFO.exists():
-        for line in CPU_INFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _cpu_info(field: str) -> str:
+    """What Linux says of the first core; empty elsewhere."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def say(text: str) -> None:
@@ -87,6 +94,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def stamp() -> dict[str, Any]:
+    """What made a result, when (UTC) and on what machine."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"version": __version__, "date": date, "machine": machine()}
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result with its stamp."""
+    write_json(path, stamp() | result)
+
+
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, readable and without NaN, which JSON does not have."""
+    """Write JSON, readable and without NaN, which JSON does not have."""
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -14,7 +14,6 @@ on the topic: how far behind it falls, what it holds meanwhile, and what share o
 """
 
 import argparse
-import json
 import logging
 import os
 import platform
@@ -36,6 +35,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.common.reporting import write_result
 from benchmarks.ingest.service import FULL_AFTER_S, fall_behind, ingesting, lag_growth, train
 from benchmarks.ingest.stream import load_tokenizer, make_records, open_stream, start_broker, write_records
 from stream_trainer.errors import SampleError, SettingsError, StreamTrainerError
@@ -201,15 +201,6 @@ def pinned() -> Iterator[int | None]:
         os.sched_setaffinity(0, allowed)
 
 
-def cpu_model() -> str:
-    """As Linux names it, else what the platform says."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def versions() -> dict[str, str | None]:
     """Of Python and the packages that matter; None where one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -274,7 +265,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "arguments": {name: value for name, value in vars(args).items() if name != "json"},
         "pinned_to_core": core,
         "record_bytes": size / args.records,
-        "cpu": cpu_model(),
         "versions": versions(),
     }
 
@@ -318,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for figure in result["summary"]:
         print(f"{figure['figure']:44}{figure['value']:12,.4g} {figure['unit']}")
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        write_result(Path(args.json), result)
     return 0
 
 

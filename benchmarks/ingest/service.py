@@ -55,10 +55,10 @@ class Parts:
     metrics: Metrics
 
     def take(self) -> list[Sample]:
-        """A pool, decided as a trainer does; empty at the end of the stream."""
+        """A pool, resolved as a trainer does; empty at the end of the stream."""
         pool = self.buffer.take(POOL, 10.0, lambda: False)
         for sample in pool:
-            self.cursor.decide(sample.partition, sample.offset, Outcome.TRAINED)
+            self.cursor.resolve(sample.partition, sample.offset, Outcome.TRAINED)
         return pool
 
 
@@ -160,7 +160,12 @@ def _training_settings(source: SourceSettings, tokenizer: Any, folder: Path, ste
             "model": {"config": MODEL | {"vocab_size": len(tokenizer)}, "tokenizer": str(saved)},
             "samples": {"max_tokens": TRAIN_TOKENS},
             "target": {"path": folder / "target.jsonl", "max_samples": TRAIN_POOL},
-            "selection": {"pool_size": TRAIN_POOL, "chosen": 2, "settle_steps": 2},
+            "selection": {
+                "profile": "thorough",
+                "pool_size": TRAIN_POOL,
+                "batch_size": 2,
+                "preconditioner_warmup_steps": 2,
+            },
             "training": {"max_steps": steps, "threads": 1},
             "checkpoint": {"dir": folder / "checkpoints"},
             "dead_letters": {"path": folder / "dead-letters.jsonl"},

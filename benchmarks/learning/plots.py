@@ -42,16 +42,18 @@ NAMES = {
     "top_k": "top-k",
     "everything": "all four methods",
     "full": "full: all 16",
-    f"{FTW}+sketch": "filter-then-weight, sketch",
+    f"{FTW}+sketched": "filter-then-weight, sketched",
     f"{FTW}+gast": "filter-then-weight + GAST",
     f"{FTW}+dual_sft": "filter-then-weight + DualSFT",
     f"{FTW}+cluster_ucb+dual_sft/prior": "ClusterUCB + guarded DualSFT",
-    f"{FTW}+equal_weights": "filter-then-weight, equal weights",
-    f"{FTW}+plain_geometry": "filter-then-weight, plain geometry",
+    f"{FTW}+equal_coefficients": "filter-then-weight, equal coefficients",
+    f"{FTW}+plain_preconditioner": "filter-then-weight, plain inner products",
     "shuffled_target": "shuffled target",
     f"{FTW}+gast/random_k_per_layer": "GAST's control: random, by layer",
     f"{FTW}+gast/random_k_shared": "GAST's control: random, shared",
     f"{FTW}+gast/top_k_per_layer": "GAST's control: best, by layer",
+    "thrifty": "profile thrifty",
+    "thorough": "profile thorough",
 }
 COLOURS = ("#0072B2", "#D55E00", "#7F7F7F", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C564B")
 STROKES = ("-", "--", ":")

@@ -84,9 +84,9 @@ class Watch:
     def on_step(self, _step: int, pool: Sequence[Sample], report: StepReport) -> None:
         """Count; the clocks are read before any evaluation of this step."""
         self._now = _clocks()
-        self.scored += len(report.candidates)
-        self.trained += len(report.chosen)
-        for i in report.chosen:
+        self.scored += len(report.losses)
+        self.trained += len(report.selected)
+        for i in report.selected:
             label = self.labels[pool[i].id or ""]
             self._domains[label.domain] += 1
             self._kinds[label.kind] += 1
@@ -146,7 +146,7 @@ def stream_of(data: Data, run: Run) -> Stream:
     """The stream of a run, as long as its method needs."""
     method = METHODS[run.method]
     share = 100 if method.target_only else run.share
-    return make_stream(run.stream, data.stream, share, records_needed(method, run.tier.steps), run.seed)
+    return make_stream(run.stream, data.stream, share, records_needed(method, run.tier.steps), run.seed, data.domain)
 
 
 def prepare(bench: Bench, run: Run, stream: Stream, work: Path) -> Settings:
@@ -171,12 +171,7 @@ def prepare(bench: Bench, run: Run, stream: Stream, work: Path) -> Settings:
         tier,
         work,
         model=model,
-        target={
-            "path": work / "target.jsonl",
-            "max_samples": tier.target,
-            "refresh_steps": tier.refresh_steps,
-            "refresh_samples": tier.refresh_samples,
-        },
+        target={"path": work / "target.jsonl", "max_samples": tier.target, **_refreshes(tier, method)},
         selection=selection,
         optimizer={"learning_rate": tier.learning_rate},
         training={"max_steps": tier.steps, "seed": run.seed, "threads": bench.threads},
@@ -189,10 +184,17 @@ def prepare(bench: Bench, run: Run, stream: Stream, work: Path) -> Settings:
     )
 
 
+def _refreshes(tier: Tier, method: Method) -> dict[str, int]:
+    """When the target's gradient is computed anew; nothing for a profile, which says so itself."""
+    if method.is_profile:
+        return {}
+    return {"refresh_steps": tier.refresh_steps, "refresh_samples": tier.refresh_samples}
+
+
 def _target(data: Data, run: Run, method: Method) -> Sequence[Mapping[str, str]]:
     if not method.shuffled_target:
         return data.target
-    return make_stream("mixture", data.stream, run.share, run.tier.target, seed=-1 - run.seed).records
+    return make_stream("mixture", data.stream, run.share, run.tier.target, -1 - run.seed, data.domain).records
 
 
 def _settings(tier: Tier, work: Path, **sections: dict[str, Any]) -> Settings:
@@ -237,7 +239,7 @@ def warm_up(bench: Bench, tier: Tier) -> bool:
         work,
         model=tier.model,
         target={"path": work / "target.jsonl"},
-        selection={"weigh": "full", "pool_size": POOL},
+        selection={"profile": "plain", "batch_size": POOL},
         optimizer={"learning_rate": WARM_UP_RATE, "warmup_steps": WARM_UP_RISE},
         training={"max_steps": tier.warm_up_steps, "seed": 0, "threads": bench.threads},
         evaluation={"every_steps": NEVER},

@@ -25,8 +25,10 @@ from pathlib import Path
 
 from stream_trainer.errors import SettingsError
 
-TARGET, OTHERS = "math", ("roleplay", "tools")
-DOMAINS = (TARGET, *OTHERS)
+DOMAINS = ("math", "roleplay", "tools")
+TARGETS = ("math", "tools")
+TARGET = TARGETS[0]  # unless told otherwise
+TARGET_RECORDS, TEST_RECORDS = 64, 600  # held out of a stream whose target has no files of its own
 STREAMS = ("mixture", "drift", "duplicates", "copies", "narrow")
 CLEAN, COPY, NEAR, CORRUPTED = "clean", "copy", "near_copy", "corrupted"
 DUPLICATES = {CLEAN: 50, COPY: 15, NEAR: 15, CORRUPTED: 20}  # records of each hundred
@@ -59,12 +61,14 @@ class Data:
     """What a directory holds.
 
     Attributes:
+        domain: the target's.
         stream: records by domain, for streams.
         warm_up: records by domain, for warming a model up.
         target, test, retention: fixed sets; the last two are only ever measured on.
         fingerprint: SHA-256 of all files.
     """
 
+    domain: str
     stream: Mapping[str, Sequence[Record]]
     warm_up: Mapping[str, Sequence[Record]]
     target: Sequence[Record]
@@ -73,16 +77,24 @@ class Data:
     fingerprint: str
 
 
-def read_data(directory: Path) -> Data:
-    """Read the files that `--data` names. Raises SettingsError for one that is missing or holds anything else."""
-    digest = hashlib.sha256()
-    streams = {domain: _read(directory / "stream" / f"{domain}.jsonl", digest) for domain in DOMAINS}
-    target, test, retention = (
-        _read(directory / name, digest) for name in ("target/math.jsonl", "test/math.jsonl", "test/roleplay.jsonl")
-    )
+def read_data(directory: Path, domain: str = TARGET) -> Data:
+    """Read the files that `--data` names. Raises SettingsError for one that is missing or holds anything else.
+
+    `domain`: the target's. Where it has no file in `target/`, its target and test sets are held out of its stream.
+    """
+    digest = hashlib.sha256(domain.encode() if domain != TARGET else b"")
+    streams = {name: _read(directory / "stream" / f"{name}.jsonl", digest) for name in DOMAINS}
+    if (directory / "target" / f"{domain}.jsonl").exists() or domain == TARGET:
+        target, test = (_read(directory / name / f"{domain}.jsonl", digest) for name in ("target", "test"))
+    else:
+        held_out = TARGET_RECORDS + TEST_RECORDS
+        target, test = streams[domain][:TARGET_RECORDS], streams[domain][TARGET_RECORDS:held_out]
+        streams[domain] = streams[domain][held_out:]
+    retention = _read(directory / "test" / "roleplay.jsonl", digest)
     return Data(
+        domain=domain,
         stream={d: [r for i, r in enumerate(rs) if i % WARM_UP_EVERY] for d, rs in streams.items()},
-        warm_up={domain: records[::WARM_UP_EVERY] for domain, records in streams.items()},
+        warm_up={name: records[::WARM_UP_EVERY] for name, records in streams.items()},
         target=target,
         test=test,
         retention=retention,
@@ -113,22 +125,30 @@ def write_records(path: Path, records: Sequence[Record], prompt_chars: int) -> N
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def make_stream(name: str, source: Mapping[str, Sequence[Record]], share: int, count: int, seed: int) -> Stream:
-    """`count` records of one of `STREAMS`; `share` in percent.
+def make_stream(
+    name: str,
+    source: Mapping[str, Sequence[Record]],
+    share: int,
+    count: int,
+    seed: int,
+    target: str = TARGET,
+) -> Stream:
+    """`count` records of one of `STREAMS`; `share` of the domain `target`, in percent.
 
     A longer stream begins as a shorter one does, but for `drift`, whose change stays in the middle.
     """
     rng = random.Random(f"{name} {share} {seed}")
     supply = _Supply(source, rng)
+    others = tuple(domain for domain in DOMAINS if domain != target)
     if name == "drift":
-        early, late = _mixed(share, OTHERS[:1], rng.random()), _mixed(share, OTHERS[1:], rng.random())
+        early, late = (_mixed(target, share, part, rng.random()) for part in (others[:1], others[1:]))
         domains = [*islice(early, count // 2), *islice(late, count - count // 2)]
         return _stream([(supply.take(domain), Label(domain)) for domain in domains])
-    mixed = _mixed(share, OTHERS[1:] if name == "narrow" else OTHERS, rng.random())
+    mixed = _mixed(target, share, others[1:] if name == "narrow" else others, rng.random())
     if name == "duplicates":
         return _stream(_duplicates(supply, mixed, count, rng))
     if name == "copies":
-        return _stream(_copies(supply, mixed, count, rng))
+        return _stream(_copies(supply, target, mixed, count, rng))
     return _stream([(supply.take(domain), Label(domain)) for domain in islice(mixed, count)])
 
 
@@ -166,11 +186,11 @@ def _over_and_over(records: Sequence[Record], seed: float) -> Iterator[Record]:
         yield from order
 
 
-def _mixed(share: int, others: Sequence[str], seed: float) -> Iterator[str]:
+def _mixed(target: str, share: int, others: Sequence[str], seed: float) -> Iterator[str]:
     """Domains without end; each hundred holds the share exactly."""
     rng = random.Random(seed)
     while True:
-        hundred = [TARGET] * share + [others[i % len(others)] for i in range(100 - share)]
+        hundred = [target] * share + [others[i % len(others)] for i in range(100 - share)]
         rng.shuffle(hundred)
         yield from hundred
 
@@ -213,12 +233,14 @@ def _thinned(text: str, rng: random.Random) -> str:
     return " ".join(word for i, word in enumerate(words) if i not in dropped)
 
 
-def _copies(supply: _Supply, domains: Iterator[str], count: int, rng: random.Random) -> list[tuple[Record, Label]]:
+def _copies(
+    supply: _Supply, target: str, domains: Iterator[str], count: int, rng: random.Random
+) -> list[tuple[Record, Label]]:
     labelled: list[tuple[Record, Label]] = []
     while len(labelled) < count:
         block = [(supply.take(domain), Label(domain)) for domain in islice(domains, BLOCK - COPIES)]
-        repeated = supply.take(TARGET)
-        block += [(supply.named(repeated), Label(TARGET, COPY)) for _ in range(COPIES)]
+        repeated = supply.take(target)
+        block += [(supply.named(repeated), Label(target, COPY)) for _ in range(COPIES)]
         rng.shuffle(block)
         labelled += block
     return labelled[:count]

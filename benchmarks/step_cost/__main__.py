@@ -3,8 +3,8 @@
     python -m benchmarks.step_cost --json step_cost.json [--workloads W1,W3] [--against plain_all,oracle] [--repeats 5]
         [--plot step_cost.svg]
 
-Measured is the service's own step (`service.make_learner`, `step.train_step`): refresh of the target's gradient, spread
-over the 8 steps that share it; scoring; quadratic program; update. Against it:
+Measured is the service's own step (`training.build.make_engine`, `training.step.train_step`): refresh of the target's
+gradient, spread over the 8 steps that share it; scoring; quadratic program; update. Against it:
 
     plain_all  transformers' forward, mean loss, backward, fused AdamW, on all N candidates; scores nothing
     plain_k    the same on k samples, as many as a selection trains on
@@ -13,8 +13,8 @@ over the 8 steps that share it; scoring; quadratic program; update. Against it:
     opacus     the same with gradients from opacus' GradSampleModule
     dattri     dattri-llm's DataSelectionCallback: drops half of the pool by plain inner products
 
-Our step is measured by `--geometry`; with `exact` comes `top_k`, the same scores without redundancy and program. With
-`sketch+cluster_ucb` all N candidates come in and leave at each step, but only the 3 in 8 that the bandit draws get a
+Our step is measured by `--scoring`; with `exact` comes `top_k`, the same scores without redundancy and program. With
+`sketched+cluster_ucb` all N candidates come in and leave at each step, but only the 3 in 8 that the bandit draws get a
 gradient, as in a service that draws: less work than the others do, for what draws must find them.
 
 Every method runs in a process of its own, so that its peak memory is its own; repetitions are interleaved, the others
@@ -39,22 +39,21 @@ from benchmarks.common.plotting import need_matplotlib, svg_file
 from benchmarks.common.reporting import (
     OneLineParser,
     at_least_one,
-    machine,
     names_of,
     say,
     table,
     writable_file,
-    write_json,
+    write_result,
 )
 from benchmarks.step_cost.agreement import Agreement, DisagreementError
 from benchmarks.step_cost.interleaving import Options, Result, measure
-from benchmarks.step_cost.methods import AGAINST, GEOMETRIES
+from benchmarks.step_cost.methods import AGAINST, SCORINGS
 from benchmarks.step_cost.plot import draw
 from benchmarks.step_cost.processes import MissingError, start
 from benchmarks.step_cost.workloads import DEFAULT_WORKLOADS, WORKLOADS, Workload
 from stream_trainer.errors import SettingsError
 
-DEFAULT_GEOMETRIES = ("exact", "sketch", "sketch+cluster_ucb")
+DEFAULT_SCORINGS = ("exact", "sketched", "sketched+cluster_ucb")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("argument --device: torch sees no CUDA device; set it to cpu")
     options = Options(
         parsed.workloads,
-        (*(GEOMETRIES[name] for name in parsed.geometry), *(("top_k",) if "exact" in parsed.geometry else ())),
+        (
+            *(SCORINGS[name] for name in parsed.scoring),
+            *(("top_k",) if "exact" in parsed.scoring else ()),
+        ),
         parsed.against,
         parsed.repeats,
         parsed.threads,
@@ -74,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.plot is not None:
             need_matplotlib("--plot", parsed.plot)  # now rather than after an hour
-        result = measure(options, start, lambda found: write_json(parsed.json, as_json(options, found)))
+        result = measure(options, start, lambda found: write_result(parsed.json, as_json(options, found)))
         print(report(options, result))
         if parsed.plot is not None:
-            draw(summarise(options, result), parsed.plot, parsed.geometry[0])
+            draw(summarise(options, result), parsed.plot, parsed.scoring[0])
     except (DisagreementError, MissingError) as error:
         say(f"error: {error}")
         return 1
@@ -111,8 +113,8 @@ def summarise(options: Options, result: Result) -> list[dict[str, Any]]:
 
 def as_json(options: Options, result: Result) -> dict[str, Any]:
     """Everything that was found and on what."""
-    return {
-        "machine": machine(),
+    gpu = {} if options.device == "cpu" else {"gpu": _gpu_name()}
+    return gpu | {
         "options": asdict(options),
         "versions": result.versions,
         "workloads": {name: _workload(WORKLOADS[name], options.device) for name in options.workloads},
@@ -170,12 +172,12 @@ def _parser() -> argparse.ArgumentParser:
         "--plot",
         type=svg_file,
         metavar="FILE",
-        help="write a picture there, as SVG, of the first geometry (needs the extra bench)",
+        help="write a picture there, as SVG, of the first way to score (needs the extra bench)",
     )
     for name, known, default in (
         ("--workloads", tuple(WORKLOADS), DEFAULT_WORKLOADS),
         ("--against", tuple(AGAINST), tuple(AGAINST)),
-        ("--geometry", tuple(GEOMETRIES), DEFAULT_GEOMETRIES),
+        ("--scoring", tuple(SCORINGS), DEFAULT_SCORINGS),
     ):
         parser.add_argument(
             name,
@@ -194,6 +196,12 @@ def _has_gpu() -> bool:
     import torch  # not needed on the CPU, and a matter of seconds
 
     return torch.cuda.is_available()
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Agreement:
     Attributes:
         errors: relative error of each answer that both have; the values are those of `methods.common.Answers`.
         gram_error: relative error of an approximate K, which is stated and not judged.
-        rows_correlation: rank correlation of the approximate and the exact c of the first pool, None
+        utilities_correlation: rank correlation of the approximate and the exact c of the first pool, None
             where either gives all samples the same.
     """
 
@@ -36,7 +36,7 @@ class Agreement:
     method: str
     errors: dict[str, float]
     gram_error: float | None = None
-    rows_correlation: float | None = None
+    utilities_correlation: float | None = None
 
     @property
     def agrees(self) -> bool:
@@ -51,7 +51,7 @@ def compare(workload: str, method: str, found: Path, reference: Path) -> Agreeme
     gram_error = correlation = None
     if "approximate_gram_NN" in ours:
         gram_error = relative_error(ours["approximate_gram_NN"], wanted["gram_NN"])
-        correlation = _rank_correlation(ours["approximate_rows_N"], ours["exact_rows_N"])
+        correlation = _rank_correlation(ours["approximate_utilities_N"], ours["exact_utilities_N"])
     return Agreement(workload, method, errors, gram_error, correlation)
 
 
@@ -65,7 +65,8 @@ def insist(agreement: Agreement) -> None:
 
 
 def _rank_correlation(left_N: Array, right_N: Array) -> float:
-    return float(np.corrcoef(*(values.argsort().argsort() for values in (left_N, right_N)))[0, 1])
+    ranks = np.stack([values.argsort().argsort() for values in (left_N, right_N)])
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
 def relative_error(found: Array, wanted: Array) -> float:

@@ -1,6 +1,6 @@
 """A picture of what `benchmarks.step_cost` measured: the time of our whole step over that of each other method.
 
-    python -m benchmarks.step_cost.plot FILE... --plot OUT.svg [--geometry exact]
+    python -m benchmarks.step_cost.plot FILE... --plot OUT.svg [--scoring exact]
 
 FILEs are what `benchmarks.step_cost --json` wrote, such as one for each workload; where two have the same pair of
 methods on the same workload, the later file counts. Nothing is measured. `plain_k` is not drawn, for it never looks at
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common.plotting import SMALL, need_matplotlib, new_figure, read_rows, save, svg_file
 from benchmarks.common.reporting import OneLineParser, say
-from benchmarks.step_cost.methods import GEOMETRIES
+from benchmarks.step_cost.methods import SCORINGS
 from benchmarks.step_cost.workloads import WORKLOADS, Workload
 from stream_trainer.errors import SettingsError, StreamTrainerError
 
@@ -41,14 +41,14 @@ Row = Mapping[str, Any]
 """A row of a result's `summary`: it has `KEYS`; `method` is ours."""
 
 
-def draw(summary: Iterable[Row], path: Path, geometry: str = "exact") -> None:
-    """Write the picture of one geometry as SVG; of rows with the same key the last counts.
+def draw(summary: Iterable[Row], path: Path, scoring: str = "exact") -> None:
+    """Write the picture of one way to score as SVG; of rows with the same key the last counts.
 
     Raises SettingsError if there is no ratio to draw, or the file cannot be written.
     """
-    ratios = ratios_of(summary, geometry)
+    ratios = ratios_of(summary, scoring)
     if not ratios:
-        raise SettingsError(f"{path} is not drawn: {OURS}/{geometry} was not measured against {', '.join(SHOWN)}")
+        raise SettingsError(f"{path} is not drawn: {OURS}/{scoring} was not measured against {', '.join(SHOWN)}")
     rows = sum(1 + len(group) + GAP for group in ratios.values()) - GAP
     figure = new_figure(FRAME + ROW * rows)
     panel = figure.subplots()
@@ -60,18 +60,18 @@ def draw(summary: Iterable[Row], path: Path, geometry: str = "exact") -> None:
     panel.tick_params(axis="y", length=0, labelsize=SMALL)
     panel.spines[["top", "left", "right"]].set_visible(False)
     figure.suptitle(
-        f"Time of our whole step ({OURS}, geometry {geometry}) over that of other methods\nbelow 1: ours is cheaper",
+        f"Time of our whole step ({OURS}, scoring {scoring}) over that of other methods\nbelow 1: ours is cheaper",
         fontsize=SMALL + 2,
     )
     save(figure, path)
 
 
-def ratios_of(summary: Iterable[Row], geometry: str) -> dict[str, dict[str, float]]:
+def ratios_of(summary: Iterable[Row], scoring: str) -> dict[str, dict[str, float]]:
     """Time ratios by workload and other method, in the order of the tables; of the same key the last counts."""
     found = {
         (row["workload"], row["against"]): float(row["time_ratio"])
         for row in summary
-        if row["method"] == f"{OURS}/{geometry}"
+        if row["method"] == f"{OURS}/{scoring}"
     }
     groups = {
         workload: {against: found[workload, against] for against in SHOWN if (workload, against) in found}
@@ -115,11 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("files", type=Path, nargs="+", metavar="FILE", help="results of benchmarks.step_cost")
     add("--plot", type=svg_file, required=True, metavar="OUT", help="where to write the picture, as SVG")
-    add("--geometry", choices=tuple(GEOMETRIES), default="exact", help="of our step (exact)")
+    add("--scoring", choices=tuple(SCORINGS), default="exact", help="of our step (exact)")
     args = parser.parse_args(arguments)
     try:
         need_matplotlib("--plot", args.plot)
-        draw(read_rows(args.files, "summary", KEYS), args.plot, args.geometry)
+        draw(read_rows(args.files, "summary", KEYS), args.plot, args.scoring)
     except StreamTrainerError as error:
         say(f"error: {error}")
         return error.exit_code

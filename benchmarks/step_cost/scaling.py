@@ -2,10 +2,10 @@
 
     python -m benchmarks.step_cost.scaling --json scaling.json [--factors tokens,width] [--repeats 5] [--quick]
 
-Measured is the service's own step with its default selection, refresh of the target's gradient included
-(`methods.ours`). The points of a factor are measured in turn, so that a busy machine slows all of them alike.
+Measured is the service's own step with the selection of the profile `thorough`, refresh of the target's gradient
+included (`methods.ours`). The points of a factor are measured in turn, so that a busy machine slows all of them alike.
 
-    candidates  samples N of a pool, of which 4 are chosen
+    candidates  samples N of a pool, of which 4 are selected
     tokens      T of every sample
     width       of the model's hidden states; everything else of a layer grows with it
     vocabulary  rows of the embedding and of the head
@@ -29,18 +29,17 @@ from benchmarks.common.reporting import (
     OneLineParser,
     at_least_one,
     duration,
-    machine,
     names_of,
     say,
     table,
     writable_file,
-    write_json,
+    write_result,
 )
 from benchmarks.step_cost.workloads import REFRESH_STEPS, Workload
 from stream_trainer.monitoring.allocator import keep_freed_memory
 
 BASE = Workload("base", 4, 256, 704, heads=4, kv_heads=2, vocabulary=4096)
-QUICK = Workload("quick", 2, 64, 176, heads=2, kv_heads=1, vocabulary=512, pool=8, chosen=2, tokens=16, target=4)
+QUICK = Workload("quick", 2, 64, 176, heads=2, kv_heads=1, vocabulary=512, pool=8, batch_size=2, tokens=16, target=4)
 HEAD_SIZE = 32
 
 
@@ -76,7 +75,7 @@ def _wide(base: Workload, width: float) -> Point:
 
 
 def _surviving(base: Workload, survivors: float) -> Point:
-    return Point(replace(base, survivors=survivors / base.chosen), {})
+    return Point(replace(base, keep_ratio=survivors / base.batch_size), {})
 
 
 def _masked(base: Workload, density: float) -> Point:
@@ -106,13 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary.append(measure(name, options.quick, options.repeats, label))
     base = QUICK if options.quick else BASE
     written = {
-        "machine": machine(),
         "versions": {"torch": torch.__version__},
         "options": {"repeats": options.repeats, "threads": options.threads, "quick": options.quick},
         "base": asdict(base),
         "summary": summary,
     }
-    write_json(options.json, written)
+    write_result(options.json, written)
     print(report(summary))
     return 0
 

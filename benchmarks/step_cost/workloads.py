@@ -1,7 +1,7 @@
 """What is measured: models, pools and targets of stated shapes, and the service's settings for them.
 
 Weights are random. Tokens follow a Zipf law, as words do: the gradients of different samples then have something in
-common, and the filter keeps as many survivors as it may. Every token carries loss, and every sample is as long as any
+common, and the filter keeps as many samples as it may. Every token carries loss, and every sample is as long as any
 other, so that there is nothing to gain from padding or prompts. Nothing here imports torch: the process that times
 others stays small.
 """
@@ -18,7 +18,7 @@ from stream_trainer.settings.schema import Settings
 
 REFRESH_STEPS = 8  # steps between refreshes of the target's gradient
 NUM_POOLS = 8
-DRAWN = 3 / 8  # of the candidates, by a bandit: 6 of 16, which did the work of 16 where most of them were worth it
+DRAWN = 3 / 8  # of the candidates, by a bandit: 6 of 16
 TARGET_SEED = 1000
 MANDELBROT = 2.7  # the usual offset of ranks for words
 PARTITION = Partition("benchmark", 0)
@@ -31,8 +31,8 @@ class Workload:
     Attributes:
         layers, hidden, intermediate, heads, kv_heads, vocabulary: of a Llama with random weights.
         pool: candidates N of a step.
-        chosen: samples k that enter an update.
-        survivors: at most this many times `chosen` enter K.
+        batch_size: samples k that enter an update.
+        keep_ratio: at most this many times `batch_size` enter K.
         tokens: T of every sample.
         dtype: float32, or bfloat16 for passes under autocast; the service's own rule turns it into float32 for all
             methods where a processor has no instructions for it.
@@ -48,8 +48,8 @@ class Workload:
     kv_heads: int = 3
     vocabulary: int = 8192
     pool: int = 16
-    chosen: int = 4
-    survivors: float = 2.0
+    batch_size: int = 4
+    keep_ratio: float = 2.0
     tokens: int = 128
     dtype: str = "float32"
     lora_rank: int | None = None
@@ -60,10 +60,10 @@ _ALL = (
     Workload("W1"),
     Workload("W2", layers=30, dtype="bfloat16"),
     Workload("W3", lora_rank=8),
-    Workload("W4", pool=4, chosen=1, tokens=1024, target=2),  # k = N / 4, as in the others
+    Workload("W4", pool=4, batch_size=1, tokens=1024, target=2),  # k = N / 4, as in the others
     Workload("W5", vocabulary=49152),
-    Workload("tiny", 2, 32, 64, 4, 2, vocabulary=320, pool=8, chosen=2, tokens=12, target=4),
-    Workload("tiny_lora", 2, 32, 64, 4, 2, vocabulary=320, pool=8, chosen=2, tokens=12, target=4, lora_rank=2),
+    Workload("tiny", 2, 32, 64, 4, 2, vocabulary=320, pool=8, batch_size=2, tokens=12, target=4),
+    Workload("tiny_lora", 2, 32, 64, 4, 2, vocabulary=320, pool=8, batch_size=2, tokens=12, target=4, lora_rank=2),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}
 DEFAULT_WORKLOADS = ("W1", "W2", "W3", "W4", "W5")
@@ -72,7 +72,7 @@ DEFAULT_WORKLOADS = ("W1", "W2", "W3", "W4", "W5")
 def settings_of(workload: Workload, device: str, **selection: Any) -> Settings:
     """The service's own settings for a workload; `selection` are further settings of that section.
 
-    Adam's second moment counts as geometry from the second step on, as it does in a service that has run for a while.
+    Adam's second moment is the preconditioner from the second step on, as in a service that has run for a while.
     """
     model: dict[str, Any] = {
         "config": {
@@ -92,9 +92,10 @@ def settings_of(workload: Workload, device: str, **selection: Any) -> Settings:
     if workload.lora_rank is not None:
         model["lora"] = {"rank": workload.lora_rank}
     shape: dict[str, Any] = {
+        "profile": "thorough",
         "pool_size": workload.pool,
-        "chosen": workload.chosen,
-        "survivors": workload.survivors,
+        "batch_size": workload.batch_size,
+        "filter_then_weight": {"keep_ratio": workload.keep_ratio},
     }
     if selection.get("draw") == "cluster_ucb":  # all candidates come in and leave, but only some get a gradient
         shape["pool_size"] = ceil(DRAWN * workload.pool)
@@ -109,7 +110,7 @@ def settings_of(workload: Workload, device: str, **selection: Any) -> Settings:
                 "refresh_steps": REFRESH_STEPS,
                 "refresh_samples": workload.target,
             },
-            "selection": {"settle_steps": 1, "when_none_helps": "uniform", **shape, **selection},
+            "selection": {"preconditioner_warmup_steps": 1, "when_none_helps": "uniform", **shape, **selection},
         }
     )
 

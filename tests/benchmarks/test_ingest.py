@@ -32,7 +32,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(arguments: list[str], path: Path) -> dict[tuple[str, str], float]:
     assert ingest.main([*arguments, "--records=200", f"--json={path}"]) == 0
     result = json.loads(path.read_text())
-    assert result["cpu"]
+    assert result["machine"]["cpu"]
+    assert {"version", "date"} <= set(result)
     assert result["versions"]["tokenizers"]
     assert abs(result["record_bytes"] - RECORD_BYTES) < 30
     return {(line["figure"], line["unit"]): line["value"] for line in result["summary"]}

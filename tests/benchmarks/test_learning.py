@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from gradient_selectors import Decision
 
 from benchmarks.common import plotting
 from benchmarks.learning import __main__ as learning
+from benchmarks.learning import streams
 from benchmarks.learning.methods import FTW, METHODS, records_needed, selection_of
-from benchmarks.learning.plan import BROAD, REAL, Run, Tier, key, plan, quick
+from benchmarks.learning.plan import BROAD, REAL, TIERS, Run, Tier, key, plan, quick
 from benchmarks.learning.run import Bench, Watch, prepare, stream_of
 from benchmarks.learning.streams import (
     CLEAN,
@@ -90,7 +93,7 @@ def data(directory: Path) -> Data:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tiers in miniature, and the logging as it was before."""
-    monkeypatch.setitem(learning.TIERS, "broad", TINY)
+    monkeypatch.setitem(TIERS, "broad", TINY)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -104,6 +107,20 @@ def domains_of(stream: Stream) -> list[str]:
 
 def kinds_of(stream: Stream) -> list[str]:
     return [stream.labels[r["id"]].kind for r in stream.records]
+
+
+def test_a_target_without_files_of_its_own_is_held_out_of_its_stream(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "TARGET_RECORDS", 5)
+    monkeypatch.setattr(streams, "TEST_RECORDS", 7)
+    tools = read_data(directory, "tools")
+    assert (len(tools.target), len(tools.test)) == (5, 7)
+    kept = {r["id"] for part in (tools.target, tools.test) for r in part}
+    assert kept.isdisjoint({r["id"] for part in (tools.stream, tools.warm_up) for r in part["tools"]})
+    assert tools.fingerprint != read_data(directory).fingerprint
+    stream = make_stream("mixture", tools.stream, 10, 100, seed=1, target="tools")
+    assert Counter(domains_of(stream)) == {"tools": 10, "math": 45, "roleplay": 45}
 
 
 def test_each_hundred_of_a_mixture_holds_the_stated_share(data: Data) -> None:
@@ -280,10 +297,10 @@ def test_samples_are_counted_by_domain_between_evaluations(data: Data) -> None:
     labels = {"a": Label("math"), "b": Label("tools", COPY), "c": Label("math")}
     watch = Watch(stop=bench.stop, given_up=bench.stop, labels=labels, reference=None, tell=bench.tell)
     pool: Any = [type("Sample", (), {"id": name})() for name in labels]
-    report: Any = StepReport("applied", (0, 1, 2), (1.0,) * 3, (1.0, 0.0, 0.5), decision=None)  # type: ignore[arg-type]
+    report = StepReport("applied", (1.0,) * 3, (1.0, 0.0, 0.5), Decision(torch.tensor([1.0, 0.0, 0.5])))
     watch.on_evaluation(0, {"test": 3.0}, 0.0)
     watch.on_step(1, pool, report)
-    watch.on_step(2, pool, replace(report, weights=(0.0, 1.0, 0.0)))
+    watch.on_step(2, pool, replace(report, coefficients=(0.0, 1.0, 0.0)))
     watch.on_evaluation(2, {"test": 2.0}, 0.0)
     watch.on_evaluation(3, {"test": 2.0}, 0.0)
     point = watch.points[1]
@@ -293,7 +310,7 @@ def test_samples_are_counted_by_domain_between_evaluations(data: Data) -> None:
 
 
 def fake_bench(data: Data) -> Bench:
-    return Bench(data, Path("unused"), 1, learning.threading.Event(), lambda _: None)
+    return Bench(data, Path("unused"), 1, threading.Event(), lambda _: None)
 
 
 def test_the_plan_goes_seed_by_seed_with_the_reference_first() -> None:
@@ -326,8 +343,26 @@ def test_anchors_are_of_what_is_forgotten_and_in_no_test(data: Data, tmp_path: P
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_service_accepts_every_method(method: str) -> None:
-    settings = SelectionSettings.model_validate(selection_of(METHODS[method]))
-    assert settings.cluster_ucb.intake == 128 or settings.draw == "all"
+    found = SelectionSettings.model_validate(selection_of(METHODS[method]))
+    assert (found.draw == "cluster_ucb") == (
+        "cluster_ucb" in method or method.split("/")[0] in ("everything", "thrifty")
+    )
+    assert found.num_drawn == {"full": 16, "uniform": 4, "oracle": 4}.get(method, 4 if found.draw != "all" else 16)
+    assert found.scoring == ("sketched" if found.draw == "cluster_ucb" or "sketched" in method else "exact")
+
+
+def test_a_profile_refreshes_the_target_as_it_says_itself_and_others_as_their_tier_does(
+    data: Data, tmp_path: Path
+) -> None:
+    tier = replace(TINY, warm_up_steps=0, refresh_samples=3)
+    bench = Bench(data, tmp_path, 1, threading.Event(), lambda _: None)
+    samples = {}
+    for method in ("uniform", "thrifty", "thorough"):
+        run = Run(tier, "mixture", 25, method, 0)
+        settings = prepare(bench, run, stream_of(data, run), tmp_path)
+        samples[method] = settings.target.refresh_samples
+        assert settings.selection.profile == ("thrifty" if method == "thrifty" else "thorough")
+    assert samples == {"uniform": 3, "thrifty": 4, "thorough": 8}
 
 
 def test_quick_is_small() -> None:
@@ -371,6 +406,7 @@ def test_two_methods_from_the_warm_up_to_the_file(directory: Path, tmp_path: Pat
     assert learning.main(options(directory, file)) == 0
     result = json.loads(file.read_text())
     assert (result["runs_planned"], result["runs_done"]) == (2, 2)
+    assert {"version", "date", "machine"} <= set(result)
     uniform, bandit = result["curves"]
     assert [point["step"] for point in uniform["points"]] == [0, 4], "of the reference only the end counts"
     assert [point["scored"] for point in uniform["points"]] == [0, 16]
@@ -386,7 +422,9 @@ def test_two_methods_from_the_warm_up_to_the_file(directory: Path, tmp_path: Pat
     assert learning.main(options(directory, file)) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "2 of 2 runs are kept" in capsys.readouterr().err
-    assert json.loads(file.read_text()) == result
+    again = json.loads(file.read_text())
+    assert again["date"] >= result["date"]
+    assert again | {"date": None} == result | {"date": None}
 
 
 @pytest.mark.usefixtures("tiny")

@@ -63,24 +63,24 @@ def labels(panel: Any) -> list[str]:
     return [str(label) for label in panel.get_legend_handles_labels()[1]]
 
 
-def test_a_bar_is_a_ratio_of_the_stated_geometry(drawn: list[Any]) -> None:
+def test_a_bar_is_a_ratio_of_the_stated_scoring(drawn: list[Any]) -> None:
     rows = [
         ratio("dattri", 0.5),
         ratio("plain_all", 1.5),
-        ratio("plain_all", 0.9, method=f"{step_cost_plot.OURS}/sketch"),
+        ratio("plain_all", 0.9, method=f"{step_cost_plot.OURS}/sketched"),
     ]
     step_cost_plot.draw([*rows, ratio("oracle", 0.25, "W3"), ratio("plain_k", 4.0)], Path("x.svg"))
-    step_cost_plot.draw(rows, Path("x.svg"), "sketch")
-    exact, sketch = (figure.axes[0] for figure in drawn)
+    step_cost_plot.draw(rows, Path("x.svg"), "sketched")
+    exact, sketched = (figure.axes[0] for figure in drawn)
     assert bars(exact) == [1.5, 0.5, 0.25]
-    assert bars(sketch) == [0.9]
+    assert bars(sketched) == [0.9]
     texts = [text.get_text() for text in exact.texts]
     assert [text for text in texts if text[0] != "W"] == ["1.50", "0.50", "0.25"]
     assert [text.partition(":")[0] for text in texts if text[0] == "W"] == ["W1", "W3"]
     assert [line.get_xdata() for line in exact.lines] == [[1, 1]]
-    for figure, geometry in zip(drawn, ("exact", "sketch"), strict=True):
+    for figure, scoring in zip(drawn, ("exact", "sketched"), strict=True):
         title = figure.get_suptitle()
-        assert geometry in title
+        assert scoring in title
         assert "below 1: ours is cheaper" in title
 
 
@@ -91,14 +91,14 @@ def test_of_the_same_pair_the_later_file_counts(tmp_path: Path, drawn: list[Any]
     assert bars(drawn[0].axes[0]) == [1.0, 0.4, 0.3]
 
 
-def test_the_command_draws_the_first_geometry_that_it_measured(
+def test_the_command_draws_the_first_scoring_that_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[Any]
 ) -> None:
-    seconds = {f"{step_cost_plot.OURS}/sketch": 1.0, EXACT: 3.0, "top_k": 2.0, "plain_all": 4.0}
+    seconds = {f"{step_cost_plot.OURS}/sketched": 1.0, EXACT: 3.0, "top_k": 2.0, "plain_all": 4.0}
     runs = [{"workload": "W1", "method": name, "median_s": s, "peak_bytes": 1} for name, s in seconds.items()]
     monkeypatch.setattr(step_cost, "measure", lambda *_: Result(runs=runs))
     arguments = [f"--json={tmp_path / 'cost.json'}", f"--plot={tmp_path / 'cost.svg'}", "--workloads=W1"]
-    assert step_cost.main([*arguments, "--geometry=sketch,exact"]) == 0
+    assert step_cost.main([*arguments, "--scoring=sketched,exact"]) == 0
     assert bars(drawn[0].axes[0]) == [0.25]
 
 
@@ -200,8 +200,8 @@ def test_a_file_that_is_no_result_is_named(
     [
         (["--plot=cost.png"], "cost.png is not an SVG file"),
         (["--plot=nowhere/cost.svg"], "cannot be written"),
-        (["--plot=cost.svg", "--geometry=rough"], "rough"),
-        (["--plot=cost.svg", "--geometry=rank_one"], "filter_then_weight/rank_one was not measured"),
+        (["--plot=cost.svg", "--scoring=rough"], "rough"),
+        (["--plot=cost.svg", "--scoring=rank_one"], "filter_then_weight/rank_one was not measured"),
         ([], "--plot"),
     ],
 )

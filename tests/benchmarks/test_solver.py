@@ -17,7 +17,7 @@ Answer = Callable[[Matrix, Vector, float, float | None], Vector]
 
 
 def too_long(gram: Matrix, linear: Vector, ridge: float, cap: float | None) -> Vector:
-    return 1.01 * CoefficientSolver().solve(gram, linear, ridge, cap).weights
+    return CoefficientSolver().solve(gram, linear, ridge, cap).coefficients * 1.01
 
 
 def no_numbers(gram: Matrix, linear: Vector, ridge: float, cap: float | None) -> Vector:
@@ -30,7 +30,7 @@ def unbounded(gram: Matrix, linear: Vector, ridge: float, cap: float | None) -> 
 
 
 def uncapped(gram: Matrix, linear: Vector, ridge: float, cap: float | None) -> Vector:
-    return CoefficientSolver().solve(gram, linear, ridge).weights
+    return CoefficientSolver().solve(gram, linear, ridge).coefficients
 
 
 def slightly_negative(gram: Matrix, linear: Vector, ridge: float, cap: float | None) -> Vector:
@@ -49,7 +49,7 @@ def test_the_command_writes_every_case(tmp_path: Path, capsys: pytest.CaptureFix
     path = tmp_path / "solver.json"
     assert solver.main(["--json", str(path), "--repeats", "2"]) == 0
     written = json.loads(path.read_text())
-    assert set(written) == {"machine", "versions", "summary"}
+    assert set(written) == {"version", "date", "machine", "versions", "summary"}
     assert set(written["versions"]) == {"python", "numpy", "scipy", "cvxpy", "clarabel"}
     assert [(row["candidates"], row["cap"]) for row in written["summary"]] == list(CASES)
     for row in written["summary"]:

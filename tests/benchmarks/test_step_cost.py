@@ -17,16 +17,16 @@ from benchmarks.step_cost import scaling
 from benchmarks.step_cost.__main__ import as_json, report, summarise
 from benchmarks.step_cost.agreement import TOLERANCE, DisagreementError
 from benchmarks.step_cost.interleaving import Options, measure
-from benchmarks.step_cost.methods import AGAINST, GEOMETRIES, OURS, UNCHECKED, make_method
+from benchmarks.step_cost.methods import AGAINST, OURS, SCORINGS, UNCHECKED, make_method
 from benchmarks.step_cost.methods.ours import Ours
 from benchmarks.step_cost.methods.per_sample import Oracle
 from benchmarks.step_cost.processes import Job, MissingError, start
 from benchmarks.step_cost.workloads import REFRESH_STEPS, WORKLOADS, pools
 
-EXACT, SKETCH = GEOMETRIES["exact"], GEOMETRIES["sketch"]
+EXACT, SKETCHED = SCORINGS["exact"], SCORINGS["sketched"]
 IN_PROCESS = [name for name in (*OURS, *AGAINST) if name not in ("opacus", "dattri")]
-OPTIONS = Options(("tiny",), (EXACT, SKETCH), ("plain_all", "oracle", "opacus"), repeats=3, threads=1, device="cpu")
-SECONDS = {EXACT: 2.0, SKETCH: 1.0, "top_k": 1.0, "plain_all": 4.0, "oracle": 8.0, "opacus": 10.0}
+OPTIONS = Options(("tiny",), (EXACT, SKETCHED), ("plain_all", "oracle", "opacus"), repeats=3, threads=1, device="cpu")
+SECONDS = {EXACT: 2.0, SKETCHED: 1.0, "top_k": 1.0, "plain_all": 4.0, "oracle": 8.0, "opacus": 10.0}
 
 
 class FakeWorker:
@@ -59,7 +59,7 @@ class FakeStart:
         if job.answers:
             self.dtypes.append(job.workload.dtype)
             scale = np.float32(1 + self.wrong.get(job.method, 0.0))
-            save_file({"rows_N": np.arange(1, 5, dtype=np.float32) * scale}, job.answers)
+            save_file({"utilities_N": np.arange(1, 5, dtype=np.float32) * scale}, job.answers)
         return FakeWorker(job, self.events)
 
 
@@ -84,7 +84,7 @@ def test_every_pair_is_summarised_as_a_ratio_of_medians() -> None:
 def test_repetitions_are_interleaved_and_all_kept() -> None:
     fakes = FakeStart()
     result = measure(OPTIONS, fakes)
-    order = [EXACT, SKETCH, "plain_all", "oracle", "opacus"]
+    order = [EXACT, SKETCHED, "plain_all", "oracle", "opacus"]
     assert rounds(fakes.events) == order * OPTIONS.repeats
     assert result.runs[0]["seconds"] == [2.0, 4.0, 6.0]
     assert {event for event in fakes.events if event.startswith("end")} == {f"end {method}" for method in order}
@@ -97,8 +97,8 @@ def test_answers_are_compared_in_float32() -> None:
 
 
 def test_nothing_is_timed_if_our_own_answers_are_wrong() -> None:
-    fakes = FakeStart(wrong={SKETCH: 10 * TOLERANCE})
-    with pytest.raises(DisagreementError, match=r"sketch differs from autograd on tiny.*rows_N"):
+    fakes = FakeStart(wrong={SKETCHED: 10 * TOLERANCE})
+    with pytest.raises(DisagreementError, match=r"sketched differs from autograd on tiny.*utilities_N"):
         measure(OPTIONS, fakes)
     assert rounds(fakes.events) == []
 
@@ -107,14 +107,14 @@ def test_a_peer_that_is_wrong_is_reported_with_its_error() -> None:
     result = measure(OPTIONS, FakeStart(wrong={"opacus": 10 * TOLERANCE}))
     written = as_json(OPTIONS, result)
     verdicts = {row["method"]: row["agrees"] for row in written["agreement"]}
-    assert verdicts == {EXACT: True, SKETCH: True, "opacus": False}
-    assert written["agreement"][-1]["errors"]["rows_N"] == pytest.approx(10 * TOLERANCE, rel=1e-2)
+    assert verdicts == {EXACT: True, SKETCHED: True, "opacus": False}
+    assert written["agreement"][-1]["errors"]["utilities_N"] == pytest.approx(10 * TOLERANCE, rel=1e-2)
     assert "opacus disagrees with autograd" in report(OPTIONS, result)
 
 
 def test_a_peer_whose_answers_are_not_finite_is_wrong() -> None:
     written = as_json(OPTIONS, measure(OPTIONS, FakeStart(wrong={"opacus": float("nan")})))
-    assert written["agreement"][-1] | {"agrees": False, "errors": {"rows_N": None}} == written["agreement"][-1]
+    assert written["agreement"][-1] | {"agrees": False, "errors": {"utilities_N": None}} == written["agreement"][-1]
     json.dumps(written, allow_nan=False)
 
 
@@ -128,8 +128,8 @@ def test_a_missing_peer_is_reported_with_the_reason() -> None:
 
 
 def test_without_our_own_step_there_is_no_result() -> None:
-    with pytest.raises(MissingError, match=r"sketch on tiny: its environment"):
-        measure(OPTIONS, FakeStart(missing=(SKETCH,)))
+    with pytest.raises(MissingError, match=r"sketched on tiny: its environment"):
+        measure(OPTIONS, FakeStart(missing=(SKETCHED,)))
 
 
 def test_a_peer_without_its_environment_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,24 +144,24 @@ def test_our_answers_are_those_of_autograd(workload: str) -> None:
     for name in OURS:
         found = make_method(name, WORKLOADS[workload], "cpu").answers()
         assert found is not None
-        assert {"rows_N", "plain_rows_N", "gradient"} <= set(found)
+        assert {"utilities_N", "plain_utilities_N", "gradient"} <= set(found)
         assert ("gram_NN" in found) == (name != "top_k")
         for key in set(found) & set(wanted):
             error = (found[key].double() - wanted[key].double()).norm() / wanted[key].double().norm()
             assert error <= TOLERANCE, (name, key)
 
 
-def test_a_geometry_that_is_asked_for_is_the_one_that_is_measured() -> None:
-    found = Ours(WORKLOADS["tiny"], "cpu", weigh="filter_then_weight", geometry="sketch", sketch_width=4).answers()
+def test_the_scoring_that_is_asked_for_is_the_one_that_is_measured() -> None:
+    found = Ours(WORKLOADS["tiny"], "cpu", weigh="filter_then_weight", scoring="sketched", sketch_width=4).answers()
     assert not torch.equal(found["approximate_gram_NN"], found["gram_NN"])
-    assert not torch.equal(found["approximate_rows_N"], found["exact_rows_N"])
+    assert not torch.equal(found["approximate_utilities_N"], found["exact_utilities_N"])
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's, about vmap
 @pytest.mark.parametrize("name", IN_PROCESS)
 def test_every_method_takes_steps_that_train(name: str) -> None:
     method = make_method(name, WORKLOADS["tiny"], "cpu")
-    owner: Any = getattr(method, "_bench", None) or getattr(method, "bench", None) or getattr(method, "learner", None)
+    owner: Any = getattr(method, "_bench", None) or getattr(method, "bench", None) or getattr(method, "engine", None)
     parameters = dict(getattr(owner, "capture", owner).parameters)
     method.warm_up()
     before = {key: p.detach().clone() for key, p in parameters.items()}
@@ -174,10 +174,10 @@ def test_every_method_takes_steps_that_train(name: str) -> None:
 def test_a_repetition_of_ours_holds_one_refresh_of_the_target() -> None:
     method: Any = make_method(EXACT, WORKLOADS["tiny"], "cpu")
     method.warm_up()
-    assert method.learner.target.refresh_steps == REFRESH_STEPS
+    assert method.engine.target.refresh_steps == REFRESH_STEPS
     for _ in range(2):
         method.repetition()  # raises unless it does
-    method.learner.target.refresh_steps = 2
+    method.engine.target.refresh_steps = 2
     with pytest.raises(RuntimeError, match="4 refreshes, not to one"):
         method.repetition()
 
@@ -192,12 +192,12 @@ def test_a_bandit_sees_all_candidates_and_gives_three_in_eight_a_gradient(monkey
 
     monkeypatch.setattr(ClusterUcb, "draw", watched)
     workload = WORKLOADS["tiny"]
-    method: Any = make_method(GEOMETRIES["sketch+cluster_ucb"], workload, "cpu")
+    method: Any = make_method(SCORINGS["sketched+cluster_ucb"], workload, "cpu")
     method.warm_up()
     found = method.repetition()
     assert set(seen) == {workload.pool}  # nobody is left over from the step before
     assert found["mean_scored"] == 3 / 8 * workload.pool
-    assert found["mean_chosen"] <= workload.chosen
+    assert found["mean_selected"] <= workload.batch_size
 
 
 def test_pools_are_the_same_in_every_process_and_as_stated() -> None:
@@ -236,13 +236,14 @@ def test_the_command_writes_everything(
         "tiny",
         "--against",
         "plain_all,opacus",
-        "--geometry",
-        "exact,sketch",
+        "--scoring",
+        "exact,sketched",
     ]
     assert step_cost.main(arguments) == 0
     written = json.loads(path.read_text())
-    assert {"machine", "options", "versions", "workloads", "agreement", "summary", "missing", "runs"} == set(written)
-    assert [row["method"] for row in written["summary"]] == [EXACT, SKETCH, "top_k"]
+    parts = {"options", "versions", "workloads", "agreement", "summary", "missing", "runs"}
+    assert set(written) == parts | {"version", "date", "machine"}
+    assert [row["method"] for row in written["summary"]] == [EXACT, SKETCHED, "top_k"]
     assert written["workloads"]["tiny"]["tokens"] == WORKLOADS["tiny"].tokens
     assert written["workloads"]["tiny"]["passes"] == "float32"
     assert EXACT in capsys.readouterr().out
@@ -258,7 +259,7 @@ def test_what_was_measured_before_a_failure_is_kept(
 
     path = tmp_path / "cost.json"
     monkeypatch.setattr(step_cost, "start", FailsLater())
-    arguments = ["--json", str(path), "--workloads", "tiny,tiny_lora", "--against", "plain_all", "--geometry", "exact"]
+    arguments = ["--json", str(path), "--workloads", "tiny,tiny_lora", "--against", "plain_all", "--scoring", "exact"]
     assert step_cost.main(arguments) == 1
     assert {row["workload"] for row in json.loads(path.read_text())["summary"]} == {"tiny"}
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: filter_then_weight/exact differs")
@@ -316,7 +317,7 @@ def test_a_bad_option_ends_in_one_line(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--workloads", "W9"], ["--against", "plain_all,nobody"], ["--geometry", "exact,rough"], ["--device", "tpu"]],
+    [["--workloads", "W9"], ["--against", "plain_all,nobody"], ["--scoring", "exact,rough"], ["--device", "tpu"]],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(
     arguments: list[str], capsys: pytest.CaptureFixture[str]

@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from benchmarks.step_cost.workloads import Workload
 
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "filter_then_weight/exact": ("ours.Ours", {"weigh": "filter_then_weight", "geometry": "exact"}),
-    "filter_then_weight/rank_one": ("ours.Ours", {"weigh": "filter_then_weight", "geometry": "rank_one"}),
-    "filter_then_weight/sketch": ("ours.Ours", {"weigh": "filter_then_weight", "geometry": "sketch"}),
-    "filter_then_weight/sketch+cluster_ucb": (
+    "filter_then_weight/exact": ("ours.Ours", {"weigh": "filter_then_weight", "scoring": "exact"}),
+    "filter_then_weight/rank_one": ("ours.Ours", {"weigh": "filter_then_weight", "scoring": "rank_one"}),
+    "filter_then_weight/sketched": ("ours.Ours", {"weigh": "filter_then_weight", "scoring": "sketched"}),
+    "filter_then_weight/sketched+cluster_ucb": (
         "ours.Ours",
-        {"weigh": "filter_then_weight", "geometry": "sketch", "draw": "cluster_ucb"},
+        {"weigh": "filter_then_weight", "scoring": "sketched", "draw": "cluster_ucb"},
     ),
     "top_k": ("ours.Ours", {"weigh": "top_k"}),
 }
-GEOMETRIES = {name.partition("/")[2]: name for name in OURS if "/" in name}
+SCORINGS = {name.partition("/")[2]: name for name in OURS if "/" in name}
 AGAINST: dict[str, tuple[str, dict[str, Any]]] = {
     "plain_all": ("plain.Plain", {"share": "pool"}),
-    "plain_k": ("plain.Plain", {"share": "chosen"}),
+    "plain_k": ("plain.Plain", {"share": "batch_size"}),
     "oracle": ("per_sample.Oracle", {}),
     "vmap": ("per_sample.Vmap", {}),
     "opacus": ("opacus_peer.Opacus", {}),

@@ -24,9 +24,9 @@ IGNORED = -100
 STEPS = 4  # timed together: the first after a pause took up to half as long again
 
 Answers = dict[str, Tensor]
-"""What a method found for the check samples: `rows_N` (c), `gram_NN` (K), `gradient` (of the check weights, all
-parameters in a row), `plain_rows_N` (c for P = 1), `kept_gradient` (mean of the better half by those). Missing where
-a method does not compute it."""
+"""What a method found for the check samples: `utilities_N` (c), `gram_NN` (K), `gradient` (of the check weights, all
+parameters in a row), `plain_utilities_N` (c for P = 1), `kept_gradient` (mean of the better half by those). Missing
+where a method does not compute it."""
 
 
 class Method(Protocol):

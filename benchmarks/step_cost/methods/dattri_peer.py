@@ -60,7 +60,7 @@ class Dattri:
         torch.autograd.backward([self.bench.losses(ids_NT).mean()])
         gradient = {name: p.grad for name, p in self.bench.parameters.items() if p.grad is not None}
         return {
-            "plain_rows_N": self._turn.selection.last_scores * CHECK_SAMPLES,  # its gradients are of the mean
+            "plain_utilities_N": self._turn.selection.last_scores * CHECK_SAMPLES,  # its gradients are of the mean
             "kept_gradient": flat(gradient, self.bench.parameters),
         }
 

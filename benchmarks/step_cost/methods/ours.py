@@ -1,4 +1,4 @@
-"""Our own step, the service's: `service.make_learner`, `service.make_draws` and `step.train_step`."""
+"""Our own step, the service's: `training.build.make_engine`, `make_sampler` and `training.step.train_step`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,8 +7,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from gradient_selectors.preconditioner import plain
-from gradient_selectors.views.interaction import Interaction
+from gradient_selectors import Batch, Exact, Interaction
+from gradient_selectors.capture.gradients import Gradient
+from gradient_selectors.preconditioner import Preconditioner, plain, preconditioner_of
+from gradient_selectors.target import mean_gradient
+from torch import Tensor
 
 from benchmarks.step_cost.methods.common import (
     CHECK_SAMPLES,
@@ -23,12 +26,11 @@ from benchmarks.step_cost.workloads import REFRESH_STEPS, Workload, pools, targe
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
-from stream_trainer.service import make_draws, make_learner
-from stream_trainer.training.build import current_geometry
-from stream_trainer.training.step import APPLIED, StepReport, score, train_step
-from stream_trainer.training.target import mean_gradient
+from stream_trainer.training.build import make_engine, make_sampler
+from stream_trainer.training.optimizer import make_optimizer
+from stream_trainer.training.step import APPLIED, StepReport, train_step
 
-WARM_UP_STEPS = 2  # the second is the first under Adam's geometry
+WARM_UP_STEPS = 2  # the second is the first under Adam's preconditioner
 
 
 class Ours:
@@ -39,12 +41,13 @@ class Ours:
 
     def __init__(self, workload: Workload, device: str, **selection: Any) -> None:
         """`selection`: settings of that section which the method stands for."""
-        settings, loaded = build(workload, device, **selection)
-        self._device = loaded.device
+        self._settings, loaded = build(workload, device, **selection)
+        self._device, self._pad_id = loaded.device, int(loaded.tokenizer.pad_token_id)
         self._targets = target_samples(workload)
-        self.learner = make_learner(settings, loaded, self._targets)
-        self._buffer = Buffer(settings.buffer)
-        self._draws = make_draws(settings, self._buffer, loaded, self._targets)
+        optimizer = make_optimizer(loaded.model, self._settings.optimizer, self._settings.selection)
+        self.engine = make_engine(self._settings, loaded, optimizer, self._targets)
+        self._buffer = Buffer(self._settings.buffer)
+        self._sampler = make_sampler(self._settings, self._buffer, loaded, self._targets)
         self._pools: Iterator[list[Sample]] = cycle(pools(workload))
 
     def warm_up(self) -> None:
@@ -54,8 +57,9 @@ class Ours:
     def _step(self) -> StepReport:
         for sample in next(self._pools):
             self._buffer.put(sample)
-        report = train_step(self.learner, self._draws.pool(lambda: False))
-        self._draws.settle(report.utilities)
+        pool = self._sampler.next(lambda: False)
+        report = train_step(self.engine, pool, self._pad_id, self._settings.optimizer)
+        self._sampler.feedback(report.utilities)
         return report
 
     def repetition(self) -> dict[str, Any]:
@@ -73,30 +77,40 @@ class Ours:
         return {
             "seconds": seconds,
             "phases": {phase: fmean(report.seconds[phase] for report in reports) for phase in reports[0].seconds},
-            "mean_scored": fmean(len(report.candidates) for report in reports),
-            "mean_chosen": fmean(len(report.chosen) for report in reports),
+            "mean_scored": fmean(len(report.losses) for report in reports),
+            "mean_selected": fmean(len(report.selected) for report in reports),
             "mean_positive": fmean(report.decision.num_positive or 0 for report in reports),
         }
 
     def answers(self) -> Answers:
-        learner, capture = self.learner, self.learner.capture
-        check_moments(learner.optimizer, capture.parameters)
-        samples = next(self._pools)
-        geometry = current_geometry(learner.optimizer, capture.parameters, learner.selection.settle_steps)
-        target = mean_gradient(capture, self._targets[:CHECK_SAMPLES], learner.pad_id)
-        gradients = capture.run(collate(samples[:CHECK_SAMPLES], learner.pad_id))
-        interaction = Interaction(gradients, target, geometry)
-        weighted = gradients.weighted_gradient(torch.tensor(CHECK_WEIGHTS))
+        capture, selection = self.engine.capture, self._settings.selection
+        check_moments(self.engine.optimizer, dict(capture.parameters))
+        pool = next(self._pools)
+        preconditioner = preconditioner_of(
+            self.engine.optimizer, capture.parameters, selection.preconditioner_warmup_steps
+        )
+        target = mean_gradient(capture, [collate(self._targets[:CHECK_SAMPLES], self._pad_id)])
+        gradients = capture.run(collate(pool[:CHECK_SAMPLES], self._pad_id))
+        interaction = Interaction(gradients, target, preconditioner)
         found = {
-            "rows_N": interaction.rows_N,
-            "plain_rows_N": replace(interaction, geometry=plain).rows_N,
-            "gradient": flat(weighted, dict(capture.parameters)),
+            "utilities_N": interaction.utilities_N,
+            "plain_utilities_N": replace(interaction, preconditioner=plain).utilities_N,
+            "gradient": flat(gradients.weighted_gradient(torch.tensor(CHECK_WEIGHTS)), dict(capture.parameters)),
         }
-        if learner.selection.weigh == "filter_then_weight":
+        if selection.weigh == "filter_then_weight":
             found["gram_NN"] = interaction.gram(range(CHECK_SAMPLES))
-        if learner.selection.geometry != "exact":
-            approximate = score(learner, samples, target)
-            whole = Interaction(approximate.gradients, target, approximate.geometry)
-            found["approximate_gram_NN"] = approximate.gram(range(CHECK_SAMPLES))
-            found["approximate_rows_N"], found["exact_rows_N"] = approximate.rows_N, whole.rows_N
+        if selection.scoring != "exact":
+            found |= self._approximate(collate(pool, self._pad_id), target, preconditioner)
         return found
+
+    def _approximate(self, pool: Batch, target: Gradient, preconditioner: Preconditioner) -> dict[str, Tensor]:
+        """What the engine's own scoring says: c of a whole pool, K of the check samples; and the exact c beside it."""
+        scoring, capture = self.engine.scoring, self.engine.capture
+        scoring.reset()
+        gradients = capture.run(pool, scoring.start(target, preconditioner, capture.head))
+        approximate = Interaction(gradients, target, preconditioner, scoring)
+        return {
+            "approximate_gram_NN": approximate.gram(range(CHECK_SAMPLES)),
+            "approximate_utilities_N": approximate.utilities_N,
+            "exact_utilities_N": replace(approximate, scoring=Exact()).utilities_N,
+        }

@@ -8,8 +8,7 @@ quadratic program is the service's, which is a matter of milliseconds. Nothing i
 from typing import Any, cast
 
 import torch
-from gradient_selectors.views.interaction import Interaction
-from gradient_selectors.weigh.filter_then_weight import FilterThenWeight
+from gradient_selectors import Interaction
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
@@ -24,7 +23,7 @@ from benchmarks.step_cost.methods.common import (
     flat,
 )
 from benchmarks.step_cost.workloads import Workload
-from stream_trainer.training.build import make_generators, make_selector
+from stream_trainer.training.build import Generators, make_selector
 
 PerSample = dict[str, Tensor]
 """Per-sample gradients by parameter name, (N, *shape) each."""
@@ -50,24 +49,28 @@ class DenseInteraction:
         self._preconditioners: dict[str, Tensor] = {}
         self.losses_N = losses_N
         self.gradients = self
-        rows_N = torch.zeros(len(losses_N), dtype=dtype, device=losses_N.device)
+        utilities_N = torch.zeros(len(losses_N), dtype=dtype, device=losses_N.device)
         for name, gradients in written.items():
-            rows_N += gradients.flatten(1).to(dtype) @ (self._preconditioner(name) * target[name]).flatten()
-        self.rows_N = rows_N
+            utilities_N += gradients.flatten(1).to(dtype) @ (self._preconditioner(name) * target[name]).flatten()
+        self.utilities_N = utilities_N
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.losses_N)
 
     def gram(self, samples: list[int]) -> Tensor:
         """K of the given samples, (n, n) float64."""
-        gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.rows_N.device)
+        gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.utilities_N.device)
         for name, gradients in self._written.items():
             rows = (gradients[samples].to(self._dtype) * self._preconditioner(name).sqrt()).flatten(1)
             gram += (rows @ rows.T).double()
         return gram
 
-    def weighted(self, weights_N: Tensor) -> dict[str, Tensor]:
+    def weighted(self, coefficients_N: Tensor) -> dict[str, Tensor]:
         """The update's gradient by parameter name; only samples that count are read."""
-        chosen = weights_N.nonzero().squeeze(1)
+        selected = coefficients_N.nonzero().squeeze(1)
         return {
-            name: (weights_N[chosen].to(gradients) @ gradients[chosen].flatten(1)).view(gradients.shape[1:])
+            name: (coefficients_N[selected].to(gradients) @ gradients[selected].flatten(1)).view(gradients.shape[1:])
             for name, gradients in self._written.items()
         }
 
@@ -100,8 +103,7 @@ class Oracle:
     def __init__(self, workload: Workload, device: str) -> None:
         self.bench = Bench(workload, device)
         selection = self.bench.settings.selection
-        self._selector = make_selector(selection, make_generators(0))
-        assert isinstance(self._selector, FilterThenWeight)
+        self._selector = make_selector(selection, Generators.of(0))
         self._target: dict[str, Tensor] = {}
 
     def warm_up(self) -> None:
@@ -118,15 +120,15 @@ class Oracle:
         self._refresh(self.bench.target_ids_MT[:CHECK_SAMPLES])
         written, losses_N = self.written(ids_NT)
         precise = torch.float64
-        plain_rows_N = DenseInteraction(written, losses_N, self._target, self.bench, precise).rows_N
+        plain_utilities_N = DenseInteraction(written, losses_N, self._target, self.bench, precise).utilities_N
         check_moments(self.bench.optimizer, self.bench.parameters)
         interaction = DenseInteraction(written, losses_N, self._target, self.bench, precise)
         kept_N = torch.zeros(CHECK_SAMPLES)
-        kept_N[plain_rows_N.topk(CHECK_SAMPLES // 2).indices.cpu()] = 2 / CHECK_SAMPLES
+        kept_N[plain_utilities_N.topk(CHECK_SAMPLES // 2).indices.cpu()] = 2 / CHECK_SAMPLES
         parameters = self.bench.parameters
         return {
-            "rows_N": interaction.rows_N,
-            "plain_rows_N": plain_rows_N,
+            "utilities_N": interaction.utilities_N,
+            "plain_utilities_N": plain_utilities_N,
             "gram_NN": interaction.gram(list(range(CHECK_SAMPLES))),
             "gradient": flat(interaction.weighted(torch.tensor(CHECK_WEIGHTS)), parameters),
             "kept_gradient": flat(interaction.weighted(kept_N), parameters),
@@ -156,8 +158,8 @@ class Oracle:
         written, losses_N = self.written(ids_NT)
         with torch.no_grad():
             interaction = DenseInteraction(written, losses_N, self._target, self.bench)
-            weights_N = self._selector.decide(cast(Interaction, interaction)).weights_N
-            for name, gradient in interaction.weighted(weights_N).items():
+            coefficients_N = self._selector.decide(cast(Interaction, interaction)).coefficients_N
+            for name, gradient in interaction.weighted(coefficients_N).items():
                 self.bench.parameters[name].grad = gradient
         self.bench.optimizer.step()
         self.bench.optimizer.zero_grad(set_to_none=True)
