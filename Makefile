@@ -2,11 +2,12 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install lint test demo \
+.PHONY: help venv install lint docs test coverage test-lowest demo page \
 	bench-env bench-step-cost bench-scaling bench-solver bench-learning bench-fidelity bench-ingest
 
 help: ## Show this list
@@ -21,8 +22,19 @@ lint: $(VENV)/.installed ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: lint ## Check style and types, then run every test; this is what CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest # the tests' models are so small that threads only wait for each other
+docs: $(VENV)/.installed ## Build the documentation into build/site; a dead link or a missing page is an error
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --quiet --strict --site-dir build/site
+
+# The tests' models are so small that threads only wait for each other: one each, and a process for each core.
+test: lint docs ## Check style, types and documentation, then run every test; this is what CI runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+coverage: $(VENV)/.installed ## Run every test, and say which lines of the packages none of them reached
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing:skip-covered
+
+test-lowest: .venv-lowest/.installed ## Run the tests with the lowest versions that pyproject.toml promises
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/docs -W default
 
 demo: $(VENV)/.installed-demo ## Broker, stream, training and report on this machine
 	$(BIN)/stream-trainer demo
@@ -50,6 +62,9 @@ bench-fidelity: $(VENV)/.installed-bench ## Measure what the cheaper geometries 
 	@mkdir -p build
 	TQDM_DISABLE=1 $(BIN)/python -m benchmarks.fidelity --data $(DATA) --json build/fidelity.json
 
+page: $(VENV)/.installed ## Write docs/benchmarks.md from what is in benchmarks/results
+	$(BIN)/python -m benchmarks.page --results benchmarks/results --out docs/benchmarks.md
+
 bench-ingest: $(VENV)/.installed-bench ## Measure how fast records come in
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.ingest --json build/ingest.json
@@ -61,6 +76,12 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml selectors/pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ./selectors -e ".[test]"
 	@touch $@ $(VENV)/.installed-demo
+
+.venv-lowest/.installed: pyproject.toml selectors/pyproject.toml lowest.txt
+	$(PYTHON) -m venv $(@D)
+	@echo '*' > $(@D)/.gitignore
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c lowest.txt -e ./selectors -e ".[lora,demo,gguf]" pytest pytest-timeout pytest-xdist hypothesis psutil
+	@touch $@
 
 $(VENV)/.installed-demo: pyproject.toml selectors/pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ./selectors -e ".[demo]"
