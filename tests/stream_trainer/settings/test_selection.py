@@ -152,7 +152,11 @@ def test_new_names_exist_and_old_ones_do_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("uniform", "is now selection.draw=uniform with selection.weigh=equal"), ("full", "is now selection.weigh=equal")]
+    ("old", "new"),
+    [
+        ("uniform", "is now selection.draw=uniform with selection.weigh=equal"),
+        ("full", "is now selection.weigh=equal"),
+    ],
 )
 def test_a_weigh_that_was_a_draw_says_what_it_is_now(old: str, new: str) -> None:
     (line,) = mistakes(None, f"--selection.weigh={old}")
