@@ -24,7 +24,7 @@ lint: $(VENV)/.installed ## Check style and types
 
 docs: $(VENV)/.installed ## Build the documentation into build/site; a dead link or a missing page is an error
 	$(BIN)/python docs/generate.py --check
-	$(BIN)/mkdocs build --quiet --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 # The tests' models are so small that threads only wait for each other: one each, and a process for each core.
 test: lint docs ## Check style, types and documentation, then run every test; this is what CI runs

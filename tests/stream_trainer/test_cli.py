@@ -58,8 +58,8 @@ MISTAKES = [
     option("--selection.chosen=4", "is now selection.batch_size; rename it"),
     in_file("selection: {survivors: 2}", "selection.survivors", "is now selection.filter_then_weight.keep_ratio"),
     # Values
-    option("--selection.weigh=uniform", "is now draw=uniform with weigh=equal"),
-    option("--selection.weigh=full", "is now weigh=equal"),
+    option("--selection.weigh=uniform", "is now selection.draw=uniform with selection.weigh=equal"),
+    option("--selection.weigh=full", "is now selection.weigh=equal"),
     option("--selection.profile=cheap", "=cheap", "'thrifty', 'thorough' or 'plain'"),
     option("--training.max_steps=ten", "=ten", "is no whole number"),
     option("--training.max_steps=1.5", "=1.5", "is no whole number"),
