@@ -166,7 +166,9 @@ def prepare(bench: Bench, run: Run, stream: Stream, work: Path) -> Settings:
         write_records(work / f"{name}.jsonl", records, tier.prompt_chars)
     model = tier.model
     if tier.warm_up_steps:
-        model = {"name": str(_warmed_up(bench, tier)), "dtype": tier.model.get("dtype", "float32")}
+        # By its own name: what transformers loads beside a Qwen2 is a tokenizer of that family.
+        model = {"name": str(_warmed_up(bench, tier)), "tokenizer": tier.model["tokenizer"]}
+        model["dtype"] = tier.model.get("dtype", "float32")
     return _settings(
         tier,
         work,
