@@ -144,7 +144,7 @@ def select_dual_sft(
         if before is not None:
             model.load_state_dict(before.state_dict())
     count = max(1, round(share * len(scores_N)))
-    return DualSftSelection(mask, scores_N, tuple(_best(scores_N, range(len(scores_N)), count)))
+    return DualSftSelection(mask, scores_N, tuple(_best(scores_N, count)))
 
 
 def select_cluster_ucb(
@@ -307,8 +307,8 @@ def _features(pool: Pool, features: EmbeddingFeatures) -> Tensor:
     return torch.cat([features([sample.input_ids_NT[0].tolist() for sample in chunk.samples()]) for chunk in chunks])
 
 
-def _best(scores_N: Tensor, samples: Sequence[int], count: int) -> list[int]:
-    finite = [i for i in samples if math.isfinite(scores_N[i])]
+def _best(scores_N: Tensor, count: int) -> list[int]:
+    finite = [i for i in range(len(scores_N)) if math.isfinite(scores_N[i])]
     return sorted(finite, key=lambda i: -float(scores_N[i]))[:count]
 
 

@@ -98,6 +98,7 @@ class GradientCapture:
         self._anchor = torch.zeros((), requires_grad=True, device=self.device)
         output = self._model.get_output_embeddings()
         self._head_module = output if self._head_is_plain(output) else None
+        self._head_name = None if self._head_module is None else self._name_of(self._head_module)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             found = (recognise_rms_norm(name, module) for name, module in self._model.named_modules())
@@ -135,9 +136,7 @@ class GradientCapture:
     @property
     def head_parameters(self) -> Mapping[str, str]:
         """Names of the trained parameters of a head that is captured on its own path, by their names within it."""
-        if self._head_module is None:
-            return {}
-        return self._places.trained.get(self._name_of(self._head_module), {})
+        return {} if self._head_name is None else self._places.trained.get(self._head_name, {})
 
     def _name_of(self, module: nn.Module) -> str:
         names: Iterator[str] = (name for name, other in self._model.named_modules() if other is module)
