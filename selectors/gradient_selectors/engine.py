@@ -21,7 +21,8 @@ from gradient_selectors.state import State, load_states, states_of
 from gradient_selectors.target import Target
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.scoring import Exact, Scoring
-from gradient_selectors.weigh.selector import Decision, Selector, needs_target
+from gradient_selectors.weigh.baselines import Equal
+from gradient_selectors.weigh.selector import Decision, Selector, equal_coefficients, needs_target
 
 Batches = Iterable[Batch | Mapping[str, Any]]
 
@@ -120,6 +121,8 @@ class SelectionEngine:
         self.last: PoolReport | None = None
         self._warmup_steps = preconditioner_warmup_steps
         self._reports_utilities = reports_utilities
+        parts = (route, mask) if isinstance(selector, Equal) and not reports_utilities else (selector,)
+        self._trains_plainly = all(part is None for part in parts)  # nothing reads a sample's gradient
 
     def backward(self, candidates: Batch | Mapping[str, Any]) -> Decision:
         """Score the candidates, decide, and leave the update's gradient in `.grad`: None everywhere if nothing helps.
@@ -128,6 +131,8 @@ class SelectionEngine:
         state what each sample counts; coefficients are multiplied with these. Takes the place of `loss.backward()`:
         clipping and the optimizer's step are the caller's. Whatever was in `.grad` is overwritten.
         """
+        if self._trains_plainly:
+            return self.train(candidates)
         clock = _Clock()
         batch = Batch.of(candidates)
         direction, refreshed = self._target_gradient()
@@ -146,6 +151,39 @@ class SelectionEngine:
         losses_N = interaction.gradients.losses_N
         self.last = PoolReport(losses_N, utilities_N, refreshed, change, clock.seconds)
         return decision
+
+    def train(self, samples: Batch | Mapping[str, Any]) -> Decision:
+        """Plain training on all samples: leaves their mean gradient in `.grad`, each sample with its stated weight.
+
+        One forward and one backward pass that tap nothing, so it costs what any trainer's step costs. A sample whose
+        loss is not finite is left out. A mask that is on is obeyed, and waits for the next `backward` to be refreshed.
+        """
+        clock = _Clock()
+        batch = Batch.of(samples)
+        losses_N, decision = self._trained(batch)
+        if isinstance(self.optimizer, MaskedAdamW):
+            self._obey_mask(self.optimizer)
+        clock.lap("train")
+        self.last = PoolReport(losses_N, seconds=clock.seconds)
+        return decision
+
+    def _trained(self, batch: Batch) -> tuple[Tensor, Decision]:
+        """Losses and coefficients. A sample that is not finite spoils the pass, which is then made without it."""
+        losses_N = torch.full((len(batch),), torch.nan)
+        samples = list(range(len(batch)))
+        while samples:
+            for parameter in self.capture.parameters.values():
+                parameter.grad = None
+            part = batch if len(samples) == len(batch) else batch.among(samples)
+            coefficients_N = _restated(equal_coefficients(len(batch), samples), batch.weights_N)
+            losses_N[samples] = self.capture.train(part, coefficients_N[samples]).to(losses_N.device)
+            finite = [i for i in samples if math.isfinite(losses_N[i])]
+            if finite == samples:
+                return losses_N, Decision(coefficients_N)
+            samples = finite
+        for parameter in self.capture.parameters.values():
+            parameter.grad = None
+        return losses_N, Decision(torch.zeros(len(batch)))
 
     @property
     def losses_N(self) -> Tensor:
@@ -213,9 +251,9 @@ class SelectionEngine:
             parameter.grad = gradients.weighted_gradient_of(name, coefficients).to(parameter.dtype)
         if not isinstance(self.optimizer, MaskedAdamW):
             return None
-        left = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        if not math.isfinite(float(torch.nn.utils.get_total_norm(left.values()))):
-            return None  # it would spoil the mask's averages; whoever clips sees it as it is
+        left = self._finite_gradient()
+        if left is None:
+            return None
         change = None
         if self.mask is not None:
             change = self.mask.follow(self.capture, self.optimizer, left, target)
@@ -223,6 +261,19 @@ class SelectionEngine:
             self.scoring.reset()
         self.optimizer.mask_gradients()
         return change
+
+    def _obey_mask(self, optimizer: MaskedAdamW) -> None:
+        left = self._finite_gradient()
+        if left is None:
+            return
+        if self.mask is not None:
+            self.mask.observe(left)
+        optimizer.mask_gradients()
+
+    def _finite_gradient(self) -> Gradient | None:
+        """What is in `.grad`; None where it is not finite: it would spoil the mask's averages."""
+        left = {name: p.grad for name, p in self.capture.parameters.items() if p.grad is not None}
+        return left if math.isfinite(float(torch.nn.utils.get_total_norm(left.values()))) else None
 
 
 def restated(decision: Decision, weights_N: Tensor) -> Decision:
@@ -233,6 +284,10 @@ def restated(decision: Decision, weights_N: Tensor) -> Decision:
         coefficients_N=reweighted(decision.coefficients_N, weights_N),
         coefficients_LN=None if by_layer is None else reweighted(by_layer, weights_N),
     )
+
+
+def _restated(coefficients_N: Tensor, weights_N: Tensor | None) -> Tensor:
+    return coefficients_N if weights_N is None else reweighted(coefficients_N, weights_N)
 
 
 def reweighted(coefficients: Tensor, weights_N: Tensor) -> Tensor:

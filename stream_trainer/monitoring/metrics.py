@@ -29,7 +29,7 @@ STEP_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 AGE_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
 SOLVE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 
-PHASES = ("wait", "target", "score", "weigh", "update", "evaluate", "checkpoint")
+PHASES = ("wait", "target", "score", "weigh", "train", "update", "evaluate", "checkpoint")
 STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps")
 SOLVER_STATUSES = ("optimal", "fallback_failed", "fallback_timeout")
 

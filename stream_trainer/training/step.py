@@ -60,7 +60,8 @@ def train_step(engine: SelectionEngine, pool: Sequence[Sample], pad_id: int, set
     assert found is not None
     started = time.perf_counter()
     update = _update(engine, decision, settings)
-    seconds = {**found.seconds, "update": found.seconds["update"] + time.perf_counter() - started}
+    updating = found.seconds.get("update", 0.0) + time.perf_counter() - started
+    seconds = {**found.seconds, "update": updating}
     by_layer = decision.coefficients_LN
     coefficients_N = decision.coefficients_N if by_layer is None else by_layer.mean(0)
     applied = update.result == APPLIED

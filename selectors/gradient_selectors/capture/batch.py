@@ -70,6 +70,13 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return replace(self, input_ids_NT=self.input_ids_NT.to(device), labels_NT=self.labels_NT.to(device))
 
+    def among(self, rows: Sequence[int]) -> "Batch":
+        """Some of the samples, padded to the longest of them."""
+        kept, lengths = list(rows), tuple(self.lengths[row] for row in rows)
+        part = slice(0, max(lengths))
+        weights_N = None if self.weights_N is None else self.weights_N[kept]
+        return Batch(self.input_ids_NT[kept, part], self.labels_NT[kept, part], lengths, weights_N)
+
     def samples(self) -> Iterator["Batch"]:
         """Each sample as a batch of its own, without padding."""
         for row, length in enumerate(self.lengths):

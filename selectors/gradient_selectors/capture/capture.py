@@ -9,7 +9,6 @@ Backward runs on the *sum* of the samples' losses, each the mean over its own la
 Samples must not interact in the forward pass (no packing, no batch norm) and must be padded on the right.
 """
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,10 +23,11 @@ from torch.nn import functional as F
 from gradient_selectors.capture.batch import Batch, mean_losses
 from gradient_selectors.capture.factors import Factor, LowRank, Written
 from gradient_selectors.capture.gradients import PoolGradients
-from gradient_selectors.capture.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses
+from gradient_selectors.capture.head import HeadBias, HeadWeight, head_forward_backward
 from gradient_selectors.capture.kinds import TOLERANCE, MakeFactors, Rows, recognise, rows_of
 from gradient_selectors.capture.lora import LoraLinear, recognise_lora
 from gradient_selectors.capture.norms import RmsNorm, recognise_rms_norm
+from gradient_selectors.capture.passes import Passes, checked
 from gradient_selectors.capture.places import MissingFactorError, Places, UnsupportedParameterError
 from gradient_selectors.capture.verification import find_mistake, moved, probe_batch, without_dropout
 
@@ -84,7 +84,7 @@ class GradientCapture:
         """
         causal_lm: Any = model  # duck-typed: transformers and PEFT add methods that nn.Module does not know
         self._model = causal_lm.get_base_model() if hasattr(model, "get_base_model") else causal_lm
-        self._autocast = autocast
+        self.passes = Passes(self._model, autocast)
         self._places = Places(model, self._model)
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
@@ -97,8 +97,8 @@ class GradientCapture:
         self.device = next(iter(self.parameters.values())).device
         self._anchor = torch.zeros((), requires_grad=True, device=self.device)
         output = self._model.get_output_embeddings()
-        self._head_module = output if self._head_is_plain(output) else None
-        self._head_name = None if self._head_module is None else self._name_of(self._head_module)
+        self.passes.head = output if self._head_is_plain(output) else None
+        self._head_name = None if self.passes.head is None else self._name_of(self.passes.head)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             found = (recognise_rms_norm(name, module) for name, module in self._model.named_modules())
@@ -149,9 +149,7 @@ class GradientCapture:
         Raises ValueError if a sample has no label after its first token.
         """
         self._places.check()
-        batch = batch.to(self.device)
-        if not bool((batch.labels_NT[:, 1:] != -100).any(dim=1).all()):
-            raise ValueError("every sample needs at least one label after its first token")
+        batch = checked(batch).to(self.device)
         self._factors = defaultdict(list)
         self._collected = set()
         self._rows = rows_of(batch)
@@ -159,7 +157,7 @@ class GradientCapture:
             with self._frozen(), _replaced(self._forwards()), torch.enable_grad():
                 losses_N = (
                     self._through_chunked_head(batch, head_direction)
-                    if self._head_module
+                    if self.passes.head
                     else self._through_logits(batch)
                 )
             self._check_collected()
@@ -170,19 +168,25 @@ class GradientCapture:
 
     def losses(self, batch: Batch) -> Tensor:
         """Mean loss of each sample (nats per token), (N,) float32: a forward pass only."""
-        batch = batch.to(self.device)
-        with torch.no_grad(), self._autocasting():
-            if self._head_module is None:
-                return mean_losses(self._model(**self._inputs(batch)).logits, batch.labels_NT)
-            return head_losses(self._head(self._head_module), self._hidden(batch), batch.labels_NT)
+        return self.passes.losses(batch.to(self.device))
+
+    def train(self, batch: Batch, weights_N: Tensor) -> Tensor:
+        """Add the gradient of `sum_i w_i loss_i` to the parameters' `.grad`, as any trainer's backward pass would.
+
+        Nothing is tapped and no factor is kept, so it costs what plain training costs. Returns the losses (nats per
+        token), (N,) float32. Raises ValueError if a sample has no label after its first token.
+        """
+        self._places.check()
+        head = {local_name: self.parameters[name] for local_name, name in self.head_parameters.items()}
+        return self.passes.train(checked(batch).to(self.device), weights_N.to(self.device), head)
 
     def _through_chunked_head(self, batch: Batch, direction: LowRank | None) -> Tensor:
-        module = self._head_module
+        module = self.passes.head
         assert module is not None
-        with self._autocasting():
-            hidden_NTd = self._hidden(batch)
+        with self.passes.autocasting():
+            hidden_NTd = self.passes.hidden(batch)
             with torch.no_grad():
-                head, hidden, labels = self._head(module), hidden_NTd.detach(), batch.labels_NT
+                head, hidden, labels = self.passes.converted_head(), hidden_NTd.detach(), batch.labels_NT
                 trained = self.head_parameters
                 losses_N, grad_NTd, rows = head_forward_backward(
                     head, hidden, labels, direction, trainable=bool(trained)
@@ -195,39 +199,18 @@ class GradientCapture:
             torch.autograd.backward([hidden_NTd], [grad_NTd])
         return losses_N
 
-    def _head(self, module: nn.Linear) -> Head:
-        dtype = self._autocast or module.weight.dtype
-        return Head(module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype))
-
     def _through_logits(self, batch: Batch) -> Tensor:
         """For heads that are more than a linear map (logit scaling, soft capping): all logits at once."""
-        with self._autocasting():
-            logits_NTV = self._model(**self._inputs(batch)).logits.float()
+        with self.passes.autocasting():
+            logits_NTV = self._model(**self.passes.inputs(batch)).logits.float()
         losses_N = mean_losses(logits_NTV, batch.labels_NT)
         torch.autograd.backward([losses_N.sum()])
         return losses_N.detach()
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        """No attention mask: padding is on the right, where a causal model never looks back from.
-
-        Positions are given for every sample, else a learned position embedding would be called once for all of them
-        and its gradient summed over the pool (the failure of opacus on GPT-2).
-        """
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids_NT, "use_cache": False}
-        if "position_ids" in inspect.signature(self._model.forward).parameters:
-            num_samples, num_tokens = batch.input_ids_NT.shape
-            positions_T = torch.arange(num_tokens, device=self.device)
-            inputs["position_ids"] = positions_T.expand(num_samples, num_tokens)
-        return inputs
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        hidden: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
-        return hidden
-
     def _owners(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules that own a trainable parameter, by name; the plain head is captured on its own path."""
         for name, module in self._model.named_modules():
-            if module is self._head_module:
+            if module is self.passes.head:
                 continue
             if name in self._places.trained:
                 yield name, module
@@ -271,7 +254,7 @@ class GradientCapture:
         return forwards
 
     def _through_lora(self, lora: LoraLinear, x: Tensor) -> Tensor:
-        return lora.forward(x, self._anchor, self._autocast, self._collect)
+        return lora.forward(x, self._anchor, self.passes.autocast, self._collect)
 
     def _through_norm(self, norm: RmsNorm, *args: Any, **kwargs: Any) -> Tensor:
         inputs, is_asked_for = _first(args, kwargs), norm.name in self._sites
@@ -316,9 +299,6 @@ class GradientCapture:
             )
         return self._rows
 
-    def _autocasting(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None)
-
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         """No trainable weight requires a gradient: autograd then skips every weight-gradient matmul."""
@@ -341,9 +321,9 @@ class GradientCapture:
         name = self._name_of(module)
         with torch.no_grad():
             output = functional_call(
-                self._model, {f"{name}.weight": scaled}, kwargs=self._inputs(batch), tie_weights=False
+                self._model, {f"{name}.weight": scaled}, kwargs=self.passes.inputs(batch), tie_weights=False
             )
-            expected = F.linear(self._hidden(batch), scaled, module.bias)
+            expected = F.linear(self.passes.hidden(batch), scaled, module.bias)
         return bool((output.logits - expected).norm() <= TOLERANCE * expected.norm())
 
     def _probe(self) -> Batch:
@@ -352,19 +332,20 @@ class GradientCapture:
     def _verify(self) -> None:
         """Compare every parameter's weighted gradient with autograd's; unequal weights tell samples apart."""
         batch, weights_N = self._probe(), torch.tensor([0.3, 1.7])
-        autocast, self._autocast = self._autocast, None  # the formulas are checked in the weights' own precision
+        # The formulas are checked in the weights' own precision.
+        autocast, self.passes.autocast = self.passes.autocast, None
         try:
             with moved(self.parameters), without_dropout(self._model):
                 mistake = find_mistake(self.run(batch), self._autograd(batch, weights_N), weights_N)
         finally:
-            self._autocast = autocast
+            self.passes.autocast = autocast
         if mistake is not None:
             raise self._unsupported(*mistake)
         self._expected = frozenset(self._collected)
 
     def _autograd(self, batch: Batch, weights_N: Tensor) -> Mapping[str, Tensor | None]:
         with torch.enable_grad():
-            logits_NTV = self._model(**self._inputs(batch)).logits.float()
+            logits_NTV = self._model(**self.passes.inputs(batch)).logits.float()
             loss = (mean_losses(logits_NTV, batch.labels_NT) * weights_N.to(self.device)).sum()
             grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         return dict(zip(self.parameters, grads, strict=True))

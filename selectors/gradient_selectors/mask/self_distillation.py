@@ -54,7 +54,7 @@ def prior_gradient(
     confidence = 0.0
     for batch in batches:
         batch = batch.to(capture.device)
-        with torch.no_grad(), capture._autocasting():
+        with torch.no_grad(), capture.passes.autocasting():
             base_rows = _rows(capture, base, batch)
             weights_R, batch_confidence = _row_weights(base_rows, batch, temperature)
         confidence += batch_confidence
@@ -76,15 +76,15 @@ def _add_batch(
 
     `weights_R` are `omega_i` over the number of sample i's rows.
     """
-    with torch.enable_grad(), capture._autocasting():
+    with torch.enable_grad(), capture.passes.autocasting():
         rows = _rows(capture, capture._model, batch)
     at_head = _head_parameters(capture)
     seeds = torch.zeros_like(rows.values)
     for part in rows.chunks():
         leaf = rows.values[part].detach().requires_grad_()
-        with torch.enable_grad(), capture._autocasting():
+        with torch.enable_grad(), capture.passes.autocasting():
             logits = rows.to_logits(leaf).float()
-        with torch.no_grad(), capture._autocasting():
+        with torch.no_grad(), capture.passes.autocasting():
             errors = (logits / temperature).softmax(1) - base_rows.probabilities(part, temperature)
         errors *= temperature * weights_R[part, None]
         seeds[part], *grads = torch.autograd.grad(logits, [leaf, *at_head.values()], errors)
@@ -103,10 +103,10 @@ def _add(total: dict[str, Tensor], names: Iterable[str], grads: Sequence[Tensor 
 def _rows(capture: GradientCapture, model: Any, batch: Batch) -> _Rows:
     predicts_NT = loss_rows(batch.labels_NT)[0]
     head = model.get_output_embeddings()
-    if capture._head_module is None:
-        logits = model(**capture._inputs(batch)).logits[predicts_NT]
+    if capture.passes.head is None:
+        logits = model(**capture.passes.inputs(batch)).logits[predicts_NT]
         return _Rows(logits, lambda values: values, logits.shape[1])
-    hidden = model.base_model(**capture._inputs(batch)).last_hidden_state[predicts_NT]
+    hidden = model.base_model(**capture.passes.inputs(batch)).last_hidden_state[predicts_NT]
     return _Rows(hidden, head, head.weight.shape[0])
 
 

@@ -1,0 +1,121 @@
+"""Passes over a causal language model that tap nothing: losses alone, and the gradient that plain training takes."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradient_selectors.capture.batch import IGNORE, Batch, mean_losses
+from gradient_selectors.capture.factors import Factor
+from gradient_selectors.capture.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses
+
+
+def checked(batch: Batch) -> Batch:
+    """The batch. Raises ValueError if a sample has no label after its first token."""
+    if not bool((batch.labels_NT[:, 1:] != IGNORE).any(dim=1).all()):
+        raise ValueError("every sample needs at least one label after its first token")
+    return batch
+
+
+@dataclass
+class Passes:
+    """A model, and how it is called.
+
+    Attributes:
+        model: a transformers causal LM.
+        autocast: dtype of the passes, or None for the model's own.
+        head: its head where the logits are just `hidden W^T + b`, else None.
+    """
+
+    model: Any
+    autocast: torch.dtype | None
+    head: nn.Linear | None = None
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Mean loss of each sample (nats per token), (N,) float32: a forward pass only."""
+        with torch.no_grad(), self.autocasting():
+            if self.head is None:
+                return mean_losses(self.model(**self.inputs(batch)).logits, batch.labels_NT)
+            return head_losses(self.converted_head(), self.hidden(batch), batch.labels_NT)
+
+    def train(self, batch: Batch, weights_N: Tensor, head_parameters: Mapping[str, nn.Parameter]) -> Tensor:
+        """Add the gradient of `sum_i w_i loss_i` to `.grad`; the losses (nats per token), (N,) float32.
+
+        `head_parameters`: the trained parameters of `head`, by their names within it.
+        """
+        with torch.enable_grad():
+            if self.head is None:
+                return self._train_logits(batch, weights_N)
+            return self._train_chunked_head(batch, weights_N, head_parameters)
+
+    def _train_logits(self, batch: Batch, weights_N: Tensor) -> Tensor:
+        with self.autocasting():
+            logits_NTV = self.model(**self.inputs(batch)).logits.float()
+        losses_N = mean_losses(logits_NTV, batch.labels_NT)
+        torch.autograd.backward([(losses_N * weights_N).sum()])
+        return losses_N.detach()
+
+    def _train_chunked_head(
+        self, batch: Batch, weights_N: Tensor, head_parameters: Mapping[str, nn.Parameter]
+    ) -> Tensor:
+        """The head some positions at a time: all logits at once take more memory than the rest of the pass."""
+        with self.autocasting():
+            hidden_NTd = self.hidden(batch)
+            with torch.no_grad():
+                head, trainable = self.converted_head(), bool(head_parameters)
+                losses_N, grad_NTd, rows = head_forward_backward(
+                    head, hidden_NTd.detach(), batch.labels_NT, None, trainable=trainable
+                )
+                grad_NTd.mul_(weights_N.to(grad_NTd.dtype)[:, None, None])
+        if hidden_NTd.requires_grad:
+            torch.autograd.backward([hidden_NTd], [grad_NTd])
+        weight = HeadWeight(head, rows)
+        factors: dict[str, Factor] = {"weight": weight, "bias": HeadBias(weight)}
+        for name, parameter in head_parameters.items():
+            _add_to_gradient(parameter, factors[name], weights_N)
+        return losses_N
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """No attention mask: padding is on the right, where a causal model never looks back from.
+
+        Positions are given for every sample, else a learned position embedding would be called once for all of them
+        and its gradient summed over the pool (the failure of opacus on GPT-2).
+        """
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids_NT, "use_cache": False}
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            num_samples, num_tokens = batch.input_ids_NT.shape
+            positions_T = torch.arange(num_tokens, device=batch.input_ids_NT.device)
+            inputs["position_ids"] = positions_T.expand(num_samples, num_tokens)
+        return inputs
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last hidden states, (N, T, d)."""
+        hidden: Tensor = self.model.base_model(**self.inputs(batch)).last_hidden_state
+        return hidden
+
+    def converted_head(self) -> Head:
+        """The head in the dtype of the passes."""
+        assert self.head is not None
+        weight, bias = self.head.weight, self.head.bias
+        dtype = self.autocast or weight.dtype
+        return Head(weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def autocasting(self) -> torch.autocast:
+        """The context of a pass."""
+        device = next(self.model.parameters()).device
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+
+
+@torch.no_grad()
+def _add_to_gradient(parameter: nn.Parameter, factor: Factor, weights_N: Tensor) -> None:
+    """Add `sum_i w_i g_i` to `.grad`, which is there already for a head that is tied to the embedding."""
+    grad = parameter.grad
+    if grad is not None and grad.dtype == torch.float32:
+        factor.add_weighted(weights_N, grad, begin=False)
+        return
+    added = torch.empty_like(parameter, dtype=torch.float32)
+    factor.add_weighted(weights_N, added, begin=True)
+    parameter.grad = added.to(parameter.dtype) if grad is None else grad.add_(added)
