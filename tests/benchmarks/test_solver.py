@@ -1,5 +1,6 @@
 """The benchmark of the quadratic program: that it checks before it times and reports all of it, never how fast."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,15 @@ def test_the_command_writes_every_case(tmp_path: Path, capsys: pytest.CaptureFix
 def test_the_first_solve_counts_in_nothing_else() -> None:
     row = summarise((8, None), [100.0, 1.0, 2.0, 3.0], 0.0)
     assert (row["first_ms"], row["solves"], row["median_ms"], row["max_ms"]) == (100.0, 3, 2.0, 3.0)
+
+
+def test_of_the_attempts_at_a_problem_the_fastest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = itertools.cycle([5.0, 9.0, 2.0])
+    monkeypatch.setattr(solver, "solve_ms", lambda *_: next(times))
+    monkeypatch.setattr(solver, "CASES", ((8, None),))
+    rng = np.random.default_rng(0)
+    rounds = [{8: make_problem(8, rng)} for _ in range(3)]
+    assert solver.measure(rounds) == {(8, None): [5.0, 2.0, 2.0]}
 
 
 def test_nothing_is_timed_or_written_if_the_solver_is_wrong(

@@ -1,4 +1,4 @@
-"""The quadratic program against brute force over all supports."""
+"""The quadratic program against brute force over all supports, and against scipy's active sets."""
 
 import itertools
 
@@ -6,14 +6,50 @@ import cvxpy as cp
 import numpy as np
 import pytest
 from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Vector
+from scipy.optimize import lsq_linear, nnls  # type: ignore[import-untyped]
 
 RIDGE = 1e-3
+
+# K and c on which the active set goes round in a circle.
+CYCLES: tuple[tuple[list[list[float]], list[float]], ...] = (
+    ([[14, 11, -8], [11, 14, -5], [-8, -5, 5]], [3, 1, -2]),
+    ([[19, -6, 9], [-6, 4, -4], [9, -4, 5]], [-1, 3, -3]),
+    ([[4, 2, 6, 6], [2, 19, 12, -12], [6, 12, 18, -5], [6, -12, -5, 31]], [3, -2, 8, 1]),
+)
 
 
 def problem(rng: np.random.Generator, size: int) -> tuple[Matrix, Vector]:
     """Gradients whose lengths differ by orders of magnitude, and a target that some of them point towards."""
     gradients = rng.normal(size=(size, rng.integers(3, 30))) * np.exp(2 * rng.normal(size=(size, 1)))
     return gradients @ gradients.T, gradients @ (rng.normal(size=gradients.shape[1]) + 0.3 * gradients.sum(0))
+
+
+def with_copies(rng: np.random.Generator, size: int, distance: float) -> tuple[Matrix, Vector]:
+    """Every other gradient is the one before it, but for its length and for `distance` of that."""
+    gradients = rng.normal(size=(size, 40)) + 0.5
+    others = gradients[1::2]
+    gradients[1::2] = gradients[0::2][: len(others)] + distance * others
+    gradients *= np.exp(rng.normal(size=(size, 1)))
+    return gradients @ gradients.T, gradients @ (rng.normal(size=40) + 0.5)
+
+
+def broken_cvxpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise cp.SolverError("broken")
+
+    monkeypatch.setattr(cp.Problem, "solve", fail)
+
+
+def by_scipy(hessian: Matrix, linear: Vector, cap: float | None) -> Vector:
+    """Both programs on the Cholesky root, in units in which the diagonal is 1."""
+    scale = 1 / np.sqrt(np.diag(hessian))
+    lower = np.linalg.cholesky(hessian * np.outer(scale, scale))
+    wanted = np.linalg.solve(lower, linear * scale)
+    best: Vector = nnls(lower.T, wanted)[0] * scale
+    if cap is not None:
+        upper = cap * best[best > 0].mean() / scale
+        best = lsq_linear(lower.T, wanted, (0.0, upper), method="bvls", tol=1e-15).x * scale
+    return best
 
 
 def with_ridge(gram: Matrix) -> Matrix:
@@ -50,6 +86,50 @@ def test_equals_brute_force_over_supports(seed: int) -> None:
     assert utility(hessian, linear, solution.coefficients) == pytest.approx(
         0.5 * linear @ solution.coefficients, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("cap", [None, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 16, 33, 64])
+@pytest.mark.parametrize("kind", ["lengths", "copies", "near copies"])
+def test_equals_active_sets_of_scipy(kind: str, size: int, cap: float | None) -> None:
+    solver = CoefficientSolver()
+    for seed in range(3):
+        rng = np.random.default_rng(100 * size + seed)
+        if kind == "lengths":
+            gram, linear = problem(rng, size)
+        else:
+            gram, linear = with_copies(rng, size, 0.0 if kind == "copies" else 1e-3)
+        linear = np.append(linear[:-1], abs(linear[-1]))  # one at least points towards the target
+        solution, best = solver.solve(gram, linear, RIDGE, cap), by_scipy(with_ridge(gram), linear, cap)
+        assert solution.status == "optimal"
+        assert solution.residual < 1e-8
+        lengths = np.sqrt(np.diag(gram))
+        np.testing.assert_allclose(
+            solution.coefficients * lengths, best * lengths, rtol=1e-6, atol=1e-8 * (best * lengths).max()
+        )
+
+
+@pytest.mark.parametrize("cap", [None, 1.0])
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_candidates_that_differ_do_not_need_cvxpy(
+    size: int, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_cvxpy(monkeypatch)
+    gram, linear = with_copies(np.random.default_rng(size), size, 0.0)
+    assert CoefficientSolver().solve(gram, linear, RIDGE, cap).status == "optimal"
+
+
+@pytest.mark.parametrize(("gram", "linear"), CYCLES)
+def test_cvxpy_solves_what_makes_the_active_set_cycle(
+    gram: list[list[float]], linear: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solution = CoefficientSolver().solve(np.array(gram), np.array(linear))
+    assert solution.status == "optimal"
+    np.testing.assert_allclose(
+        solution.coefficients, brute_force(np.array(gram), np.array(linear)), rtol=1e-6, atol=1e-9
+    )
+    broken_cvxpy(monkeypatch)
+    assert CoefficientSolver().solve(np.array(gram), np.array(linear)).status == "fallback_failed"
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 64])
@@ -92,6 +172,24 @@ def test_duplicates_share_their_coefficient() -> None:
     assert both[0] + both[3] == pytest.approx(once[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("size", [2, 8, 32])
+def test_copies_share_their_coefficient_without_a_ridge(size: int) -> None:
+    """In units of their length, however the candidates are ordered: rounding does not choose one of them."""
+    rng = np.random.default_rng(size)
+    gram, linear = with_copies(rng, size, 0.0)
+    order = rng.permutation(size)
+    solution = CoefficientSolver().solve(gram[order][:, order], linear[order])
+    weights = np.zeros(size)
+    weights[order] = solution.coefficients
+    shares = weights * np.sqrt(np.diag(gram))
+    assert solution.status == "optimal"
+    assert shares.max() > 0
+    np.testing.assert_allclose(shares[1::2], shares[0::2], rtol=1e-5, atol=1e-6 * shares.max())
+    singles = np.arange(0, size, 2)
+    best = by_scipy(gram[np.ix_(singles, singles)], linear[singles], None)
+    assert utility(gram, linear, weights) == pytest.approx(0.5 * linear[singles] @ best, rel=1e-6)
+
+
 def test_scaling_a_gradient_scales_its_coefficient_back() -> None:
     gradients = np.random.default_rng(3).normal(size=(4, 10))
     target, scale = gradients.sum(0), np.array([0.01, 1.0, 10.0, 300.0])
@@ -119,27 +217,24 @@ def test_a_cap_bounds_every_coefficient() -> None:
     np.testing.assert_allclose(with_unused.coefficients, [2 * 13 / 4, 1, 1, 1, 0, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", [5, 16])
+@pytest.mark.parametrize("size", [6, 16])
 def test_a_time_limit_ends_in_the_fallback_with_the_same_answer(size: int) -> None:
-    gram, linear = problem(np.random.default_rng(size + 10), size)
-    fallback = CoefficientSolver(time_limit_s=1e-9).solve(gram, linear, RIDGE)
-    best = CoefficientSolver().solve(gram, linear, RIDGE)
+    """Copies without a ridge need cvxpy."""
+    gram, linear = with_copies(np.random.default_rng(size), size, 0.0)
+    fallback = CoefficientSolver(time_limit_s=1e-9).solve(gram, linear)
+    best = CoefficientSolver().solve(gram, linear)
     assert fallback.status == "fallback_timeout"
     assert best.status == "optimal"
-    np.testing.assert_allclose(fallback.coefficients, best.coefficients, rtol=1e-4, atol=1e-6 * best.coefficients.max())
+    np.testing.assert_allclose(fallback.coefficients, best.coefficients, rtol=1e-4, atol=1e-5 * best.coefficients.max())
 
 
 def test_a_failing_solver_ends_in_the_fallback_with_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    gram, linear = problem(np.random.default_rng(5), 6)
-    best = CoefficientSolver().solve(gram, linear, RIDGE)
-
-    def fail(*_: object, **__: object) -> None:
-        raise cp.SolverError("broken")
-
-    monkeypatch.setattr(cp.Problem, "solve", fail)
-    fallback = CoefficientSolver().solve(gram, linear, RIDGE)
+    gram, linear = with_copies(np.random.default_rng(5), 6, 0.0)
+    best = CoefficientSolver().solve(gram, linear)
+    broken_cvxpy(monkeypatch)
+    fallback = CoefficientSolver().solve(gram, linear)
     assert fallback.status == "fallback_failed"
-    np.testing.assert_allclose(fallback.coefficients, best.coefficients, rtol=1e-4, atol=1e-6 * best.coefficients.max())
+    np.testing.assert_allclose(fallback.coefficients, best.coefficients, rtol=1e-4, atol=1e-5 * best.coefficients.max())
 
 
 def test_is_not_least_squares_on_the_normal_equations() -> None:
