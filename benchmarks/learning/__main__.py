@@ -66,6 +66,7 @@ COLUMNS = {
     "final_loss": "test loss",
     "retention_loss": "retention",
     "retention_at_level": "at level",
+    "clean_share": "clean",
     "samples_ratio": "samples",
     "gradients_ratio": "gradients",
     "seconds_ratio": "seconds",

@@ -28,9 +28,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.selection import WAIT, SelectionSettings
 
 POOL, BATCH = 16, 4
+PROBE = 8  # scored by a probe, or by Filter-then-Weight after a draw without gradients
 # Reading is cheap: enough of what is worth a gradient waits even where it is one record in ten. Most of what is drawn
 # is then worth training on: a fourth sample to compare with is enough.
 DRAWN, DRAWN_BATCH, WAITING, INTAKE = 4, 3, 256, 128
@@ -41,6 +42,8 @@ UNIFORM = {"draw": "uniform", "weigh": "equal"}
 BANDIT = {"draw": "cluster_ucb", "scoring": "sketched"}
 GAST = {"route": "gast"}
 MASK = {"mask": "dual_sft"}
+LEARNED = {"draw": "learned", "weigh": FTW, "scoring": "sketched"}
+RIVALS = ("nearest", "near_random", "knn_kde", "dsir", "lowest_loss", "middle_loss")
 WIDER = {"density": 0.2}
 
 
@@ -87,6 +90,9 @@ METHODS: dict[str, Method] = {
     f"{FTW}+gast/random_k_per_layer": Method({"weigh": FTW, **GAST, "gast": {"rule": "random_k_per_layer"}}),
     f"{FTW}+gast/random_k_shared": Method({"weigh": FTW, **GAST, "gast": {"rule": "random_k_shared"}}),
     f"{FTW}+gast/top_k_per_layer": Method({"weigh": FTW, **GAST, "gast": {"rule": "top_k_per_layer"}}),
+    "learned": Method(LEARNED),
+    **{rival: Method({"draw": rival, "weigh": "equal"}) for rival in RIVALS},
+    **{f"{rival}+{FTW}": Method({"draw": rival, "weigh": FTW, "scoring": "sketched"}) for rival in RIVALS},
     "thrifty": Method({"profile": "thrifty"}),
     "thorough": Method({"profile": "thorough"}),
 }
@@ -98,9 +104,11 @@ def selection_of(method: Method) -> dict[str, Any]:
     if method.is_profile:
         return dict(method.selection)
     shape: dict[str, Any] = {"profile": "thorough", "draw": "all", "scoring": "exact"}
+    shape |= {"waiting": WAITING, "intake": INTAKE}
     if method.selection.get("draw") == "cluster_ucb":
-        bandit = {"waiting": WAITING, "intake": INTAKE}
-        shape |= {"pool_size": DRAWN, "batch_size": DRAWN_BATCH, "cluster_ucb": bandit}
+        shape |= {"pool_size": DRAWN, "batch_size": DRAWN_BATCH}
+    elif method.selection.get("draw") in ("learned", *RIVALS[:4]) and method.selection["weigh"] != "equal":
+        shape |= {"pool_size": PROBE, "batch_size": BATCH}
     else:
         shape |= {"pool_size": POOL, "batch_size": BATCH}
     return {**shape, **method.selection}
@@ -110,6 +118,6 @@ def records_needed(method: Method, steps: int) -> int:
     """Records that a run of so many steps reads."""
     settings = SelectionSettings.model_validate(selection_of(method))
     _, taken = settings.largest_take
-    if settings.draw == "cluster_ucb":
-        return taken + steps * settings.cluster_ucb.intake
+    if settings.draw in WAIT:
+        return taken + steps * settings.intake
     return steps * taken

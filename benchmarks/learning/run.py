@@ -146,7 +146,7 @@ def stream_of(data: Data, run: Run) -> Stream:
     """The stream of a run, as long as its method needs."""
     method = METHODS[run.method]
     share = 100 if method.target_only else run.share
-    return make_stream(run.stream, data.stream, share, records_needed(method, run.tier.steps), run.seed, data.domain)
+    return make_stream(run.stream, data, share, records_needed(method, run.tier.steps), run.seed)
 
 
 def prepare(bench: Bench, run: Run, stream: Stream, work: Path) -> Settings:
@@ -196,7 +196,7 @@ def _refreshes(tier: Tier, method: Method) -> dict[str, int]:
 def _target(data: Data, run: Run, method: Method) -> Sequence[Mapping[str, str]]:
     if not method.shuffled_target:
         return data.target
-    return make_stream("mixture", data.stream, run.share, run.tier.target, -1 - run.seed, data.domain).records
+    return make_stream("mixture", data, run.share, run.tier.target, -1 - run.seed).records
 
 
 def _settings(tier: Tier, work: Path, **sections: dict[str, Any]) -> Settings:

@@ -8,41 +8,57 @@ Streams, by name:
                 ones (a tenth of the words dropped), 20 with the words of the answer in random order
     narrow      as in `mixture`, without role-play: what is forgotten is in the stream no more
     copies      each sixteen: one record of the target's domain four times, and 12 as in `mixture`
+    swapped     as in `mixture`, but half of the answers belong to another prompt of the same domain. A record names its
+                source, one of four. Of a source's records 90, 70, 30 or 10 % have lost their answers; which source has
+                which share follows from the seed. Every source holds as much of every domain as the others
+    known       as in `mixture`, but half of the target's domain are 16 records of its warm-up, over and over: a model
+                that was warmed up has learned from them, any other one soon will have
+    skill       as in `mixture`, but half of the target's domain have the first half of a prompt as their prompt and
+                the second as their answer: the subject is the same, and nothing is solved
+    imitation   each hundred: 70 as in `mixture`, 30 of the target's words without any sense: each word follows one
+                that it follows somewhere in the target's domain
+
+In the last four what is most like the target is not what helps most: likeness misleads.
 
 A domain whose records are used up starts over in another order. Three of four records of a file are for streams, the
 fourth is for warming a model up. What is written holds no domain, so that no method can read it: the labels stay here
-and are looked up by id, for the plots.
+and are looked up by id, for the plots. In the streams where likeness misleads, ids are mere numbers.
 """
 
 import hashlib
 import json
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
+from benchmarks.learning.supply import Record, Supply, continued, imitations, in_rounds, over_and_over, thinned
 from stream_trainer.errors import SettingsError
 
 DOMAINS = ("math", "roleplay", "tools")
 TARGETS = ("math", "tools")
 TARGET = TARGETS[0]  # unless told otherwise
 TARGET_RECORDS, TEST_RECORDS = 64, 600  # held out of a stream whose target has no files of its own
-STREAMS = ("mixture", "drift", "duplicates", "copies", "narrow")
+MISLEADING = ("swapped", "known", "skill", "imitation")
+STREAMS = ("mixture", "drift", "duplicates", "copies", "narrow", *MISLEADING)
 CLEAN, COPY, NEAR, CORRUPTED = "clean", "copy", "near_copy", "corrupted"
+SWAPPED, KNOWN, OTHER_SKILL, JUNK = "swapped", "known", "other_skill", "junk"
 DUPLICATES = {CLEAN: 50, COPY: 15, NEAR: 15, CORRUPTED: 20}  # records of each hundred
 RECENT = 16  # clean records that may be copied: copies then meet in a pool
 BLOCK, COPIES = 16, 4
-DROPPED = 0.1  # share of the words that a near copy lacks
+SOURCES = ("amber", "birch", "cedar", "dune")
+SWAPPED_OF_TEN = (9, 7, 3, 1)  # records of a source, a domain at a time
+KNOWN_RECORDS = 16
+IMITATED = {CLEAN: 70, JUNK: 30}  # records of each hundred
 WARM_UP_EVERY = 4
-
-Record = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Label:
-    """What a record is, for the plots."""
+    """What a record is, for the plots. The domain of a spoilt one is that which it looks like."""
 
     domain: str
     kind: str = CLEAN
@@ -125,20 +141,13 @@ def write_records(path: Path, records: Sequence[Record], prompt_chars: int) -> N
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def make_stream(
-    name: str,
-    source: Mapping[str, Sequence[Record]],
-    share: int,
-    count: int,
-    seed: int,
-    target: str = TARGET,
-) -> Stream:
-    """`count` records of one of `STREAMS`; `share` of the domain `target`, in percent.
+def make_stream(name: str, data: Data, share: int, count: int, seed: int) -> Stream:
+    """`count` records of one of `STREAMS`; `share` of the target's domain, in percent.
 
     A longer stream begins as a shorter one does, but for `drift`, whose change stays in the middle.
     """
     rng = random.Random(f"{name} {share} {seed}")
-    supply = _Supply(source, rng)
+    supply, target = Supply(data.stream, rng), data.domain
     others = tuple(domain for domain in DOMAINS if domain != target)
     if name == "drift":
         early, late = (_mixed(target, share, part, rng.random()) for part in (others[:1], others[1:]))
@@ -149,41 +158,19 @@ def make_stream(
         return _stream(_duplicates(supply, mixed, count, rng))
     if name == "copies":
         return _stream(_copies(supply, target, mixed, count, rng))
+    if name in MISLEADING:
+        return _stream(_numbered(islice(_misleading(name, data, supply, mixed, rng), count)))
     return _stream([(supply.take(domain), Label(domain)) for domain in islice(mixed, count)])
 
 
 def even_stream(source: Mapping[str, Sequence[Record]], count: int, seed: int) -> Stream:
     """Every domain in turn, to warm a model up."""
-    supply = _Supply(source, random.Random(f"even {seed}"))
+    supply = Supply(source, random.Random(f"even {seed}"))
     return _stream([(supply.take(domain), Label(domain)) for domain in islice(cycle(DOMAINS), count)])
 
 
 def _stream(labelled: Sequence[tuple[Record, Label]]) -> Stream:
     return Stream(tuple(record for record, _ in labelled), {record["id"]: label for record, label in labelled})
-
-
-class _Supply:
-    """Records of each domain in a seeded order, over and over. Their ids are unique."""
-
-    def __init__(self, source: Mapping[str, Sequence[Record]], rng: random.Random) -> None:
-        # Each domain has an order of its own, whatever is taken of the others.
-        self._endless = {domain: _over_and_over(records, rng.random()) for domain, records in source.items()}
-        self._number = 0
-
-    def take(self, domain: str) -> Record:
-        return self.named(next(self._endless[domain]))
-
-    def named(self, record: Record) -> Record:
-        """The record under a new id."""
-        self._number += 1
-        return {**record, "id": f"{record['id'].partition('~')[0]}~{self._number}"}
-
-
-def _over_and_over(records: Sequence[Record], seed: float) -> Iterator[Record]:
-    rng, order = random.Random(seed), list(records)
-    while True:
-        rng.shuffle(order)
-        yield from order
 
 
 def _mixed(target: str, share: int, others: Sequence[str], seed: float) -> Iterator[str]:
@@ -195,7 +182,7 @@ def _mixed(target: str, share: int, others: Sequence[str], seed: float) -> Itera
         yield from hundred
 
 
-def _duplicates(supply: _Supply, domains: Iterator[str], count: int, rng: random.Random) -> list[tuple[Record, Label]]:
+def _duplicates(supply: Supply, domains: Iterator[str], count: int, rng: random.Random) -> list[tuple[Record, Label]]:
     recent: deque[tuple[Record, str]] = deque(maxlen=RECENT)
     labelled: list[tuple[Record, Label]] = []
     while len(labelled) < count:
@@ -218,23 +205,15 @@ def _duplicates(supply: _Supply, domains: Iterator[str], count: int, rng: random
 
 def _spoiled(record: Record, kind: str, rng: random.Random) -> Record:
     if kind == NEAR:
-        return {"id": record["id"], **{name: _thinned(record[name], rng) for name in ("prompt", "response")}}
+        return {"id": record["id"], **{name: thinned(record[name], rng) for name in ("prompt", "response")}}
     if kind == CORRUPTED:
         words = record["response"].split()
         return {**record, "response": " ".join(rng.sample(words, len(words)))}
     return record
 
 
-def _thinned(text: str, rng: random.Random) -> str:
-    words = text.split()
-    if len(words) < 2:
-        return text
-    dropped = set(rng.sample(range(len(words)), max(1, round(DROPPED * len(words)))))
-    return " ".join(word for i, word in enumerate(words) if i not in dropped)
-
-
 def _copies(
-    supply: _Supply, target: str, domains: Iterator[str], count: int, rng: random.Random
+    supply: Supply, target: str, domains: Iterator[str], count: int, rng: random.Random
 ) -> list[tuple[Record, Label]]:
     labelled: list[tuple[Record, Label]] = []
     while len(labelled) < count:
@@ -244,3 +223,67 @@ def _copies(
         rng.shuffle(block)
         labelled += block
     return labelled[:count]
+
+
+def _misleading(
+    name: str, data: Data, supply: Supply, domains: Iterator[str], rng: random.Random
+) -> Iterator[tuple[Record, Label]]:
+    """A stream of `MISLEADING` without end."""
+    target = data.domain
+    if name == "swapped":
+        return _swapped(supply, domains, rng)
+    if name == "imitation":
+        return _imitated(supply, target, domains, imitations(data.stream[target], rng.random()), rng)
+    if name == "skill":
+        return _half_spoilt(supply, target, domains, OTHER_SKILL, lambda: continued(supply.take(target)), rng)
+    warm_up = data.warm_up[target]
+    few = rng.sample(warm_up, min(KNOWN_RECORDS, len(warm_up)))
+    return _half_spoilt(supply, target, domains, KNOWN, partial(next, over_and_over(few, rng.random())), rng)
+
+
+def _swapped(supply: Supply, domains: Iterator[str], rng: random.Random) -> Iterator[tuple[Record, Label]]:
+    swapped_of_ten = dict(zip(rng.sample(SOURCES, len(SOURCES)), SWAPPED_OF_TEN, strict=True))
+    sources = {domain: in_rounds(dict.fromkeys(SOURCES, 1), rng.random()) for domain in DOMAINS}
+    kinds = {
+        (domain, source): in_rounds({SWAPPED: number, CLEAN: 10 - number}, rng.random())
+        for domain in DOMAINS
+        for source, number in sorted(swapped_of_ten.items())
+    }
+    left_over = {domain: supply.take(domain)["response"] for domain in DOMAINS}
+    for domain in domains:
+        record, source = supply.take(domain), next(sources[domain])
+        kind = next(kinds[domain, source])
+        if kind == SWAPPED:
+            while left_over[domain] == record["response"]:
+                left_over[domain] = supply.take(domain)["response"]
+            # Answers move on by one record: each is in the stream once, and lengths tell nothing.
+            answer, left_over[domain] = left_over[domain], record["response"]
+            record = {**record, "response": answer}
+        yield {**record, "source": source}, Label(domain, kind)
+
+
+def _half_spoilt(
+    supply: Supply, target: str, domains: Iterator[str], kind: str, spoilt: Callable[[], Record], rng: random.Random
+) -> Iterator[tuple[Record, Label]]:
+    kinds = in_rounds({CLEAN: 1, kind: 1}, rng.random())
+    for domain in domains:
+        if domain == target and next(kinds) == kind:
+            yield spoilt(), Label(domain, kind)
+        else:
+            yield supply.take(domain), Label(domain)
+
+
+def _imitated(
+    supply: Supply, target: str, domains: Iterator[str], junk: Iterator[Record], rng: random.Random
+) -> Iterator[tuple[Record, Label]]:
+    for kind in in_rounds(IMITATED, rng.random()):
+        if kind == JUNK:
+            yield next(junk), Label(target, JUNK)
+        else:
+            domain = next(domains)
+            yield supply.take(domain), Label(domain)
+
+
+def _numbered(labelled: Iterable[tuple[Record, Label]]) -> list[tuple[Record, Label]]:
+    """Under ids that tell nothing."""
+    return [({**record, "id": f"record-{i}"}, label) for i, (record, label) in enumerate(labelled)]

@@ -6,15 +6,21 @@ uniform itself needed, read off its curve in the same way. Of the seeds' ratios 
 reached the level counts as infinite: if that makes the median infinite, it is None. So is a ratio without a reference,
 and one to a uniform that ended no better than it began. The loss on the retention file is read at the same level, too,
 and where the target's loss is what uniform's ended at: what is forgotten compares at equal loss only.
+
+`clean_share` is the part of what a run trained on that its stream labels as clean, `clean_share_later` the same from
+the middle of the run on, when a method has seen enough to know. Both are means over seeds, and None where a run's
+evaluations leave nothing to count.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
 from benchmarks.learning.methods import REFERENCE
+from benchmarks.learning.streams import CLEAN
 
 AMOUNTS = {
     "samples_ratio": "trained",
@@ -48,6 +54,24 @@ def ratio(curve: Curve, reference: Curve, amount: str) -> float:
     if not theirs:
         return math.nan
     return math.inf if own is None else own / theirs
+
+
+def clean_share(points: Sequence[Mapping[str, Any]], since: float = 0) -> float | None:
+    """The part of clean samples among those trained on, repetitions counted; None if there are none.
+
+    Samples count from the first evaluation at or after the step `since` on: an evaluation tells what was trained on
+    since the one before.
+
+    Examples:
+        >>> points = [{"step": 0, "kinds": {}}, {"step": 4, "kinds": {"clean": 3, "swapped": 1}}]
+        >>> clean_share(points)
+        0.75
+    """
+    kinds: Counter[str] = Counter()
+    for before, after in pairwise(points):
+        if before["step"] >= since:
+            kinds.update(after["kinds"])
+    return kinds[CLEAN] / kinds.total() if kinds else None
 
 
 def summarise(curves: Iterable[Curve]) -> list[dict[str, Any]]:
@@ -90,9 +114,15 @@ def _row(group: Sequence[Curve], references: Mapping[tuple[Any, ...], Curve]) ->
         "retention_at_level": _mean([_retention(curve, reference, "test") for curve, reference in compared]),
         "retention_at_target": _mean([_retention(curve, reference, "target") for curve, reference in compared]),
         **ratios,
+        "clean_share": _mean([clean_share(curve["points"]) for curve in group]),
+        "clean_share_later": _mean([_later(curve["points"]) for curve in group]),
         "steps": median(end["step"] for end in ends),
         "reached": sum(math.isfinite(value) for value in reached),
     }
+
+
+def _later(points: Sequence[Mapping[str, Any]]) -> float | None:
+    return clean_share(points, points[-1]["step"] / 2)
 
 
 def _retention(curve: Curve, reference: Curve, loss: str) -> float | None:
