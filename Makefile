@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install lint docs test coverage test-lowest demo page \
-	bench-env bench-step-cost bench-scaling bench-solver bench-learning bench-fidelity bench-ingest
+	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-learning bench-fidelity bench-ingest
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ bench-scaling: $(VENV)/.installed ## Measure how the cost of a step grows with e
 bench-solver: $(VENV)/.installed ## Measure how long the quadratic program of a step takes
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.solver --json build/solver.json
+
+bench-gpu: $(VENV)/.installed ## Measure what a selecting step costs on one GPU, in eight minutes
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.gpu --json build/gpu.json
 
 # The rest reads real data: DATA names a directory with stream/, target/ and test/, the ingest a broker at KAFKA_HOME.
 bench-learning: $(VENV)/.installed-bench ## Measure what selection buys on DATA, for hours; finished runs are kept

@@ -1,0 +1,1 @@
+"""What selection costs on one GPU."""
