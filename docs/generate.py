@@ -156,7 +156,7 @@ def kind(root: Mapping[str, Any], field: Mapping[str, Any]) -> str:
     if field.get("type") == "array":
         return f"list of {kind(root, field['items'])}"
     if "pattern" in field and ":" in field["pattern"]:
-        return "`package.module:Class`"
+        return "`package.module:name`"
     words = {"string": "text", "object": "mapping", "boolean": "true or false", "integer": "whole number"}
     word = {"path": "path", "password": "secret"}.get(field.get("format", ""), words.get(field["type"], field["type"]))
     return " ".join(

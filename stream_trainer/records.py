@@ -64,7 +64,8 @@ class Sample:
         weight: how much the producer says it counts; 1 unless stated.
         timestamp: event time in seconds since the epoch, or None.
         id: the producer's name for it, or None.
-        domain: the producer's label for where it comes from, or None. Reported, never used to select.
+        domain: the producer's label for where it comes from, or None.
+        fields: names and values of the record's fields that a learned draw may tell producers apart by.
     """
 
     input_ids: tuple[int, ...]
@@ -76,6 +77,7 @@ class Sample:
     timestamp: float | None = None
     id: str | None = None
     domain: str | None = None
+    fields: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_tokens(self) -> int:

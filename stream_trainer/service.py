@@ -29,8 +29,9 @@ from stream_trainer.records import Sample
 from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
-from stream_trainer.training.build import make_engine, make_sampler
+from stream_trainer.training.build import make_engine
 from stream_trainer.training.optimizer import make_optimizer
+from stream_trainer.training.sampling import make_sampler
 from stream_trainer.training.status import Status
 from stream_trainer.training.trainer import OnEvaluation, OnStep, Trainer
 
@@ -102,12 +103,12 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
     metrics.state.state(State.LOADING.value)
     started = time.perf_counter()
     loaded = load_model(settings.model, settings.training.seed)
-    decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions)
+    decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
     sets = _evaluation_sets(settings, decoder)
     optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
     engine = make_engine(settings, loaded, optimizer, sets["target"], _anchors(settings, decoder))
     buffer = Buffer(settings.buffer)
-    sampler = make_sampler(settings, buffer, loaded, sets["target"])
+    sampler = make_sampler(settings, buffer, loaded, engine, sets["target"])
     checkpoint = load_latest(settings.checkpoint.dir)
     state = restore(checkpoint, loaded, optimizer) if checkpoint is not None else None
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)

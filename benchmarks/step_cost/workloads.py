@@ -99,7 +99,7 @@ def settings_of(workload: Workload, device: str, **selection: Any) -> Settings:
     }
     if selection.get("draw") == "cluster_ucb":  # all candidates come in and leave, but only some get a gradient
         shape["pool_size"] = ceil(DRAWN * workload.pool)
-        shape["cluster_ucb"] = {"waiting": workload.pool, "intake": workload.pool}
+        shape |= {"waiting": workload.pool, "intake": workload.pool}
     # The path is required and never opened: the samples are made here.
     return Settings.model_validate(
         {

@@ -17,7 +17,7 @@ from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient, PoolGradients
 from gradient_selectors.draw.cluster_ucb_offline import OfflineOptions, select_offline
 from gradient_selectors.draw.clusters import cosine_k_means
-from gradient_selectors.draw.features import EmbeddingFeatures
+from gradient_selectors.features.embeddings import EmbeddingFeatures
 from gradient_selectors.mask.dual_sft import Response, adam_curvature, column_scores, direction, row_scores
 from gradient_selectors.mask.rule import MaskRule, choose_mask
 from gradient_selectors.mask.self_distillation import prior_gradient

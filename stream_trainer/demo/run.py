@@ -41,7 +41,7 @@ from stream_trainer.settings.schema import (
     TargetSettings,
     TrainingSettings,
 )
-from stream_trainer.settings.selection import ClusterUcbSettings, SelectionSettings
+from stream_trainer.settings.selection import SelectionSettings
 
 INTAKE = 32  # records of the stream that come in for each step
 WAITING = 128
@@ -72,7 +72,7 @@ examples:
 
 # A small stream needs less room than the profile's; everything else is the profile's.
 METHODS = {
-    SELECTION: SelectionSettings(cluster_ucb=ClusterUcbSettings(waiting=WAITING, intake=INTAKE)),
+    SELECTION: SelectionSettings(waiting=WAITING, intake=INTAKE),
     UNIFORM: SelectionSettings(draw="uniform", weigh="equal", pool_size=UNIFORM_POOL, batch_size=UNIFORM_BATCH),
 }
 

@@ -27,9 +27,10 @@ PREFIX = "stream_trainer"
 
 STEP_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 AGE_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
-SOLVE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 
 PHASES = ("wait", "target", "score", "weigh", "train", "update", "evaluate", "checkpoint")
+WAYS = ("learned", "scored", "rival", "uniform")
 STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps")
 SOLVER_STATUSES = ("optimal", "fallback_failed", "fallback_timeout")
 
@@ -178,11 +179,28 @@ class Metrics:
 
     def _stages(self) -> None:
         """Of what draws, routes and masks. Layers are known once the model is loaded."""
-        self.waiting_records = self._gauge("waiting_records", "Samples that wait for the bandit to draw them.")
+        self.waiting_records = self._gauge("waiting_records", "Samples that wait to be drawn.")
         self.arm_reward = self._gauge(
             "arm_reward", "Discounted mean reward of a cluster, in units of all clusters' mean size.", ("arm",)
         )
         self.arm_draws = self._counter("arm_draws_total", "Samples drawn from a cluster.", ("arm",))
+        self.draw_coefficient = self._gauge(
+            "draw_coefficient", "What a feature is thought to add to a sample's worth, in its deviations.", ("feature",)
+        )
+        self.draw_coefficient_deviation = self._gauge(
+            "draw_coefficient_deviation", "How uncertain that is: one standard deviation.", ("feature",)
+        )
+        self.way_rate = self._gauge(
+            "way_rate", "Progress of a way of training in the time of a plain step, by `draw: auto`.", ("way",)
+        )
+        self.training_way = Enum(
+            f"{PREFIX}_training_way", "What `draw: auto` has chosen.", states=list(WAYS), registry=self.registry
+        )
+        self.draw_explained = self._gauge(
+            "draw_explained_ratio", "Share of the utilities' variance in late probes that was predicted."
+        )
+        self.draw_probe_interval = self._gauge("draw_probe_interval_steps", "Steps between probes.")
+        self.draw_probes = self._counter("draw_probes_total", "Probes: steps that scored what was drawn.")
         self.route_entropy = self._gauge(
             "route_entropy_ratio", "How undecided a layer's draw is: 0 for one sample, 1 for all alike.", ("layer",)
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +21,7 @@ class Fields:
     Attributes:
         form: `{"text"}`, `{"prompt", "response"}` or `{"messages"}` with their values, unchecked.
         timestamp: seconds since the epoch, or None if the record does not say.
+        named: names and values of the fields that were asked for.
     """
 
     form: dict[str, Any]
@@ -27,10 +29,14 @@ class Fields:
     timestamp: float | None
     id: str | None
     domain: str | None
+    named: tuple[tuple[str, str], ...] = ()
 
 
-def parse_fields(value: bytes, max_bytes: int) -> Fields:
-    """Raises SampleError if the bytes are not one JSON object with exactly one form."""
+def parse_fields(value: bytes, max_bytes: int, names: Sequence[str] = ()) -> Fields:
+    """Raises SampleError if the bytes are not one JSON object with exactly one form.
+
+    `names`: fields whose values are kept in `named` where they are texts, whole numbers or truth values.
+    """
     fields = _json_object(value, max_bytes)
     return Fields(
         form=_only_form(fields),
@@ -38,6 +44,7 @@ def parse_fields(value: bytes, max_bytes: int) -> Fields:
         timestamp=_timestamp(fields.get("timestamp")),
         id=_id(fields.get("id")),
         domain=_label("domain", fields.get("domain")),
+        named=tuple((name, str(fields[name])) for name in names if isinstance(fields.get(name), str | int)),
     )
 
 

@@ -49,6 +49,8 @@ RENAMED = {
     "selection.geometry": "selection.scoring",
     "selection.settle_steps": "selection.preconditioner_warmup_steps",
     "selection.survivors": "selection.filter_then_weight.keep_ratio",
+    "selection.cluster_ucb.waiting": "selection.waiting",
+    "selection.cluster_ucb.intake": "selection.intake",
     "selection.dual_sft.lambda_answers": "selection.dual_sft.lambda_anchor",
 } | {
     f"selection.{name}": f"selection.filter_then_weight.{name}"

@@ -141,6 +141,10 @@ class LoraSettings(Section):
     """Scaling factor: the adapter's output is multiplied by alpha / rank."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the modules to adapt, or `all-linear`."""
+    base: Literal["float32", "bfloat16", "nf4"] = "float32"
+    """How the frozen model is held; adapters and their moments are float32 always. `bfloat16` takes 2 bytes a weight
+    instead of 4, `nf4` about half a byte for its linear layers (needs the `quantised` extra). Checkpoints then hold the
+    adapters alone, as PEFT saves them."""
 
 
 class ModelSettings(Section):
@@ -180,6 +184,16 @@ class ModelSettings(Section):
             raise ValueError(f"gguf_file={self.gguf_file} needs name, the directory that holds it; set name")
         return self
 
+    @model_validator(mode="after")
+    def _base_can_be_held(self) -> Self:
+        base = self.lora.base if self.lora is not None else "float32"
+        if base == "bfloat16" and self.dtype != "bfloat16":
+            raise ValueError("lora.base=bfloat16 needs dtype=bfloat16, for it cannot run in float32; set dtype")
+        if base == "nf4" and (self.name is None or self.gguf_file is not None):
+            given = "config" if self.name is None else "gguf_file"
+            raise ValueError(f"lora.base=nf4 quantises as it loads, not with {given}; set name to a model directory")
+        return self
+
 
 class TargetSettings(Section):
     """What the model should get better at."""
@@ -189,10 +203,11 @@ class TargetSettings(Section):
     max_samples: Count = 64
     """Samples used, from the top of the file."""
     refresh_steps: Count = 4
-    """Steps between refreshes of the target's gradient; 1 refreshes it at every step."""
+    """Steps between refreshes of the target's gradient; 1 refreshes it at every step. With `draw: learned` or `auto`,
+    every probe refreshes it."""
     refresh_samples: Count = 4
     """Samples of each refresh, taken in turn from the target samples; all of them if there are no more."""
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
     """Decay of the moving average of the target's gradient, when a refresh takes only some of the target samples."""
 
 
@@ -205,6 +220,9 @@ class OptimizerSettings(Section):
     """Decay rates of the first and second moment."""
     eps: Positive = 1e-8
     """Added to the square root of the second moment."""
+    moments: Literal["float32", "int8"] = "float32"
+    """How Adam's two moments are held: 8 bytes a weight, or 2 (`int8`, in blocks with a scale each; needs the
+    `quantised` extra). Parameters of fewer than 4,096 weights keep float32."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay; never applied to biases and norms."""
     clip_norm: Positive | None = 1.0
@@ -234,6 +252,15 @@ class TrainingSettings(Section):
     """Seed of every random choice."""
     threads: Count | None = None
     """CPU threads of torch. When unset, torch decides."""
+
+
+class MemorySettings(Section):
+    """What a selecting step may hold beside model and optimizer."""
+
+    factors_gb: NonNegative | None = 4.0
+    """Gigabytes of a pool's factors that are kept between scoring and update. Chosen samples beyond it are run again
+    for the update, which takes time; 0 keeps nothing, so that memory follows the chosen samples. Has no effect with
+    `selection.scoring: rank_one`, which keeps all; so does `null`."""
 
 
 class EvaluationSettings(Section):
@@ -308,6 +335,7 @@ class Settings(BaseSettings):
     selection: SelectionSettings = SelectionSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings = TrainingSettings()
+    memory: MemorySettings = MemorySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     samples: SampleSettings = SampleSettings()
@@ -345,6 +373,11 @@ class Settings(BaseSettings):
             )
         if self.dead_letters.kind == "topic" and self.dead_letters.topic == self.source.kafka.topic:
             raise ValueError(f"dead_letters.topic={self.dead_letters.topic} is the source's topic; name another one")
+        if self.optimizer.moments == "int8" and self.selection.mask != "none":
+            raise ValueError(
+                f"optimizer.moments=int8 does not go with selection.mask={self.selection.mask}, which keeps moments of "
+                "unmasked weights only; set optimizer.moments to float32"
+            )
         needs, wanted = self.selection.largest_take
         if wanted > self.buffer.max_records:
             raise ValueError(

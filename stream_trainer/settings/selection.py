@@ -19,11 +19,6 @@ class ClusterUcbSettings(Section):
     the clusters. Within a cluster, the samples most similar to the target come first.
     """
 
-    waiting: Count = 256
-    """Maximum number of samples that wait to be drawn. A larger choice takes memory for tokens and features."""
-    intake: Count = 128
-    """Samples taken in for each step. If more than `waiting` are there, the oldest leave without being scored, as
-    `not_selected`."""
     clusters: Annotated[int, Field(ge=2)] = 16
     """Arms of the bandit: one for each cluster."""
     beta: NonNegative = 1.0
@@ -36,6 +31,46 @@ class ClusterUcbSettings(Section):
     """Pseudo-count of the reward that an arm starts with: its similarity to the target."""
     thompson: bool = False
     """Thompson sampling: add noise to each arm's index, as large as its mean is uncertain."""
+
+
+FeatureName = Literal["likeness", "ngrams", "fluency", "copy", "length", "components", "fields"]
+OwnFunction = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class LearnedSettings(Section):
+    """`draw: learned`. Most steps are plain training steps on what a predictor draws. Now and then a probe scores
+    `pool_size` samples by their gradients, and the predictor learns from them.
+    """
+
+    probe_every: Count = 8
+    """Steps between probes. The first probes come sooner."""
+    max_probe_every: Count = 64
+    """Steps between probes while these hardly change what is drawn."""
+    features: tuple[FeatureName | OwnFunction, ...] = get_args(FeatureName)
+    """What the predictor knows of a sample: `likeness` to the target's mean embedding, `ngrams` that the target has and
+    the stream lacks, `fluency`, `copy` of what was trained on lately, `length`, principal `components` of the
+    embeddings, `fields` of the record. `package.module:function` is your own: from samples to an array with a row for
+    each."""
+    fields: tuple[str, ...] = ("source", "domain")
+    """Fields of the record whose values tell where it comes from. `key` is the record's key, `header:NAME` one of its
+    headers. The first 31 values have a coefficient each, all others share one."""
+    discount: Annotated[float, Field(gt=0, le=1)] = 0.985
+    """What is left of an earlier observation after each probe."""
+    prior: Positive = 16.0
+    """Observations that the predictor's prior counts as: what is like the target is useful."""
+    temperature: Positive = 0.25
+    """Temperature of the draw, in standard deviations of what is predicted. A higher one draws more at random."""
+    loss_weight: NonNegative = 1.0
+    """Weight of the loss beside the utility, in the features that tell good producers from bad ones."""
+
+
+class RivalSettings(Section):
+    """`draw: nearest`, `near_random` and other ways to draw without a gradient."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """`near_random`: share of the waiting samples, the most similar to the target, that are drawn from."""
+    copies: Annotated[float, Field(gt=0, le=1)] | None = 0.97
+    """`near_random`: samples whose embedding has a cosine above this with one drawn lately are not drawn; or `null`."""
 
 
 class GastSettings(Section):
@@ -107,7 +142,8 @@ class FilterThenWeightSettings(Section):
     max_coefficient: Positive | None = None
     """Upper bound on a coefficient, in units of the mean of the positive coefficients without it."""
     solver_time_limit_s: Positive = 1.0
-    """Time limit of the solver in seconds. If it is exceeded, the fallback runs."""
+    """Time limit in seconds of the interior-point solver, which runs where active sets find no answer. If it is
+    exceeded, the fallback runs."""
 
 
 class GreedySettings(Section):
@@ -117,17 +153,40 @@ class GreedySettings(Section):
     """Candidates that are considered: at most this many times `batch_size`."""
 
 
-Profile = Literal["thrifty", "thorough", "plain"]
+DrawName = Literal[
+    "all",
+    "uniform",
+    "learned",
+    "auto",
+    "cluster_ucb",
+    "nearest",
+    "near_random",
+    "knn_kde",
+    "dsir",
+    "lowest_loss",
+    "middle_loss",
+]
+PREDICTS = frozenset({"learned", "auto"})  # draw by what a predictor has learned
+WAIT = PREDICTS | {"cluster_ucb", "nearest", "near_random", "knn_kde", "dsir"}  # draw from what waits
+CHOOSE = frozenset({"uniform", "lowest_loss", "middle_loss"})  # draw batch_size of each pool_size
+
+Profile = Literal["thrifty", "auto", "thorough", "plain"]
 BuiltInWeigh = Literal["filter_then_weight", "greedy", "top_k", "equal"]
 ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 # What a profile sets in place of the defaults. `thrifty` is the defaults themselves.
 PROFILES: dict[Profile, dict[str, Any]] = {
     "thrifty": {},
-    "thorough": {"draw": "all", "scoring": "exact", "pool_size": 16, "batch_size": 4},
-    "plain": {"draw": "all", "weigh": "equal", "scoring": "exact", "batch_size": 4},
+    "auto": {"draw": "auto"},
+    "thorough": {"draw": "all", "scoring": "exact", "pool_size": 16},
+    "plain": {"draw": "all", "weigh": "equal", "scoring": "exact"},
 }
-TARGET_PROFILES: dict[Profile, dict[str, Any]] = {"thrifty": {}, "thorough": {"refresh_samples": 8}, "plain": {}}
+TARGET_PROFILES: dict[Profile, dict[str, Any]] = {
+    "thrifty": {},
+    "auto": {},
+    "thorough": {"refresh_samples": 8, "decay": 0.5},
+    "plain": {},
+}
 
 NO_LONGER = {
     "uniform": "selection.weigh=uniform is now selection.draw=uniform with selection.weigh=equal; set these",
@@ -145,12 +204,22 @@ class SelectionSettings(Section):
     """Which candidates enter an update, with what coefficients, in which layers, and which parameters may move."""
 
     profile: Profile = "thrifty"
-    """Preset of several settings; each of them can still be set by itself. `thrifty` draws few candidates with a bandit
-    and scores them with sketches, for the shortest time to a given loss. `thorough` scores every record exactly.
-    `plain` selects nothing and trains on every record."""
-    draw: Literal["all", "uniform", "cluster_ucb"] = "cluster_ucb"
+    """Preset of several settings; each of them can still be set by itself. `thrifty` draws by what it has learned:
+    most steps are plain training steps, and now and then a probe scores what is drawn. `auto` trains in the way that
+    makes the most progress in a second, and plainly where nothing pays. `thorough` scores every record exactly. `plain`
+    selects nothing and trains on every record."""
+    draw: DrawName = "learned"
     """Which samples become candidates. `all`: every sample, in the stream's order. `uniform`: a random `batch_size` of
-    each `pool_size`. `cluster_ucb`: those that a bandit over clusters draws."""
+    each `pool_size`. `learned`: those that a predictor draws, which gradients teach. `cluster_ucb`: those that a bandit
+    over clusters draws. `auto`: by what makes the most progress in a second: the learned draw, scoring each pool,
+    `near_random`, or chance. Without gradients: `nearest` to the target's mean embedding; `near_random`, some of the
+    quarter nearest to it; `knn_kde`, neighbours of the target's samples, copies shared; `dsir`, by importance of
+    n-grams; `lowest_loss` and `middle_loss` of each `pool_size`, by a forward pass."""
+    waiting: Count = 256
+    """Maximum number of samples that wait to be drawn. A larger choice takes memory for tokens and features."""
+    intake: Count = 128
+    """Samples taken in for each step. If more than `waiting` are there, the oldest leave without being scored, as
+    `not_selected`."""
     weigh: BuiltInWeigh | ImportPath = "filter_then_weight"
     """Which candidates enter the update, and with what coefficients. `filter_then_weight` solves for the coefficients.
     `greedy`, `top_k` and `equal` (all that is drawn) are baselines. `package.module:Class` is your own selector."""
@@ -163,9 +232,9 @@ class SelectionSettings(Section):
     again (`dual_sft`)."""
     mask_path: Path | None = None
     """Mask to start from: the `mask.safetensors` that `stream-trainer select dual-sft` writes."""
-    pool_size: Count = 4
-    """Number N of candidates that are scored at each step."""
-    batch_size: Count = 3
+    pool_size: Count = 8
+    """Number N of candidates that are scored at each step, or with `draw: learned` and `auto` at each probe."""
+    batch_size: Count = 4
     """Maximum number k of samples that enter an update."""
     scoring: Literal["exact", "rank_one", "sketched"] = "sketched"
     """How utilities and redundancy are computed. `exact` approximates nothing. `rank_one` uses a rank-one fit of Adam's
@@ -173,12 +242,18 @@ class SelectionSettings(Section):
     target's direction at low rank, its redundancy from one row in 32 of each matrix."""
     sketch_width: Annotated[int, Field(ge=2)] = 16
     """With `scoring: sketched`: rank of the target's direction in a matrix, and minimum number of rows taken of it."""
+    micro_tokens: Count | None = 4096
+    """Tokens that are scored at once, padding included. A pool is scored in pieces of samples of like length, so that
+    memory is bounded and little is padding; a longer sample is a piece by itself. `null` scores the pool at once, as
+    `scoring: rank_one` always does."""
     preconditioner_warmup_steps: Annotated[int, Field(ge=1)] = 1
     """Optimizer steps before Adam's second moment is trusted as preconditioner. Until then, plain inner products are
     used. Set 10 or more for a model that starts from random parameters."""
     when_none_helps: Literal["skip", "uniform"] = "skip"
     """What to do if no candidate points towards the target: `skip` the update, or take `batch_size` at random."""
+    learned: LearnedSettings = LearnedSettings()
     cluster_ucb: ClusterUcbSettings = ClusterUcbSettings()
+    rivals: RivalSettings = RivalSettings()
     filter_then_weight: FilterThenWeightSettings = FilterThenWeightSettings()
     greedy: GreedySettings = GreedySettings()
     gast: GastSettings = GastSettings()
@@ -187,13 +262,23 @@ class SelectionSettings(Section):
     @property
     def num_drawn(self) -> int:
         """Candidates of a step: where nothing is selected after the draw, as many as are trained on."""
-        return self.batch_size if self.weigh == "equal" or self.draw == "uniform" else self.pool_size
+        return self.batch_size if self.weigh == "equal" or self.draw in CHOOSE else self.pool_size
+
+    @property
+    def learns(self) -> bool:
+        """Whether the draw learns from utilities."""
+        return self.draw in PREDICTS or self.draw == "cluster_ucb"
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """Fields of a record that samples keep."""
+        return self.learned.fields if self.draw in PREDICTS else ()
 
     @property
     def largest_take(self) -> tuple[str, int]:
         """The setting that says how many samples must fit the buffer at once, and its value."""
-        if self.draw == "cluster_ucb":
-            return "selection.cluster_ucb.waiting", self.cluster_ucb.waiting
+        if self.draw in WAIT:
+            return "selection.waiting", self.waiting
         if self.draw == "all" and self.weigh == "equal":
             return "selection.batch_size", self.batch_size
         return "selection.pool_size", self.pool_size
@@ -217,7 +302,7 @@ class SelectionSettings(Section):
 
     @model_validator(mode="after")
     def _batch_comes_from_pool(self) -> Self:
-        pools_matter = self.weigh != "equal" or self.draw == "uniform"
+        pools_matter = self.weigh != "equal" or self.draw in CHOOSE
         if pools_matter and self.batch_size > self.pool_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is more than pool_size={self.pool_size}; "
@@ -242,17 +327,25 @@ class SelectionSettings(Section):
 
     @model_validator(mode="after")
     def _draws_fit(self) -> Self:
-        if self.draw != "cluster_ucb":
+        if self.draw not in WAIT:
             return self
-        bandit = self.cluster_ucb
-        if bandit.intake < self.num_drawn:
+        if self.intake < self.num_drawn:
             raise ValueError(
-                f"cluster_ucb.intake={bandit.intake} is less than the {self.num_drawn} samples that each step draws; "
+                f"intake={self.intake} is less than the {self.num_drawn} samples that each step draws; "
                 f"raise it to {self.num_drawn} or more"
             )
-        if bandit.waiting < bandit.intake:
+        if self.waiting < self.intake:
+            raise ValueError(f"waiting={self.waiting} is less than intake={self.intake}; raise it")
+        return self
+
+    @model_validator(mode="after")
+    def _learned_is_taught(self) -> Self:
+        if self.draw in PREDICTS and self.weigh == "equal":
+            raise ValueError(f"draw={self.draw} is taught by what probes weigh; set weigh=filter_then_weight")
+        if self.learned.max_probe_every < self.learned.probe_every:
             raise ValueError(
-                f"cluster_ucb.waiting={bandit.waiting} is less than cluster_ucb.intake={bandit.intake}; raise it"
+                f"learned.max_probe_every={self.learned.max_probe_every} is less than "
+                f"learned.probe_every={self.learned.probe_every}; raise it"
             )
         return self
 

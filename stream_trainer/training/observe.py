@@ -5,11 +5,13 @@ from collections.abc import Iterable, Sequence
 
 from gradient_selectors import SelectionEngine
 from gradient_selectors.capture.gradients import layer_of
+from gradient_selectors.draw.auto import AutoDraw
 
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Sample
-from stream_trainer.training.pools import BanditSampler, PoolSampler
+from stream_trainer.training.pools import PoolSampler
 from stream_trainer.training.step import StepReport
+from stream_trainer.training.waiting import BanditSampler, LearnedSampler, RivalSampler
 
 
 def observe_step(
@@ -62,8 +64,11 @@ def _observe_decision(metrics: Metrics, report: StepReport) -> None:
 
 def observe_stages(metrics: Metrics, engine: SelectionEngine, sampler: PoolSampler, report: StepReport) -> None:
     """Export the health of the stages that draw, route and mask, where they are on."""
-    if isinstance(sampler, BanditSampler):
+    if isinstance(sampler, BanditSampler | LearnedSampler | RivalSampler):
         metrics.waiting_records.set(sampler.waiting)
+    if isinstance(sampler, LearnedSampler):
+        _observe_learned(metrics, sampler, probed=report.utilities is not None)
+    if isinstance(sampler, BanditSampler):
         for arm, mean in enumerate(sampler.bandit.moments.means_K.tolist()):
             metrics.arm_reward.labels(str(arm)).set(mean)
         for arm in sampler.last_arms:
@@ -76,6 +81,21 @@ def observe_stages(metrics: Metrics, engine: SelectionEngine, sampler: PoolSampl
     if report.mask_change is not None:
         metrics.mask_refreshes.inc()
         metrics.mask_churn.set(report.mask_change.churn)
+
+
+def _observe_learned(metrics: Metrics, sampler: LearnedSampler, *, probed: bool) -> None:
+    learned = sampler.learned
+    if isinstance(sampler.draw, AutoDraw):
+        metrics.training_way.state(sampler.draw.way)
+        for way, rate in sampler.draw.rates.items():
+            metrics.way_rate.labels(way).set(rate)
+    metrics.draw_probes.inc(int(probed))
+    metrics.draw_explained.set(learned.explained)
+    metrics.draw_probe_interval.set(learned.interval)
+    columns = zip(learned.table.names, learned.coefficients_d.tolist(), learned.deviations_d.tolist(), strict=True)
+    for name, coefficient, deviation in columns:
+        metrics.draw_coefficient.labels(name).set(coefficient)
+        metrics.draw_coefficient_deviation.labels(name).set(deviation)
 
 
 def expect_layers(metrics: Metrics, engine: SelectionEngine) -> None:

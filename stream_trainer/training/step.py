@@ -50,12 +50,20 @@ class StepReport:
         return tuple(i for i, coefficient in enumerate(self.coefficients) if coefficient > 0)
 
 
-def train_step(engine: SelectionEngine, pool: Sequence[Sample], pad_id: int, settings: OptimizerSettings) -> StepReport:
-    """Score the pool, decide, update once. The pool is not empty.
+def train_step(
+    engine: SelectionEngine,
+    pool: Sequence[Sample],
+    pad_id: int,
+    settings: OptimizerSettings,
+    *,
+    scores: bool = True,
+) -> StepReport:
+    """Score the pool, decide, update once; without `scores`, train on all of it. The pool is not empty.
 
     A step whose gradient is not finite changes nothing and says so in the report.
     """
-    decision = engine.backward(collate(pool, pad_id))
+    batch = collate(pool, pad_id)
+    decision = engine.backward(batch) if scores else engine.train(batch)
     found = engine.last
     assert found is not None
     started = time.perf_counter()

@@ -109,9 +109,10 @@ class Trainer:
                     return
                 self.checkpoint()
                 continue
-            report = train_step(self.engine, pool, self._pad_id, self.settings.optimizer)
+            scores, rates = self.sampler.scores, self.settings.optimizer
+            report = train_step(self.engine, pool, self._pad_id, rates, scores=scores)
             self.step += 1
-            undrawn = self.sampler.feedback(report.utilities)
+            undrawn = self.sampler.feedback(report)
             self._resolve(pool, undrawn, report)
             self._observe(pool, undrawn, report, started - asked, time.perf_counter() - started)
             if self.step % self.settings.evaluation.every_steps == 0:

@@ -4,7 +4,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from gradient_selectors import Decision
+
 from stream_trainer.records import Partition, Record, Sample
+from stream_trainer.training.step import APPLIED, StepReport
 
 LOG = Partition("log", 0)
 
@@ -13,6 +17,20 @@ def sample(offset: int, size: int = 10, num_tokens: int = 3) -> Sample:
     """A sample from `LOG`."""
     ids = tuple(range(num_tokens))
     return Sample(input_ids=ids, labels=ids, partition=LOG, offset=offset, size=size)
+
+
+def varied(offset: int) -> Sample:
+    """A sample from `LOG` whose tokens and source depend on its offset."""
+    ids = tuple((offset * 31 + i * (3 + offset % 5)) % 290 for i in range(12 + offset % 4))
+    fields = (("source", f"s{offset % 3}"),)
+    return Sample(input_ids=ids, labels=ids, partition=LOG, offset=offset, size=10, fields=fields)
+
+
+def step_report(losses: Sequence[float], utilities: Sequence[float] | None = None) -> StepReport:
+    """Of a step that trained on its whole pool."""
+    coefficients = (1 / max(1, len(losses)),) * len(losses)
+    known = None if utilities is None else tuple(utilities)
+    return StepReport(APPLIED, tuple(losses), coefficients, Decision(torch.tensor(coefficients)), known)
 
 
 def records_of(values: Iterable[bytes | None], partition: Partition = LOG, first: int = 0) -> list[Record]:

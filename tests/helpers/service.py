@@ -53,7 +53,9 @@ ALL_ON: dict[str, Any] = {
     "batch_size": 3,
     "preconditioner_warmup_steps": 2,
     "filter_then_weight": {"solver_time_limit_s": 60.0},
-    "cluster_ucb": {"waiting": 24, "intake": 12, "clusters": 4},
+    "waiting": 24,
+    "intake": 12,
+    "cluster_ucb": {"clusters": 4},
     "gast": {"per_layer": 2},
     "dual_sft": {"density": 0.3, "refresh_steps": 3},
 }

@@ -87,8 +87,8 @@ MISTAKES = [
     variable("STREAM_TRAINER_CONFIG", "/no/such.yaml", "/no/such.yaml", "cannot be read"),
     # What does not go together
     option("--selection.batch_size=99", "=99", "selection.pool_size=4"),
-    option("--selection.cluster_ucb.waiting=600", "waiting=600", "buffer.max_records=512"),
-    Mistake("a large pool", ("cluster_ucb.intake=128 is less than the 600",), ["--selection.pool_size=600"]),
+    option("--selection.waiting=600", "waiting=600", "buffer.max_records=512"),
+    Mistake("a large pool", ("intake=128 is less than the 600",), ["--selection.pool_size=600"]),
     option("--optimizer.schedule=cosine", "=cosine", "needs optimizer.decay_steps"),
     option("--dead_letters.kind=topic", "dead_letters.kind=topic", "source.kind=kafka"),
     option("--source.kafka.sasl_mechanism=PLAIN", "=PLAIN", "source.kafka.security_protocol=PLAINTEXT"),

@@ -7,8 +7,8 @@ import pytest
 from gradient_selectors import FilterThenWeight, Sketched
 
 from stream_trainer import service
-from stream_trainer.training.pools import BanditSampler
 from stream_trainer.training.trainer import Trainer
+from stream_trainer.training.waiting import LearnedSampler
 from tests.helpers.service import MODEL, goods, hashes, jsonl, serve_until, write_lines
 
 RECORDS = 600
@@ -43,25 +43,25 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
     return made
 
 
-def test_a_bandit_draws_few_candidates_and_sketches_score_them(
+def test_what_is_learned_draws_and_sketches_score_the_probes(
     config: dict[str, Any], trainers: list[Trainer], tmp_path: Path
 ) -> None:
     summary, steps = serve_until(config)
     (trainer,) = trainers
     sampler, engine = trainer.sampler, trainer.engine
-    assert isinstance(sampler, BanditSampler)
-    assert (sampler.capacity, sampler.intake, sampler.num_drawn) == (256, 128, 4)
+    assert isinstance(sampler, LearnedSampler)
+    assert (sampler.room.capacity, sampler.room.intake) == (256, 128)
     assert isinstance(engine.selector, FilterThenWeight)
-    assert engine.selector.batch_size == 3
+    assert engine.selector.batch_size == 4
     assert isinstance(engine.scoring, Sketched)
     assert engine.scoring.projections, "some matrices are large enough to be sketched"
     assert engine.target is not None
     assert (engine.target.refresh_samples, len(engine.target.samples)) == (4, 12)
     assert (engine.route, engine.mask) == (None, None)
-    assert [len(step.ids) for step in steps] == [4] * len(steps)
+    assert [len(step.ids) for step in steps[:5]] == [8, 8, 4, 8, 4]  # probes at 0, 1 and 3
     candidates = [name for step in steps for name in step.ids]
     assert len(candidates) == len(set(candidates)) < RECORDS
-    assert all(len(step.selected) <= 3 for step in steps)
+    assert all(len(step.selected) <= 4 for step in steps)
     assert "applied" in {step.result for step in steps}
     assert summary.counts["trained"] == sum(len(step.selected) for step in steps) > 0
     assert summary.counts["dead_lettered"] == 1

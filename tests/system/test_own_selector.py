@@ -93,7 +93,7 @@ def test_it_is_resumed_as_it_was(tmp_path: Path) -> None:
 )
 def test_it_goes_together_with_the_other_three(selection: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(tmp_path / "run")
-    room = {"cluster_ucb": {"waiting": 24, "intake": 12, "clusters": 4}}
+    room = {"waiting": 24, "intake": 12, "cluster_ucb": {"clusters": 4}}
     _, steps = serve_until(config | {"selection": config["selection"] | room | selection}, 5)
     assert {step.result for step in steps} == {"applied"}
 

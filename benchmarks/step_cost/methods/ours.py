@@ -1,4 +1,4 @@
-"""Our own step, the service's: `training.build.make_engine`, `make_sampler` and `training.step.train_step`."""
+"""Our own step, the service's: `build.make_engine`, `sampling.make_sampler` and `step.train_step` of `training`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,8 +26,9 @@ from benchmarks.step_cost.workloads import REFRESH_STEPS, Workload, pools, targe
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
-from stream_trainer.training.build import make_engine, make_sampler
+from stream_trainer.training.build import make_engine
 from stream_trainer.training.optimizer import make_optimizer
+from stream_trainer.training.sampling import make_sampler
 from stream_trainer.training.step import APPLIED, StepReport, train_step
 
 WARM_UP_STEPS = 2  # the second is the first under Adam's preconditioner
@@ -47,7 +48,7 @@ class Ours:
         optimizer = make_optimizer(loaded.model, self._settings.optimizer, self._settings.selection)
         self.engine = make_engine(self._settings, loaded, optimizer, self._targets)
         self._buffer = Buffer(self._settings.buffer)
-        self._sampler = make_sampler(self._settings, self._buffer, loaded, self._targets)
+        self._sampler = make_sampler(self._settings, self._buffer, loaded, self.engine, self._targets)
         self._pools: Iterator[list[Sample]] = cycle(pools(workload))
 
     def warm_up(self) -> None:
@@ -58,8 +59,9 @@ class Ours:
         for sample in next(self._pools):
             self._buffer.put(sample)
         pool = self._sampler.next(lambda: False)
-        report = train_step(self.engine, pool, self._pad_id, self._settings.optimizer)
-        self._sampler.feedback(report.utilities)
+        scores, optimizer = self._sampler.scores, self._settings.optimizer
+        report = train_step(self.engine, pool, self._pad_id, optimizer, scores=scores)
+        self._sampler.feedback(report)
         return report
 
     def repetition(self) -> dict[str, Any]:

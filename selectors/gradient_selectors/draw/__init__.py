@@ -1,1 +1,1 @@
-"""Which of the samples that wait get a gradient."""
+"""Which of the samples that wait are drawn."""

@@ -5,16 +5,15 @@ Computed once, when a sample comes in. Every way to draw among samples that wait
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradient_selectors.draw.features import EmbeddingFeatures
-
-Tokens = npt.NDArray[np.int64]
+from gradient_selectors.features.embeddings import EmbeddingFeatures
+from gradient_selectors.features.hashing import Hashes, Tokens, shingles
 
 
 class Described(Protocol):
@@ -37,38 +36,35 @@ class Traits:
         tokens: its token ids.
         embedding_d: their mean input embedding as a unit vector, (d,) float32.
         fields: names and values of its record's fields.
+        own_f: a user's own features, (f,) float64.
+        shingles: hashes of its text, which tell copies, near ones too.
     """
 
     tokens: Tokens
     embedding_d: Tensor
-    fields: tuple[tuple[str, str], ...] = field(default=())
+    fields: tuple[tuple[str, str], ...] = ()
+    own_f: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    shingles: Hashes = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
 
 
-Describe = Callable[[Sequence[Described]], list[Traits]]
+OwnFeatures = Callable[[Sequence[Any]], Any]
+"""A user's own features: from M samples to an array of (M, f)."""
 
 
-def describe(samples: Sequence[Described], features: EmbeddingFeatures) -> list[Traits]:
-    """The traits of samples that come in. O(tokens d)."""
+def describe(samples: Sequence[Described], features: EmbeddingFeatures, own: OwnFeatures | None = None) -> list[Traits]:
+    """The traits of samples that come in. O(tokens d). Raises ValueError if `own` makes no row for each sample."""
+    if not samples:
+        return []
     embeddings_Md = features([sample.input_ids for sample in samples])
-    return [
-        Traits(np.asarray(sample.input_ids, dtype=np.int64), embedding_d, tuple(sample.fields))
-        for sample, embedding_d in zip(samples, embeddings_Md, strict=True)
-    ]
+    own_Mf = np.zeros((len(samples), 0)) if own is None else np.asarray(own(samples), dtype=np.float64)
+    if len(own_Mf) != len(samples):
+        raise ValueError(f"{len(own_Mf)} rows for {len(samples)} samples")
+    tokens = [np.asarray(sample.input_ids, dtype=np.int64) for sample in samples]
+    fields = [tuple(sample.fields) for sample in samples]
+    rows = zip(tokens, embeddings_Md, fields, own_Mf.reshape(len(samples), -1), shingles(tokens), strict=True)
+    return [Traits(*row) for row in rows]
 
 
 def embeddings_of(waiting: Sequence[Traits]) -> Tensor:
     """The embeddings of M samples, (M, d) float32. M is at least 1."""
     return torch.stack([traits.embedding_d for traits in waiting])
-
-
-class StreamDraw(Protocol):
-    """A way to draw among the samples that wait. All that the future depends on is in its state.
-
-    Each sample is learned from once, when it leaves: those that wait are read again after a restart.
-    """
-
-    def draw(self, waiting: Sequence[Traits], count: int) -> list[int]:
-        """Up to `count` of those that wait, as indices in ascending order."""
-
-    def learn(self, gone: Sequence[Traits]) -> None:
-        """Take note of the samples that have left, drawn or not."""

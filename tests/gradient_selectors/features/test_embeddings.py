@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from gradient_selectors.draw.features import EmbeddingFeatures
+from gradient_selectors.features.embeddings import EmbeddingFeatures
 
 from stream_trainer.models.loading import load_model
 from stream_trainer.settings.schema import LoraSettings

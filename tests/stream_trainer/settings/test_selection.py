@@ -16,17 +16,18 @@ from stream_trainer.settings.selection import PROFILES, SelectionSettings
 
 ENOUGH = ["--source.kafka.topic=samples", "--model.name=model", "--target.path=target.jsonl"]
 THRIFTY = {
-    "draw": "cluster_ucb",
+    "draw": "learned",
     "weigh": "filter_then_weight",
     "scoring": "sketched",
-    "pool_size": 4,
-    "batch_size": 3,
+    "pool_size": 8,
+    "batch_size": 4,
     "waiting": 256,
     "intake": 128,
     "refresh_samples": 4,
 }
 RESOLVED = {
     "thrifty": THRIFTY,
+    "auto": THRIFTY | {"draw": "auto"},
     "thorough": THRIFTY | {"draw": "all", "scoring": "exact", "pool_size": 16, "batch_size": 4, "refresh_samples": 8},
     "plain": THRIFTY | {"draw": "all", "weigh": "equal", "scoring": "exact", "batch_size": 4},
 }
@@ -46,7 +47,7 @@ def resolved(settings: Settings) -> dict[str, Any]:
     """What a profile sets, as it came out."""
     selection = settings.selection
     own = {name: getattr(selection, name) for name in ("draw", "weigh", "scoring", "pool_size", "batch_size")}
-    room = {"waiting": selection.cluster_ucb.waiting, "intake": selection.cluster_ucb.intake}
+    room = {"waiting": selection.waiting, "intake": selection.intake}
     return own | room | {"refresh_samples": settings.target.refresh_samples}
 
 
@@ -74,7 +75,7 @@ def test_each_profile_comes_to_its_values(profile: str) -> None:
         ("--selection.scoring=rank_one", "scoring", "rank_one"),
         ("--selection.pool_size=9", "pool_size", 9),
         ("--selection.batch_size=2", "batch_size", 2),
-        ("--selection.cluster_ucb.waiting=300", "waiting", 300),
+        ("--selection.waiting=300", "waiting", 300),
         ("--target.refresh_samples=5", "refresh_samples", 5),
     ],
 )
@@ -119,7 +120,7 @@ def test_a_profile_that_there_is_not_is_one_line(value: str, tmp_path: Path) -> 
     file = tmp_path / "s.yaml"
     file.write_text(f"selection: {{profile: {value}}}")
     (line,) = mistakes(file)
-    assert "must be 'thrifty', 'thorough' or 'plain'" in line
+    assert "must be 'thrifty', 'auto', 'thorough' or 'plain'" in line
     assert line.startswith("selection.profile=")
 
 
@@ -187,12 +188,14 @@ def test_what_is_neither_a_method_nor_a_path_is_one_line(weigh: str) -> None:
     [
         ({"mask": "fixed"}, "mask=fixed needs mask_path"),
         ({"mask_path": "m.safetensors"}, "has no effect with mask=none"),
-        ({"pool_size": 16, "cluster_ucb": {"intake": 4}}, "intake=4 is less than the 16 samples that each step draws"),
-        ({"weigh": "equal", "cluster_ucb": {"intake": 2}}, "intake=2 is less than the 3 samples that each step draws"),
-        ({"cluster_ucb": {"intake": 64, "waiting": 32}}, "waiting=32 is less than"),
+        ({"pool_size": 16, "intake": 4}, "intake=4 is less than the 16 samples that each step draws"),
+        ({"draw": "nearest", "weigh": "equal", "intake": 2}, "intake=2 is less than the 4 samples that each step draws"),
+        ({"weigh": "equal"}, "draw=learned is taught by what probes weigh"),
+        ({"learned": {"probe_every": 9, "max_probe_every": 8}}, "max_probe_every=8 is less than learned.probe_every=9"),
+        ({"intake": 64, "waiting": 32}, "waiting=32 is less than"),
         ({"dual_sft": {"layer_quota": 0.7, "module_quota": 0.6}}, "add up to 1.3"),
-        ({"batch_size": 5}, "batch_size=5 is more than pool_size=4"),
-        ({"batch_size": 5, "draw": "uniform", "weigh": "equal"}, "batch_size=5 is more than pool_size=4"),
+        ({"batch_size": 9}, "batch_size=9 is more than pool_size=8"),
+        ({"batch_size": 9, "draw": "uniform", "weigh": "equal"}, "batch_size=9 is more than pool_size=8"),
         ({"filter_then_weight": {"metric": "update"}}, "knows the metric p_norm only, not update"),
         ({"weigh_options": {"share": 0.5}}, "has no effect with weigh=filter_then_weight"),
     ],
@@ -208,7 +211,7 @@ def test_what_does_not_go_together_is_refused(selection: dict[str, Any], reason:
         {"weigh": "equal", "batch_size": 64, "draw": "all"},  # no pool is scored, so none has to hold the batch
         {"filter_then_weight": {"metric": "update"}, "weigh": "greedy"},
         {"filter_then_weight": {"metric": "update"}, "scoring": "exact"},
-        {"cluster_ucb": {"intake": 2}, "draw": "all"},
+        {"intake": 2, "draw": "all"},
         {"weigh": "package.module:Class", "weigh_options": {"share": 0.5}},
     ],
 )
@@ -219,11 +222,11 @@ def test_what_is_off_does_not_have_to_fit(selection: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("selection", "drawn"),
     [
-        ({}, 4),
-        ({"weigh": "equal"}, 3),
-        ({"draw": "uniform"}, 3),
-        ({"draw": "all"}, 4),
-        ({"draw": "all", "weigh": "equal"}, 3),
+        ({}, 8),
+        ({"draw": "nearest", "weigh": "equal"}, 4),
+        ({"draw": "uniform"}, 4),
+        ({"draw": "all"}, 8),
+        ({"draw": "all", "weigh": "equal"}, 4),
         ({"profile": "thorough"}, 16),
         ({"profile": "plain"}, 4),
     ],
@@ -235,7 +238,7 @@ def test_no_more_is_drawn_than_is_used(selection: dict[str, Any], drawn: int) ->
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--selection.cluster_ucb.waiting=600"], "selection.cluster_ucb.waiting=600"),
+        (["--selection.waiting=600"], "selection.waiting=600"),
         (["--selection.draw=uniform", "--selection.pool_size=600"], "selection.pool_size=600"),
         (["--selection.profile=plain", "--selection.batch_size=600"], "selection.batch_size=600"),
     ],

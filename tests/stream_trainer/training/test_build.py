@@ -12,8 +12,10 @@ from gradient_selectors.weigh.selector import Selector
 from stream_trainer.errors import SettingsError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.settings.selection import SelectionSettings
-from stream_trainer.training.build import Generators, make_route, make_sampler, make_scoring, make_selector
-from stream_trainer.training.pools import BanditSampler, SequentialSampler, UniformSampler
+from stream_trainer.training.build import Generators, make_route, make_scoring, make_selector
+from stream_trainer.training.pools import LossSampler, SequentialSampler, UniformSampler
+from stream_trainer.training.sampling import make_sampler
+from stream_trainer.training.waiting import BanditSampler, LearnedSampler, RivalSampler
 from tests.helpers.service import ALL_ON
 from tests.helpers.steps import make_samples, setup_of
 
@@ -75,9 +77,13 @@ def test_each_name_is_its_scoring(scoring: str, kind: type) -> None:
 
 def test_each_name_is_its_sampler(tmp_path: Path) -> None:
     kinds = {"all": SequentialSampler, "uniform": UniformSampler, "cluster_ucb": BanditSampler}
+    kinds |= {"learned": LearnedSampler, "lowest_loss": LossSampler, "middle_loss": LossSampler}
+    kinds |= dict.fromkeys(("nearest", "near_random", "knn_kde", "dsir"), RivalSampler)
     for draw, kind in kinds.items():
         setup = setup_of(tmp_path, ALL_ON | {"draw": draw})
-        sampler = make_sampler(setup.settings, Buffer(setup.settings.buffer), setup.loaded, make_samples(4))
+        sampler = make_sampler(
+            setup.settings, Buffer(setup.settings.buffer), setup.loaded, setup.engine, make_samples(4)
+        )
         assert type(sampler) is kind
 
 

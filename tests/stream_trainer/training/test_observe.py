@@ -6,8 +6,8 @@ import pytest
 
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.monitoring.metrics import Metrics
-from stream_trainer.training.build import make_sampler
 from stream_trainer.training.observe import expect_layers, layers_of, observe_stages, observe_step
+from stream_trainer.training.sampling import make_sampler
 from tests.helpers.service import ALL_ON
 from tests.helpers.steps import make_samples, setup_of
 
@@ -17,14 +17,14 @@ def test_the_health_of_every_stage_is_exported(tmp_path: Path) -> None:
     buffer = Buffer(setup.settings.buffer)
     for sample in make_samples(24):
         buffer.put(sample)
-    sampler = make_sampler(setup.settings, buffer, setup.loaded, make_samples(4, seed=99))
+    sampler = make_sampler(setup.settings, buffer, setup.loaded, setup.engine, make_samples(4, seed=99))
     metrics = Metrics(arms=4)
     value = metrics.registry.get_sample_value
     expect_layers(metrics, setup.engine)
     layers = layers_of(setup.engine)
     assert [value("stream_trainer_route_entropy_ratio", {"layer": layer}) for layer in layers] == [0] * len(layers)
     report = setup.step(sampler.next(lambda: False))
-    sampler.feedback(report.utilities)
+    sampler.feedback(report)
     observe_stages(metrics, setup.engine, sampler, report)
     assert sum(value("stream_trainer_arm_draws_total", {"arm": str(arm)}) or 0 for arm in range(4)) == 8
     assert (value("stream_trainer_mask_churn_ratio"), value("stream_trainer_mask_refreshes_total")) == (1.0, 1.0)

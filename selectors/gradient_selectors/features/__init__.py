@@ -1,0 +1,1 @@
+"""What is known of a sample before any pass."""

@@ -1,0 +1,212 @@
+"""The features that a learned draw predicts from: named columns that cost no pass.
+
+Shape suffixes: M samples waiting, d columns, e embedding, c components, f features of the user's own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradient_selectors.features.fluency import Fluency
+from gradient_selectors.features.hashing import Hashes
+from gradient_selectors.features.ngrams import NgramImportance
+from gradient_selectors.features.traits import Traits, embeddings_of
+
+LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
+RECENT = 256  # samples trained on lately, among which near copies are looked for
+NAMED_CHARS = 48
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns there are.
+
+    Attributes:
+        likeness: cosine of the embeddings to the target's mean, both less the mean of what waits.
+        ngrams: mean log ratio of hashed n-grams, target over stream.
+        fluency: how well tokens follow one another.
+        copy: share of the text that was trained on lately.
+        length: log of the number of tokens.
+        components: principal components of the embeddings of what waited at the first draw.
+        values: values of the record's fields that have a column; what comes later shares the last one. 0 turns it off.
+        own: names of a user's own features.
+    """
+
+    likeness: bool = True
+    ngrams: bool = True
+    fluency: bool = True
+    copy: bool = True
+    length: bool = True
+    components: int = 4
+    values: int = 32
+    own: tuple[str, ...] = ()
+
+    @property
+    def simple(self) -> tuple[str, ...]:
+        """Names of those that are one standardised column each."""
+        names = ("likeness", "ngrams", "fluency", "copy", "length")
+        return tuple(name for name in names if getattr(self, name))
+
+
+class ColumnTable:
+    """Turns the traits of what waits into a matrix.
+
+    All but components and fields are standardised over what waits, and cut at three deviations.
+    """
+
+    def __init__(self, columns: Columns, target: Sequence[Traits]) -> None:
+        """`target`: traits of the target's samples."""
+        self.columns = columns
+        self._target_e = embeddings_of(target).mean(0)
+        self._ngrams = NgramImportance([traits.tokens for traits in target])
+        self._fluency = Fluency()
+        self._values: list[str] = []
+        self._basis_ec = torch.zeros(len(self._target_e), columns.components)
+        self._centre_e = torch.zeros_like(self._target_e)
+        self._recent: list[Hashes] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each column, (d,); a value of a field has its own once it was seen."""
+        free = range(len(self._values), self.columns.values)
+        return (*self._unchanging, *self._values, *(f"field {i}" for i in free))
+
+    @property
+    def _unchanging(self) -> tuple[str, ...]:
+        components = (f"component {i}" for i in range(self.columns.components))
+        return ("constant", *self.columns.simple, *components, *self.columns.own)
+
+    @property
+    def prior_d(self) -> Tensor:
+        """Where a predictor starts: what is like the target is thought useful, what was just trained on is not."""
+        prior = {"likeness": 0.5, "ngrams": 0.5, "copy": -0.5}
+        return torch.tensor([prior.get(name, 0.0) for name in self.names], dtype=torch.float64)
+
+    @property
+    def certainty_d(self) -> Tensor:
+        """How much surer the prior is of one column than of another, (d,) float64: a producer is seen seldom."""
+        return torch.tensor([1.0] * len(self._unchanging) + [0.25] * self.columns.values, dtype=torch.float64)
+
+    @property
+    def judges_quality_d(self) -> Tensor:
+        """1 for columns in which the loss tells good from bad, (d,) float64: fluency, and who made a record.
+
+        In all others it tells one subject from another, or what is known already.
+        """
+        quality = [float(name == "fluency") for name in self._unchanging] + [1.0] * self.columns.values
+        return torch.tensor(quality, dtype=torch.float64)
+
+    def matrix(self, waiting: Sequence[Traits]) -> Tensor:
+        """The columns of what waits, (M, d) float64. The first call founds the components; each names new values."""
+        embeddings_Me = embeddings_of(waiting)
+        if not bool(self._basis_ec.any()) and self.columns.components:
+            self._found(embeddings_Me)
+        simple = {
+            "likeness": lambda: self._likeness(embeddings_Me),
+            "ngrams": lambda: torch.from_numpy(self._ngrams.scores(waiting)),
+            "fluency": lambda: torch.from_numpy(self._fluency.scores(waiting)),
+            "copy": lambda: self._copied(waiting),
+            "length": lambda: torch.tensor([float(len(traits.tokens)) for traits in waiting]).double().log1p(),
+        }
+        own_Mf = torch.from_numpy(np.stack([traits.own_f for traits in waiting]))
+        parts = [
+            torch.ones(len(waiting), 1, dtype=torch.float64),
+            *(_standardised(simple[name]())[:, None] for name in self.columns.simple),
+            ((embeddings_Me - self._centre_e) @ self._basis_ec).double(),
+            *(_standardised(own_M)[:, None] for own_M in own_Mf.T),
+            self._one_hot(waiting),
+        ]
+        return torch.cat(parts, dim=1)
+
+    def learn(self, gone: Sequence[Traits]) -> None:
+        """Take note of samples that have left."""
+        if self.columns.ngrams:
+            self._ngrams.learn(gone)
+        if self.columns.fluency:
+            self._fluency.learn(gone)
+
+    def trained(self, samples: Sequence[Traits]) -> None:
+        """Take note of samples that were trained on."""
+        self._recent = [*self._recent, *(traits.shingles for traits in samples)][-RECENT:]
+
+    def _likeness(self, embeddings_Me: Tensor) -> Tensor:
+        mean_e = embeddings_Me.mean(0)
+        return (F.normalize(embeddings_Me - mean_e, dim=1) @ F.normalize(self._target_e - mean_e, dim=0)).double()
+
+    def _copied(self, waiting: Sequence[Traits]) -> Tensor:
+        counts = [len(traits.shingles) for traits in waiting]
+        recent = np.concatenate([np.empty(0, dtype=np.uint64), *self._recent])
+        seen = np.isin(np.concatenate([traits.shingles for traits in waiting]), recent)
+        owners = np.repeat(np.arange(len(waiting)), counts)
+        found = np.bincount(owners, weights=seen, minlength=len(waiting))
+        return torch.from_numpy(found / np.maximum(counts, 1))
+
+    def _found(self, embeddings_Me: Tensor) -> None:
+        """Principal components, each of unit spread; those that too few samples leave open are zero."""
+        self._centre_e = embeddings_Me.mean(0)
+        centred = (embeddings_Me - self._centre_e).double()
+        _, sizes, right = torch.linalg.svd(centred, full_matrices=False)
+        for i in range(min(self.columns.components, len(sizes))):
+            spread = float(sizes[i]) / len(embeddings_Me) ** 0.5
+            if spread > 1e-6:
+                sign = right[i, right[i].abs().argmax()].sign()  # a singular vector's sign is the kernel's choice
+                self._basis_ec[:, i] = (right[i] * sign / spread).float()
+
+    def _one_hot(self, waiting: Sequence[Traits]) -> Tensor:
+        room = self.columns.values
+        one_hot_Mv = torch.zeros(len(waiting), room, dtype=torch.float64)
+        if not room:
+            return one_hot_Mv
+        for row, traits in enumerate(waiting):
+            for name, value in traits.fields:
+                one_hot_Mv[row, self._column_of(f"{name}={value}"[:NAMED_CHARS])] = 1.0
+        return one_hot_Mv
+
+    def _column_of(self, named: str) -> int:
+        if named in self._values:
+            return self._values.index(named)
+        if len(self._values) < self.columns.values - 1:
+            self._values.append(named)
+            return len(self._values) - 1
+        return self.columns.values - 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the future depends on, beside which columns there are and the target."""
+        lengths = torch.tensor([len(hashes) for hashes in self._recent], dtype=torch.int64)
+        recent = np.concatenate([np.empty(0, dtype=np.uint64), *self._recent]).view(np.int64)
+        return {
+            "ngrams": self._ngrams.state_dict() if self.columns.ngrams else {},
+            "fluency": self._fluency.state_dict() if self.columns.fluency else {},
+            "values": list(self._values),
+            "basis_ec": self._basis_ec.clone(),
+            "centre_e": self._centre_e.clone(),
+            "recent": torch.from_numpy(recent.copy()),
+            "recent_lengths": lengths,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`. Raises ValueError if it is of other columns or another model."""
+        if state["basis_ec"].shape != self._basis_ec.shape:
+            raise ValueError(f"it has components of shape {tuple(state['basis_ec'].shape)}, not {self._basis_ec.shape}")
+        if state.get("ngrams") and self.columns.ngrams:
+            self._ngrams.load_state_dict(state["ngrams"])
+        if state.get("fluency") and self.columns.fluency:
+            self._fluency.load_state_dict(state["fluency"])
+        self._values = list(state["values"])
+        self._basis_ec, self._centre_e = state["basis_ec"].clone(), state["centre_e"].clone()
+        recent = state["recent"].numpy().view(np.uint64)
+        bounds = np.cumsum(state["recent_lengths"].numpy())[:-1]
+        self._recent = [part.copy() for part in np.split(recent, bounds)] if len(state["recent_lengths"]) else []
+
+
+def _standardised(values_M: Tensor) -> Tensor:
+    """In deviations from the mean of what waits; 0 where all are alike."""
+    deviation = float(values_M.std(correction=0))
+    if deviation <= 1e-9 * max(1.0, float(values_M.abs().max())):
+        return torch.zeros_like(values_M)
+    return ((values_M - values_M.mean()) / deviation).clamp(-LIMIT, LIMIT)

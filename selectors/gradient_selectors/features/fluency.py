@@ -1,0 +1,85 @@
+"""Fluency: how well each token follows the one before it, by counts of the stream itself.
+
+A text whose words were shuffled has the tokens of its kind, but not their pairs.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gradient_selectors.features.hashing import Tokens, mix
+from gradient_selectors.features.traits import Traits
+
+Numbers = npt.NDArray[np.int64]
+Vector = npt.NDArray[np.float64]
+
+PAIRS, SINGLES = 2**20, 2**16  # buckets
+
+
+class Fluency:
+    """Mean pointwise mutual information of neighbouring tokens, from hashed counts: of tokens a and b out of n,
+
+        log((n(a, b) + 1) / (n(a) n(b) / n + 1))
+
+    The ones keep a pair of rare tokens, which has hardly had a chance to be seen, from saying anything. The counts are
+    those of samples that have left: what waits is read again after a restart.
+
+    Examples:
+        >>> from gradient_selectors.features.fluency import Fluency
+        >>> from gradient_selectors.features.traits import Traits
+        >>> import numpy as np
+        >>> fluency = Fluency()
+        >>> fluency.learn([Traits(np.array([1, 2, 3, 4] * 8), torch.ones(1))])
+        >>> in_order, shuffled = fluency.scores([Traits(np.array(t), torch.ones(1)) for t in ([1, 2, 3], [3, 1, 4])])
+        >>> bool(in_order > shuffled)
+        True
+    """
+
+    def __init__(self) -> None:
+        self._pairs = np.zeros(PAIRS, dtype=np.float32)
+        self._singles = np.zeros(SINGLES, dtype=np.float32)
+
+    def scores(self, waiting: Sequence[Traits]) -> Vector:
+        """In nats per pair, (M,) float64; 0 for a sample without pairs, and before anything was counted."""
+        total = float(self._singles.sum())
+        if not total:
+            return np.zeros(len(waiting))
+        pairs_G, first_G, second_G, owners_G = _pairs_of([traits.tokens for traits in waiting])
+        expected_G = self._singles[first_G] * self._singles[second_G] / total
+        information_G = np.log((self._pairs[pairs_G] + 1.0) / (expected_G + 1.0))
+        sums_M = np.bincount(owners_G, weights=information_G, minlength=len(waiting))
+        means_M: Vector = sums_M / np.maximum(np.bincount(owners_G, minlength=len(waiting)), 1)
+        return means_M
+
+    def learn(self, gone: Sequence[Traits]) -> None:
+        """Count the pairs of samples that have left."""
+        tokens = [traits.tokens for traits in gone]
+        np.add.at(self._pairs, _pairs_of(tokens)[0], 1.0)
+        np.add.at(self._singles, _single(np.concatenate([np.empty(0, dtype=np.int64), *tokens])), 1.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counts: copies."""
+        return {"pairs": torch.from_numpy(self._pairs.copy()), "singles": torch.from_numpy(self._singles.copy())}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        self._pairs, self._singles = state["pairs"].numpy().copy(), state["singles"].numpy().copy()
+
+
+def _single(tokens: Tokens) -> Numbers:
+    buckets: Numbers = (mix(tokens.astype(np.uint64)) % np.uint64(SINGLES)).astype(np.int64)
+    return buckets
+
+
+def _pairs_of(samples: Sequence[Tokens]) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    """Of each pair of neighbours: its bucket, those of its two tokens, and the sample it is of. (G,) int64 all."""
+    owners = np.repeat(np.arange(len(samples)), [len(tokens) for tokens in samples])
+    tokens = np.concatenate([np.empty(0, dtype=np.int64), *samples])
+    within = owners[1:] == owners[:-1]
+    singles = _single(tokens)
+    hashes = mix(mix(tokens[:-1].astype(np.uint64)) + tokens[1:].astype(np.uint64))
+    pairs = (hashes % np.uint64(PAIRS)).astype(np.int64)
+    return pairs[within], singles[:-1][within], singles[1:][within], owners[1:][within]

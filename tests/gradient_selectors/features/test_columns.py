@@ -1,0 +1,103 @@
+"""The columns of a learned draw, one by one, against what they are said to be."""
+
+import numpy as np
+import pytest
+import torch
+from gradient_selectors.features.columns import LIMIT, Columns, ColumnTable
+from gradient_selectors.features.hashing import shingles
+from gradient_selectors.features.traits import Traits
+from torch import Tensor
+
+
+def sample(seed: int, size: int = 40, **others: object) -> Traits:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 60, size)
+    embedding_d = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=6)).float(), dim=0)
+    return Traits(tokens, embedding_d, shingles=shingles([tokens])[0], **others)  # type: ignore[arg-type]
+
+
+def standardised(values: Tensor) -> Tensor:
+    return ((values - values.mean()) / values.std(correction=0)).clamp(-LIMIT, LIMIT)
+
+
+def column(table: ColumnTable, x_Md: Tensor, name: str) -> Tensor:
+    return x_Md[:, table.names.index(name)]
+
+
+WAITING = [sample(seed, size=20 + seed) for seed in range(1, 25)]
+TARGET = [sample(100), sample(101)]
+
+
+def test_there_is_one_column_for_each_name() -> None:
+    columns = Columns(components=3, values=4, own=("mine 0",))
+    table = ColumnTable(columns, TARGET)
+    x_Md = table.matrix([sample(seed, own_f=np.array([float(seed)])) for seed in range(9)])
+    assert x_Md.shape == (9, len(table.names))
+    assert len(table.prior_d) == len(table.certainty_d) == len(table.judges_quality_d) == len(table.names)
+    assert table.names[:6] == ("constant", "likeness", "ngrams", "fluency", "copy", "length")
+    torch.testing.assert_close(column(table, x_Md, "mine 0"), standardised(torch.arange(9.0).double()))
+    assert bool((column(table, x_Md, "constant") == 1).all())
+
+
+def test_likeness_is_the_cosine_of_what_sets_samples_and_target_apart_from_the_rest() -> None:
+    table = ColumnTable(Columns(), TARGET)
+    x_Md = table.matrix(WAITING)
+    embeddings = torch.stack([traits.embedding_d for traits in WAITING]).double()
+    mean = embeddings.mean(0)
+    target = torch.stack([traits.embedding_d for traits in TARGET]).double().mean(0) - mean
+    cosines = torch.nn.functional.cosine_similarity(embeddings - mean, target[None])
+    torch.testing.assert_close(column(table, x_Md, "likeness"), standardised(cosines), rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_of_what_was_trained_on_stands_out_and_so_does_its_forgetting() -> None:
+    table = ColumnTable(Columns(), TARGET)
+    table.trained([WAITING[3]])
+    copied = column(table, table.matrix(WAITING), "copy")
+    assert int(copied.argmax()) == 3
+    assert float(copied[3]) == LIMIT
+    table.trained([sample(seed) for seed in range(200, 500)])
+    assert not bool(column(table, table.matrix(WAITING), "copy").any())
+
+
+def test_components_are_those_of_the_first_samples_and_of_unit_spread() -> None:
+    table = ColumnTable(Columns(components=4), TARGET)
+    first = torch.stack([column(table, table.matrix(WAITING), f"component {i}") for i in range(4)])
+    torch.testing.assert_close(first @ first.T / len(WAITING), torch.eye(4).double(), rtol=1e-4, atol=1e-4)
+    table.matrix([sample(seed) for seed in range(300, 320)])
+    again = torch.stack([column(table, table.matrix(WAITING), f"component {i}") for i in range(4)])
+    assert torch.equal(first, again)
+
+
+def test_each_value_of_a_field_has_a_column_until_there_are_too_many() -> None:
+    table = ColumnTable(Columns(values=3), TARGET)
+    waiting = [sample(i, fields=(("source", name),)) for i, name in enumerate(["b", "a", "b", "c", "d", "a"])]
+    x_Md = table.matrix(waiting)
+    assert table.names[-3:] == ("source=b", "source=a", "field 2")
+    assert x_Md[:, -3:].tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]]
+
+
+def test_a_feature_that_is_off_has_no_column() -> None:
+    columns = Columns(likeness=False, ngrams=False, fluency=False, copy=False, components=0, values=0)
+    table = ColumnTable(columns, TARGET)
+    assert table.names == ("constant", "length")
+    assert table.matrix(WAITING).shape == (len(WAITING), 2)
+
+
+def test_columns_go_on_from_a_state() -> None:
+    one, other = ColumnTable(Columns(), TARGET), ColumnTable(Columns(), TARGET)
+    one.matrix([*WAITING, sample(7, fields=(("source", "a"),))])
+    one.learn(WAITING[:6])
+    one.trained(WAITING[:3])
+    other.load_state_dict(one.state_dict())
+    for table in (one, other):
+        table.learn(WAITING[6:8])
+        table.trained(WAITING[6:7])
+    later = [sample(seed, fields=(("source", "ab"[seed % 2]),)) for seed in range(400, 420)]
+    assert torch.equal(one.matrix(later), other.matrix(later))
+    assert one.names == other.names
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    state = ColumnTable(Columns(components=2), TARGET).state_dict()
+    with pytest.raises(ValueError, match="components of shape"):
+        ColumnTable(Columns(components=3), TARGET).load_state_dict(state)
