@@ -1,7 +1,7 @@
 """The durable truth: weights, optimizer, random states and cursor in one directory that exists whole or not at all.
 
     <checkpoint.dir>/step-00000042/
-        model/                  a plain transformers checkpoint, adapters merged in
+        model/                  a plain transformers checkpoint, adapters merged in; or these alone, as `saving` says
         adapter.safetensors     with LoRA: the adapters' weights by parameter name
         optimizer.safetensors   `<parameter name>.<field>`, for example `lm_head.weight.exp_avg`
         state.safetensors       tensors of whatever else has state, by path: `engine/target/gradient/lm_head.weight`
@@ -32,7 +32,7 @@ from stream_trainer.checkpoints.version_1 import read_tensors, read_version_1
 from stream_trainer.errors import CheckpointError
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.models.saving import (
-    check_merged,
+    check_base,
     check_shapes,
     load_adapter,
     load_weights,
@@ -174,7 +174,7 @@ def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: NamedOptimiz
         )
     if loaded.lora:
         load_adapter(loaded, path / ADAPTER)
-        check_merged(loaded, path / MODEL)
+        check_base(loaded, path / MODEL)
     else:
         load_weights(loaded, path / MODEL)
     _restore_optimizer(path / OPTIMIZER, optimizer)

@@ -44,7 +44,7 @@ def check_offline(settings: Settings) -> list[Check]:
         *_directories(settings),
         *_own_selector(settings.selection),
         *_model(settings.model),
-        *_extras(settings.model),
+        *_extras(settings),
         _device(settings.model),
     ]
 
@@ -174,9 +174,14 @@ def _origin(name: str, value: str, wanted: str) -> Check:
     return Check(name, False, f"{name}={value} is not a directory; set it to {wanted} or a name on the hub")
 
 
-def _extras(model: ModelSettings) -> Iterator[Check]:
+def _extras(settings: Settings) -> Iterator[Check]:
+    model = settings.model
     if model.lora is not None:
         yield _extra("lora", ("peft",), f"model.lora.rank={model.lora.rank}")
+        if model.lora.base == "nf4":
+            yield _extra("quantised", ("bitsandbytes", "accelerate"), "model.lora.base=nf4")
+    if settings.optimizer.moments == "int8":
+        yield _extra("quantised", ("bitsandbytes",), "optimizer.moments=int8")
     if model.gguf_file is not None:
         yield _extra("gguf", ("gguf", "accelerate"), f"model.gguf_file={model.gguf_file}")
 

@@ -1,14 +1,12 @@
 """Load or build the model and its tokenizer.
 
-Weights are float32 whatever `model.dtype` says: bfloat16 means autocast during the passes. The model stays in train()
-mode with every dropout at zero: one pass serves scoring and update, so it must be deterministic, and gradient
-checkpointing is active in train() mode only. `weights` writes models and reads them back.
+What is trained is float32 whatever `model.dtype` says: bfloat16 means autocast during the passes. The model stays in
+train() mode with every dropout at zero: one pass serves scoring and update, so it must be deterministic, and gradient
+checkpointing is active in train() mode only. `saving` writes models and reads them back.
 """
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from stream_trainer.errors import SettingsError
+from stream_trainer.models.adapters import add_adapters, base_dtype, quantisation
+from stream_trainer.models.refusals import first_line, loading
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
-from stream_trainer.settings.schema import LoraSettings, ModelSettings
+from stream_trainer.settings.schema import ModelSettings
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "default"  # peft's name of the one adapter we use
 DROPOUT_FIELDS = ("dropout", "pdrop", "layerdrop")  # how the configurations of transformers spell it
 
 
@@ -32,12 +31,14 @@ class LoadedModel:
     """A model that is ready to train.
 
     Attributes:
-        model: in train() mode, float32, on `device`; with LoRA only the adapters require gradients.
+        model: in train() mode, on `device`; with LoRA only the adapters require gradients. All of it is float32, but
+            for a frozen base that `model.lora.base` has in fewer bits.
         tokenizer: with a padding token.
         autocast_dtype: of the passes, or None for plain float32.
         max_positions: tokens the model can attend to, or None where it knows no limit.
         config: the configuration as the user gave it, with its dropouts; this is what gets saved.
         lora: whether the model carries adapters.
+        adapters_only: whether these are all that is saved, for their base is held in fewer bits.
     """
 
     model: torch.nn.Module
@@ -47,6 +48,7 @@ class LoadedModel:
     max_positions: int | None
     config: Any
     lora: bool
+    adapters_only: bool
 
 
 def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
@@ -56,12 +58,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     Raises SettingsError, in one line, for whatever the user can mend.
     """
     device = _device(settings.device)
-    dtype = passes_in(settings.dtype, device)
-    if dtype != settings.dtype:
-        logger.warning(
-            "model.dtype=bfloat16 is not for this processor, which has no instructions for it: "
-            "passes run in float32; set it to float32"
-        )
+    autocast = _autocast(settings, device)
     config = _load_config(settings)
     tokenizer = _load_tokenizer(settings)
     if settings.config is not None:
@@ -71,10 +68,10 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     # Models are built on the CPU, so no other generator takes part.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = _build(settings, zeroed)
+        model = _build(settings, zeroed, device, base_dtype(settings.lora, autocast))
         _check_vocabulary(settings, tokenizer, model)
         if settings.lora is not None:
-            model = _add_adapters(model, settings.lora)
+            model = add_adapters(model, settings)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0  # some models hold a dropout that no field of their configuration sets
@@ -87,10 +84,11 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
         model=model.to(device).train(),
         tokenizer=tokenizer,
         device=device,
-        autocast_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
+        autocast_dtype=autocast,
         max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
         config=config,
         lora=settings.lora is not None,
+        adapters_only=settings.lora is not None and settings.lora.base != "float32",
     )
 
 
@@ -107,6 +105,20 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _autocast(settings: ModelSettings, device: torch.device) -> torch.dtype | None:
+    """Dtype of the passes, or None for plain float32. A base in bfloat16 leaves no choice."""
+    dtype = passes_in(settings.dtype, device)
+    is_held = settings.lora is not None and settings.lora.base == "bfloat16"
+    if dtype != settings.dtype:
+        effect = (
+            "passes will be slow; set it and model.lora.base to float32"
+            if is_held
+            else "passes run in float32; set it to float32"
+        )
+        logger.warning("model.dtype=bfloat16 is not for this processor, which has no instructions for it: %s", effect)
+    return torch.bfloat16 if is_held or dtype == "bfloat16" else None
+
+
 def passes_in(dtype: str, device: torch.device) -> str:
     """What `model.dtype` comes to on a device: `float32` where a CPU has no instructions for bfloat16.
 
@@ -119,25 +131,6 @@ def _multiplies_bfloat16() -> bool:
     """Whether oneDNN has bfloat16 products for this CPU. torch asks in the same way, and has no public name for it."""
     built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return built_in and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@contextmanager
-def _loading(setting: str, remedy: str, extra: str) -> Iterator[None]:
-    """Turn whatever a loader raises into one line: it was the user who named what it tried to load."""
-    try:
-        yield
-    except SettingsError:
-        raise
-    except ImportError as error:
-        raise SettingsError(
-            f"{setting} needs a package that is missing ({_first_line(error)}); pip install 'stream-trainer[{extra}]'"
-        ) from error
-    except Exception as error:
-        raise SettingsError(f"{setting} cannot be loaded ({_first_line(error)}); {remedy}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _check_directory(setting: str, name: str) -> None:
@@ -154,9 +147,7 @@ def _load_tokenizer(settings: ModelSettings) -> Any:
     setting = "model.tokenizer" if own else "model.name"
     _check_directory(setting, name)
     origin = {} if own else {"revision": settings.revision or "main", "gguf_file": settings.gguf_file}
-    with _loading(
-        f"{setting}={name}: the tokenizer", "check its files and the network, or set model.tokenizer", "gguf"
-    ):
+    with loading(f"{setting}={name}: the tokenizer", "check its files and the network, or set model.tokenizer", "gguf"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **origin)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -174,20 +165,23 @@ def _load_config(settings: ModelSettings) -> Any:
     _check_directory("model.name", name)
     if settings.gguf_file is not None and Path(name).is_dir() and not (Path(name) / settings.gguf_file).is_file():
         raise SettingsError(f"model.gguf_file={settings.gguf_file} is not in model.name={name}; correct the name")
-    with _loading(f"model.name={name}", _name_remedy(settings), "gguf"):
-        return AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **_origin(settings))
+    with loading(f"model.name={name}", _name_remedy(settings), "gguf"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **_origin(settings))
+    if "bitsandbytes" in str(getattr(config, "quantization_config", "")):
+        raise SettingsError(f"model.name={name} is quantised already; name the model it was made from")
+    return config
 
 
 def _config_from_fields(fields: dict[str, Any]) -> Any:
     kind = fields["model_type"]
-    with _loading(
+    with loading(
         f"model.config.model_type={kind}", f"choose one that transformers {transformers.__version__} knows", ""
     ):
         known = AutoConfig.for_model(kind)
     for name in fields:
         if not hasattr(known, name):
             logger.warning("model.config.%s is not a field of %s: check its spelling", name, kind)
-    with _loading("model.config", "correct its fields", ""):
+    with loading("model.config", "correct its fields", ""):
         return AutoConfig.for_model(**fields)
 
 
@@ -208,6 +202,8 @@ def _origin(settings: ModelSettings) -> dict[str, Any]:
 def _name_remedy(settings: ModelSettings) -> str:
     if settings.gguf_file is not None:
         return "set model.gguf_file to a GGUF file of a model that transformers knows"
+    if settings.lora is not None and settings.lora.base == "nf4":
+        return f"check that bitsandbytes quantises on {settings.device}, or set model.lora.base to bfloat16"
     return "set model.name to a model directory, or check the network and your access to the hub"
 
 
@@ -219,18 +215,21 @@ def _zero_dropout(config: Any) -> None:
             setattr(config, name, type(value)(0))
 
 
-def _build(settings: ModelSettings, config: Any) -> Any:
+def _build(settings: ModelSettings, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """On the CPU in `dtype`, or quantised on `device`."""
     if settings.config is not None:
-        with _loading("model.config", "correct its fields", ""):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with _loading(f"model.name={settings.name}", _name_remedy(settings), "gguf"):
+        with loading("model.config", "correct its fields", ""):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    quantised = quantisation(settings.lora, dtype, device)
+    with loading(f"model.name={settings.name}", _name_remedy(settings), "gguf"):
         model, report = AutoModelForCausalLM.from_pretrained(
             settings.name,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
             **_origin(settings),
+            **quantised,
         )
         if report["missing_keys"]:
             # transformers would give them random values and go on.
@@ -244,7 +243,7 @@ def _build(settings: ModelSettings, config: Any) -> Any:
             return model
         # A model read from GGUF is marked as quantized, and transformers refuses to save it; the same weights in a
         # model that was never marked are fine.
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
         plain.load_state_dict(model.state_dict())
         return plain
 
@@ -270,27 +269,4 @@ def _enable_gradient_checkpointing(model: Any) -> None:
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise SettingsError(f"model.gradient_checkpointing=true: {_first_line(error)}; set it to false") from error
-
-
-def _add_adapters(model: Any, settings: LoraSettings) -> Any:
-    """Put adapters into `model` in place. Every other parameter stops requiring gradients."""
-    setting = f"model.lora.target_modules={settings.target_modules}"
-    with _loading("model.lora", "correct model.lora", "lora"):
-        from peft import LoraConfig, inject_adapter_in_model
-
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=0.0,
-            target_modules=settings.target_modules
-            if settings.target_modules == "all-linear"
-            else list(settings.target_modules),
-            fan_in_fan_out=any(type(module) is transformers.pytorch_utils.Conv1D for module in model.modules()),
-        )
-    with _loading(setting, "name modules the model has, or set it to all-linear", "lora"):
-        adapted = inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    embedding, head = adapted.get_input_embeddings(), adapted.get_output_embeddings()
-    if embedding.weight is head.weight and any(hasattr(module, "lora_A") for module in (embedding, head)):
-        raise SettingsError(f"{setting} adapts the embedding, which is tied to the head; leave both out")
-    return adapted
+        raise SettingsError(f"model.gradient_checkpointing=true: {first_line(error)}; set it to false") from error

@@ -2,6 +2,9 @@
 
 A saved model is whole: adapters are merged into a copy of the weights and the user's own configuration comes along, so
 servers load it without this package. Reading it back for a resume is bit for bit.
+
+Where the base is held in fewer bits, the adapters alone are saved, in PEFT's own format. Merged into such a base, most
+of what they learned would be rounded away.
 """
 
 import copy
@@ -11,22 +14,29 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stream_trainer.errors import CheckpointError
-from stream_trainer.models.loading import ADAPTER, LoadedModel
+from stream_trainer.models.adapters import ADAPTER
+from stream_trainer.models.loading import LoadedModel
 
+BASE = "base.safetensors"
+SAMPLED = 16  # leading numbers of each frozen parameter, by which a base is known again
 REMEDY = "restore the model settings it was made with, or set another checkpoint.dir"
 
 
 def save_model(loaded: LoadedModel, directory: Path) -> None:
     """Write a checkpoint that `AutoModelForCausalLM` and `AutoTokenizer` load, adapters merged in.
 
-    The live model is not touched. Raises OSError or SafetensorError if `directory` cannot be written.
+    With `adapters_only` it is one that `PeftModel` loads onto the base. The live model is not touched. Raises OSError
+    or SafetensorError if `directory` cannot be written.
     """
     model: Any = loaded.model
-    model.save_pretrained(directory, state_dict=dict(_plain_weights(loaded)))
-    loaded.config.save_pretrained(directory)  # over the one just written, whose dropouts are zero
+    if loaded.adapters_only:
+        _save_as_peft(model, directory)
+    else:
+        model.save_pretrained(directory, state_dict=dict(_plain_weights(loaded)))
+        loaded.config.save_pretrained(directory)  # over the one just written, whose dropouts are zero
     loaded.tokenizer.save_pretrained(directory)
 
 
@@ -59,19 +69,28 @@ def load_adapter(loaded: LoadedModel, path: Path) -> None:
             weight.copy_(file.get_tensor(name))
 
 
-def check_merged(loaded: LoadedModel, directory: Path) -> None:
-    """Check that the live base model and adapters merge to what `save_model` wrote to `directory`.
+def check_base(loaded: LoadedModel, directory: Path) -> None:
+    """Check that the live base model is the one below the adapters that `save_model` wrote to `directory`.
 
     The adapters alone do not tell which model they belong to. Raises CheckpointError if it was another one.
     """
-    saved = _read_saved(loaded, directory)
-    for name, tensor in _plain_weights(loaded):
+    if (directory / BASE).exists() != loaded.adapters_only:
+        raise CheckpointError(
+            f"checkpoint {directory} was made with another model.lora.base; restore it, or set another checkpoint.dir"
+        )
+    if loaded.adapters_only:
+        saved = load_file(directory / BASE)
+        differing = (n for n, ours in _sampled(loaded.model).items() if n not in saved or not ours.equal(saved[n]))
+    else:
+        saved = _read_saved(loaded, directory)
         # The merge is a matrix product, whose rounding may differ between machines.
-        if not torch.allclose(tensor.cpu(), saved[name], rtol=1e-4, atol=1e-5):
-            raise CheckpointError(
-                f"checkpoint {directory} was trained from another base model ({name} differs); restore model.name, "
-                f"model.revision, model.config and training.seed, or set another checkpoint.dir"
-            )
+        ours_and_theirs = ((name, tensor.cpu(), saved[name]) for name, tensor in _plain_weights(loaded))
+        differing = (n for n, ours, theirs in ours_and_theirs if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5))
+    for name in differing:
+        raise CheckpointError(
+            f"checkpoint {directory} was trained from another base model ({name} differs); restore model.name, "
+            f"model.revision, model.config, model.lora.base and training.seed, or set another checkpoint.dir"
+        )
 
 
 def check_shapes(
@@ -92,6 +111,24 @@ def check_shapes(
 
 def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _save_as_peft(model: Any, directory: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.target_modules = sorted(config.target_modules)  # the order of a set changes from process to process
+    config.save_pretrained(directory)
+    weights = get_peft_model_state_dict(model, _trainable(model), ADAPTER, save_embedding_layers=False)
+    named = {f"base_model.model.{name}": weight.detach().contiguous() for name, weight in weights.items()}
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(_sampled(model), directory / BASE)
+
+
+def _sampled(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The first numbers of every frozen parameter, as they are held."""
+    frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+    return {name: parameter.data.flatten()[:SAMPLED].cpu().clone() for name, parameter in frozen}
 
 
 def _plain_weights(loaded: LoadedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gradient_selectors import MaskedAdamW
@@ -12,8 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stream_trainer.errors import SettingsError
+from stream_trainer.models.refusals import loading
 from stream_trainer.settings.schema import OptimizerSettings
 from stream_trainer.settings.selection import SelectionSettings
+
+if TYPE_CHECKING:
+    from stream_trainer.training.moments import NamedAdamW8bit
 
 
 class NamedAdamW(torch.optim.AdamW):
@@ -42,6 +46,8 @@ class NamedAdamW(torch.optim.AdamW):
         """Take over a copy of what `state_dict` returned. Raises ValueError, naming a parameter that does not fit."""
         if any(key.endswith(".kept") for key in state_dict):
             raise ValueError("it was made with a mask; set selection.mask to fixed or dual_sft")
+        if any(key.endswith(".state1") for key in state_dict):
+            raise ValueError("it was made with moments in 8 bits; set optimizer.moments to int8")
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in state_dict.items():
             name, _, field = key.rpartition(".")
@@ -61,11 +67,11 @@ class NamedAdamW(torch.optim.AdamW):
 
 def make_optimizer(
     model: nn.Module, settings: OptimizerSettings, selection: SelectionSettings
-) -> NamedAdamW | MaskedAdamW:
+) -> "NamedAdamW | NamedAdamW8bit | MaskedAdamW":
     """AdamW over the model's trainable parameters; biases and norms (one dimension) are not decayed.
 
     With a mask it is the one that keeps moments for unmasked parameters only; nothing moves before it is given a mask.
-    Raises SettingsError if the file of a mask to start from does not fit.
+    Raises SettingsError if the file of a mask to start from does not fit, or bitsandbytes is missing.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in trained if p.ndim > 1]
@@ -81,6 +87,10 @@ def make_optimizer(
         if selection.mask_path is not None:
             start_from(masked, selection.mask_path)
         return masked
+    if settings.moments == "int8":
+        with loading("optimizer.moments=int8", "set optimizer.moments to float32", "quantised"):
+            from stream_trainer.training.moments import NamedAdamW8bit
+        return NamedAdamW8bit(groups, lr=rate, betas=betas, eps=eps)
     return NamedAdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)  # one pass over memory, not about ten
 
 

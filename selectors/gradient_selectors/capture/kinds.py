@@ -97,6 +97,11 @@ def close(a: Tensor | None, b: Tensor) -> bool:
     return bool((a.float() - b.float()).norm() <= TOLERANCE * b.float().norm() + 1e-12)
 
 
+def in_float32(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The module's own parameters for a probe; in fewer bits its rounding would look like a wrong formula."""
+    return {f"{prefix}{name}": parameter.float() for name, parameter in module.named_parameters(recurse=False)}
+
+
 def probe_input(*shape: int, like: Tensor) -> Tensor:
     """Fixed numbers without structure that could make a wrong formula look right."""
     generator = torch.Generator().manual_seed(0)
@@ -111,13 +116,14 @@ def _recognise_matrix(module: nn.Module, weight: Tensor) -> MakeFactors | None:
 
 def stored_transposed(module: nn.Module, weight: Tensor) -> bool | None:
     """False for `y = x W^T + b`, True for `y = x W + b`, None for anything else."""
-    bias = getattr(module, "bias", None)
+    parameters = in_float32(module)
+    weight, bias = parameters.get("weight", weight.float()), parameters.get("bias")
     for transposed in (False, True):
         x = probe_input(2, 3, weight.shape[0 if transposed else 1], like=weight)
         expected = x @ (weight if transposed else weight.T)
         if bias is not None and bias.shape == expected.shape[-1:]:
             expected = expected + bias
-        if close(try_call(module, x), expected):
+        if close(try_call(module, x, parameters), expected):
             return transposed
     return None
 
@@ -138,12 +144,17 @@ def _matrix_factor(left: Tensor, right: Tensor, rows: Rows) -> Factor:
     """
     num_samples, p, d = rows.num_samples, left.shape[-1], right.shape[-1]
     left_NTp, right_NTd = left.reshape(num_samples, -1, p), right.reshape(num_samples, -1, d)
-    if min(p, d) <= NARROW and p * d <= left_NTp.shape[1] * (p + d):
+    if is_written_out(p, d, left_NTp.shape[1]):
         # Padding has a zero gradient. With the narrow side in front, the product itself is much faster.
         narrow_first = left_NTp.mT @ right_NTd if p <= d else (right_NTd.mT @ left_NTp).mT
         return Written(narrow_first.float().contiguous())
     left_Rp, segments = rows.flatten(left, 1)
     return Outer(left_Rp, rows.flatten(right, 1)[0], segments)
+
+
+def is_written_out(p: int, d: int, num_tokens: int) -> bool:
+    """Whether a matrix is so narrow that its gradients are written out for samples padded to `num_tokens`."""
+    return min(p, d) <= NARROW and p * d <= num_tokens * (p + d)
 
 
 def _recognise_lookup(module: nn.Embedding) -> MakeFactors | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradient_selectors.capture.kinds import close, probe_input, stored_transposed, try_call
+from gradient_selectors.capture.kinds import close, in_float32, probe_input, stored_transposed, try_call
 
 PARTS = ("lora_A", "lora_B", "lora_dropout")  # of a layer, by adapter
 
@@ -114,7 +114,7 @@ def recognise_lora(name: str, module: Any) -> LoraLinear | None:
         return None
     with torch.no_grad():
         transposed = stored_transposed(base, weight)
-        if transposed is None or not _adds_product(module, adapter, down.weight, up.weight):
+        if transposed is None or not _adds_product(module, adapter, down.weight.float(), up.weight.float()):
             return None
     return LoraLinear(module, f"{name}.lora_A.{adapter}", f"{name}.lora_B.{adapter}", adapter, transposed)
 
@@ -125,8 +125,8 @@ def _keeps_all(dropout: nn.Module) -> bool:
 
 
 def _are_matrices(*weights: Any) -> bool:
-    """Whether all are matrices of one dtype."""
-    return all(isinstance(w, Tensor) and w.ndim == 2 and w.dtype == weights[-1].dtype for w in weights)
+    """Whether all are matrices; a base that is packed into integers is none."""
+    return all(isinstance(w, Tensor) and w.ndim == 2 and w.is_floating_point() for w in weights)
 
 
 def _adds_product(module: Any, adapter: str, down_rd: Tensor, up_pr: Tensor) -> bool:
@@ -136,4 +136,6 @@ def _adds_product(module: Any, adapter: str, down_rd: Tensor, up_pr: Tensor) -> 
     other_pr = probe_input(*up_pr.shape, like=up_pr) / up_pr.shape[1] ** 0.5
     weights = {f"lora_A.{adapter}.weight": other_rd, f"lora_B.{adapter}.weight": other_pr}
     product = F.linear(F.linear(x, other_rd), other_pr) * module.scaling[adapter]
-    return close(try_call(module, x, weights), module.base_layer(x) + product)
+    base = try_call(module.base_layer, x, in_float32(module.base_layer))
+    of_base = in_float32(module.base_layer, "base_layer.")
+    return base is not None and close(try_call(module, x, weights | of_base), base + product)

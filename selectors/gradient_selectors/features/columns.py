@@ -20,6 +20,7 @@ from gradient_selectors.features.traits import Traits, embeddings_of
 LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
 RECENT = 256  # samples trained on lately, among which near copies are looked for
 NAMED_CHARS = 48
+FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Columns:
         fluency: how well tokens follow one another.
         copy: share of the text that was trained on lately.
         length: log of the number of tokens.
-        components: principal components of the embeddings of what waited at the first draw.
+        components: principal components of the embeddings of what waited when there was first enough of it.
         values: values of the record's fields that have a column; what comes later shares the last one. 0 turns it off.
         own: names of a user's own features.
     """
@@ -56,7 +57,8 @@ class Columns:
 class ColumnTable:
     """Turns the traits of what waits into a matrix.
 
-    All but components and fields are standardised over what waits, and cut at three deviations.
+    All but fields are standardised, components over what waited first and the others over what waits, and cut at three
+    deviations.
     """
 
     def __init__(self, columns: Columns, target: Sequence[Traits]) -> None:
@@ -102,9 +104,9 @@ class ColumnTable:
         return torch.tensor(quality, dtype=torch.float64)
 
     def matrix(self, waiting: Sequence[Traits]) -> Tensor:
-        """The columns of what waits, (M, d) float64. The first call founds the components; each names new values."""
+        """The columns of what waits, (M, d) float64. Founds the components, and names values that are new."""
         embeddings_Me = embeddings_of(waiting)
-        if not bool(self._basis_ec.any()) and self.columns.components:
+        if not bool(self._basis_ec.any()) and len(waiting) >= FOUNDING * max(1, self.columns.components):
             self._found(embeddings_Me)
         simple = {
             "likeness": lambda: self._likeness(embeddings_Me),
@@ -117,7 +119,7 @@ class ColumnTable:
         parts = [
             torch.ones(len(waiting), 1, dtype=torch.float64),
             *(_standardised(simple[name]())[:, None] for name in self.columns.simple),
-            ((embeddings_Me - self._centre_e) @ self._basis_ec).double(),
+            ((embeddings_Me - self._centre_e) @ self._basis_ec).double().clamp(-LIMIT, LIMIT),
             *(_standardised(own_M)[:, None] for own_M in own_Mf.T),
             self._one_hot(waiting),
         ]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from gradient_selectors.capture.capture import GradientCapture
-from gradient_selectors.capture.lora import recognise_lora
+from gradient_selectors.capture.lora import LoraLinear, recognise_lora
+from gradient_selectors.capture.places import UnsupportedParameterError
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
@@ -53,9 +54,9 @@ def disabled() -> Any:
     return layer
 
 
-def of_another_dtype() -> Any:
+def packed() -> Any:
     layer = adapted()
-    layer.base_layer.bfloat16()
+    layer.base_layer.weight = nn.Parameter(torch.zeros(IN * OUT // 2, 1, dtype=torch.uint8), requires_grad=False)
     return layer
 
 
@@ -87,6 +88,20 @@ def test_an_adapted_layer_is_recognised_and_computes_the_same(bias: bool, rank_s
         torch.testing.assert_close(torch.einsum("ntp,ntd->pd", grad, inputs), gradient)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["adapters too", "base alone"])
+def test_a_layer_in_bfloat16_is_recognised_and_computes_the_same_up_to_rounding(bias: bool, all_of_it: bool) -> None:
+    module = adapted(nn.Linear(IN, OUT, bias=bias))
+    (module if all_of_it else module.base_layer).bfloat16()
+    layer = recognise_lora("mlp", module)
+    assert layer is not None
+    x = torch.randn(2, 4, IN).bfloat16()
+    output = layer.forward(x, torch.zeros((), requires_grad=True), None, lambda *_: None)
+    want = module.double()(x.double()).detach()
+    assert output.dtype is torch.bfloat16
+    assert relative_error(output.detach(), want) < 0.02
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -99,7 +114,7 @@ def test_an_adapted_layer_is_recognised_and_computes_the_same(bias: bool, rank_s
         two_adapters,
         merged,
         disabled,
-        of_another_dtype,
+        packed,
         patched,
     ],
     ids=[
@@ -112,7 +127,7 @@ def test_an_adapted_layer_is_recognised_and_computes_the_same(bias: bool, rank_s
         "two",
         "merged",
         "disabled",
-        "dtype",
+        "packed",
         "patched",
     ],
 )
@@ -168,6 +183,21 @@ def test_layers_that_were_merged_meanwhile_are_left_to_peft() -> None:
     layer.enable_adapters(False)
     without = dense(model, batch).losses
     torch.testing.assert_close(capture.run(batch).losses_N, without.float())
+
+
+def in_bfloat16(model: Any) -> Any:
+    """Its frozen weights, that is."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def test_a_wrong_factor_on_a_base_in_bfloat16_does_not_pass_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    GradientCapture(in_bfloat16(make_model("lora")), torch.bfloat16)
+    monkeypatch.setattr(LoraLinear, "scaling", property(lambda self: 1.5 * self.module.scaling[self.adapter]))
+    with pytest.raises(UnsupportedParameterError, match="differs from autograd's"):
+        GradientCapture(in_bfloat16(make_model("lora")), torch.bfloat16)
 
 
 def test_bfloat16_agrees_with_autograd_up_to_rounding() -> None:

@@ -24,7 +24,7 @@ def column(table: ColumnTable, x_Md: Tensor, name: str) -> Tensor:
     return x_Md[:, table.names.index(name)]
 
 
-WAITING = [sample(seed, size=20 + seed) for seed in range(1, 25)]
+WAITING = [sample(seed, size=20 + seed % 24) for seed in range(1, 41)]
 TARGET = [sample(100), sample(101)]
 
 
@@ -61,6 +61,8 @@ def test_a_copy_of_what_was_trained_on_stands_out_and_so_does_its_forgetting() -
 
 def test_components_are_those_of_the_first_samples_and_of_unit_spread() -> None:
     table = ColumnTable(Columns(components=4), TARGET)
+    few = torch.stack([column(table, table.matrix(WAITING[:20]), f"component {i}") for i in range(4)])
+    assert not bool(few.any()), "too few samples to found components on"
     first = torch.stack([column(table, table.matrix(WAITING), f"component {i}") for i in range(4)])
     torch.testing.assert_close(first @ first.T / len(WAITING), torch.eye(4).double(), rtol=1e-4, atol=1e-4)
     table.matrix([sample(seed) for seed in range(300, 320)])

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_selectors.capture.capture import GradientCapture
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.models.loading import load_model, passes_in
 from stream_trainer.models.saving import save_model
 from stream_trainer.settings.schema import LoraSettings, ModelSettings
+from tests.helpers.oracle import make_batch
 from tests.helpers.tiny_models import CONFIGS, INPUT, logits_of, overwrite, settings_of, shake, with_config
 
 
@@ -71,6 +73,22 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) is checkpointing
         gradients.append(model.model.embed_tokens.weight.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_attention_to_a_padded_pool_is_causal_and_has_no_mask(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask, torch has no flash kernel for it, and a pool of T tokens holds T x T numbers for every sample."""
+    capture = GradientCapture(load_model(settings_of(kind), seed=1).model)
+    calls: list[tuple[Any, Any]] = []
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*qkv: torch.Tensor, **others: Any) -> Any:
+        calls.append((others.get("attn_mask"), others.get("is_causal")))
+        return attend(*qkv, **others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    capture.run(make_batch((8, 5, 7)))
+    assert calls == [(None, True)] * 2
 
 
 def test_model_directory_is_loaded_without_dropout_and_padded_with_the_end_token(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from stream_trainer.errors import CheckpointError
 from stream_trainer.models.loading import load_model
-from stream_trainer.models.saving import check_merged, load_adapter, load_weights, save_adapter, save_model
+from stream_trainer.models.saving import check_base, load_adapter, load_weights, save_adapter, save_model
 from stream_trainer.settings.schema import LoraSettings
 from tests.helpers.tiny_models import CONFIGS, logits_of, settings_of, shake, with_config
 
@@ -110,6 +110,6 @@ def test_adapter_of_another_rank_is_refused(tmp_path: Path) -> None:
 def test_adapter_on_another_base_model_is_noticed(tmp_path: Path) -> None:
     source, same, other = (load_model(settings_of("llama", lora=LoraSettings()), seed) for seed in (1, 1, 2))
     save_model(source, tmp_path)
-    check_merged(same, tmp_path)
+    check_base(same, tmp_path)
     with pytest.raises(CheckpointError, match=r"another base model \(model.embed_tokens.weight differs\); restore"):
-        check_merged(other, tmp_path)
+        check_base(other, tmp_path)
