@@ -1,11 +1,14 @@
-"""What ingest costs on one core, from a topic to the buffer, and where the time goes.
+"""What ingest costs, from a topic to the buffer, and where the time goes.
 
 Records of 1 KB, prompt and response, 1 % of them malformed, wait in a topic and are read
 
 - by the source alone, then parsed too, then tokenised too;
 - by the service's own ingest thread: decoded, buffered or dead-lettered, taken in pools and decided.
 
-The process is pinned to one core for that, where the system allows it; the broker runs beside it. Each figure is the
+Beside it stands what the tokenizer's backend takes for the same texts by itself, in batches as large.
+
+The process is pinned to `--cores` for that (one), where the system allows it; the broker runs beside it. With more than
+one the tokenizer's backend uses threads of its own, as it does in the service. Each figure is the
 median of some readings, by a decoder that has seen as many other records of the same vocabulary, but none of these.
 What one does that has seen none is told apart.
 
@@ -47,6 +50,7 @@ from stream_trainer.settings.schema import SampleSettings, SourceSettings
 from stream_trainer.sources import open_source
 
 RECORDS, READINGS, LAG_S, STEPS = 20_000, 3, 12.0, 12
+WITH_DECODER = ("poll, parse, tokenise", "ingest")
 PACKAGES = ("stream-trainer", "kafka-python", "crc32c", "tokenizers", "transformers", "torch")
 EXAMPLES = """\
 examples:
@@ -54,6 +58,8 @@ examples:
       Apache Kafka and the byte tokenizer
   python -m benchmarks.ingest --broker embedded --tokenizer path/to/model --max-tokens 256
       the demo's broker (package noida-db) and the tokenizer of a model
+  KAFKA_HOME=kafka_2.13-4.1.0 python -m benchmarks.ingest --tokenizer path/to/model --cores 2
+      the same as a service on two cores
   python -m benchmarks.ingest --source jsonl --records 2000
       a file, without a broker: in seconds, but it cannot tell the lag
 """
@@ -124,6 +130,20 @@ def parse(records: Sequence[Record]) -> None:
             parse_fields(record.value or b"", sys.maxsize)
 
 
+def tokenize(bench: Bench) -> Spent:
+    """Time of the tokenizer's backend alone for the texts of as many good records."""
+    texts = []
+    for value in make_records(bench.records, seed=0):
+        with suppress(SampleError):
+            form = parse_fields(value, sys.maxsize).form
+            texts += [text for text in form.values() if isinstance(text, str)]
+    batches, backend = iter(texts), bench.tokenizer.backend_tokenizer
+    spent = stopwatch()
+    while batch := list(islice(batches, 2 * CHUNK_RECORDS)):
+        backend.encode_batch_fast(batch, add_special_tokens=False)
+    return spent()
+
+
 def ingest(bench: Bench, decoder: Decoder) -> Spent:
     """Time from the first pool out of the buffer to the last one decided."""
     with ingesting(bench.source, decoder, bench.folder) as parts:
@@ -139,12 +159,13 @@ def ingest(bench: Bench, decoder: Decoder) -> Spent:
 
 
 def measure_phases(bench: Bench, stage: Callable[[str], None]) -> list[Figure]:
-    """Records a second of each part of the way, one reading after another on one core."""
+    """Records a second of each part of the way, one reading after another."""
     stage("ingest by a new decoder")
     figures = _rates(bench, "ingest by a decoder that has seen nothing", [ingest(bench, bench.decoder())])
     phases: dict[str, Callable[[Decoder], Spent]] = {
         "poll": lambda _: read(bench, len),
         "poll, parse": lambda _: read(bench, parse),
+        "the tokenizer's backend alone": lambda _: tokenize(bench),
         "poll, parse, tokenise": lambda decoder: read(bench, decoder.decode_batch),
         "ingest": lambda decoder: ingest(bench, decoder),
     }
@@ -152,7 +173,7 @@ def measure_phases(bench: Bench, stage: Callable[[str], None]) -> list[Figure]:
         readings = []
         for number in range(READINGS):
             stage(f"{name}: reading {number + 1} of {READINGS}")
-            readings.append(run(bench.decoder(seen=0 if name in ("poll", "poll, parse") else bench.records)))
+            readings.append(run(bench.decoder(seen=bench.records if name in WITH_DECODER else 0)))
         figures += _rates(bench, name, readings)
     return [*figures, Figure("ingest", bench.size / statistics.median(spent.clock for spent in readings) / 1e6, "MB/s")]
 
@@ -188,15 +209,16 @@ def measure_wait(bench: Bench) -> list[Figure]:
 
 
 @contextmanager
-def pinned() -> Iterator[int | None]:
-    """Keep this thread, and those it starts, on one core; yields its number, None where that is impossible."""
+def pinned(count: int) -> Iterator[list[int] | None]:
+    """Keep this thread, and those it starts, on `count` cores; yields their numbers, None where that is impossible."""
     if not hasattr(os, "sched_setaffinity"):
         yield None
         return
     allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(allowed)})
+    cores = sorted(allowed)[-count:]
+    os.sched_setaffinity(0, cores)
     try:
-        yield max(allowed)
+        yield cores
     finally:
         os.sched_setaffinity(0, allowed)
 
@@ -212,15 +234,15 @@ def versions() -> dict[str, str | None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """One thread in every library, and no log of the dead letters, which are part of the load."""
+def quiet(cores: int) -> Iterator[None]:
+    """One thread in every library on one core, and no log of the dead letters, which are part of the load."""
     logger = logging.getLogger("stream_trainer")
     level = logger.level
     logger.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     try:
-        with patch.dict(os.environ, {"TOKENIZERS_PARALLELISM": "false"}):
+        with patch.dict(os.environ, {"TOKENIZERS_PARALLELISM": str(cores > 1).lower()}):
             yield
     finally:
         logger.setLevel(level)
@@ -241,7 +263,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer, args.gguf_file)
     kafka = args.source == "kafka"
     with ExitStack() as stack:
-        stage = stack.enter_context(stages(4 + 4 * READINGS + 2 * kafka))
+        stage = stack.enter_context(stages(4 + 5 * READINGS + 2 * kafka))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ingest-benchmark-")))
         servers = None
         if kafka:
@@ -252,7 +274,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         source = open_stream(folder / "records.jsonl", servers, "ingest")
         samples = SampleSettings(max_tokens=args.max_tokens)
         bench = Bench(folder, source, args.records, size, tokenizer, samples)
-        with pinned() as core:
+        with pinned(args.cores) as cores:
             figures = measure_phases(bench, stage)
         if servers is not None:
             stage("falling behind on purpose")
@@ -263,7 +285,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "summary": [asdict(figure) for figure in figures],
         "arguments": {name: value for name, value in vars(args).items() if name != "json"},
-        "pinned_to_core": core,
+        "pinned_to_cores": cores,
         "record_bytes": size / args.records,
         "versions": versions(),
     }
@@ -282,6 +304,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", default="bytes", metavar="DIR", help="a model's directory, or bytes (bytes)")
     parser.add_argument("--gguf-file", metavar="F", help="file in that directory that holds the tokenizer")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="T", help="where samples are cut (512)")
+    parser.add_argument("--cores", type=int, default=1, metavar="N", help="cores of this process (1)")
     parser.add_argument("--source", choices=["kafka", "jsonl"], default="kafka", help="a topic or a file (kafka)")
     parser.add_argument(
         "--broker",
@@ -290,7 +313,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="Apache Kafka from the distribution that KAFKA_HOME names, with Java 17 or newer; or noida-db (apache)",
     )
     args = parser.parse_args(arguments)
-    for name, value, least in (("records", args.records, 100), ("max-tokens", args.max_tokens, 2)):
+    for name, value, least in (
+        ("records", args.records, 100),
+        ("max-tokens", args.max_tokens, 2),
+        ("cores", args.cores, 1),
+    ):
         if value < least:
             raise SettingsError(f"--{name} {value} is too few; give {least} or more")
     return args
@@ -300,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write the file. Returns the exit code: 2 for a setting that cannot be used."""
     try:
         args = parse_arguments(arguments)
-        with quiet():
+        with quiet(args.cores):
             result = measure(args)
     except StreamTrainerError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,13 +24,13 @@ class Buffer:
         self._error: BaseException | None = None
         self._starved = False
 
-    def put(self, sample: Sample) -> None:
-        """Append a sample."""
+    def put(self, *samples: Sample) -> None:
+        """Append samples, in this order. A taker is woken once for all of them."""
         with self._changed:
             assert not self._ended, "the stream has ended"
-            self._samples.append(sample)
-            self._bytes += sample.size
-            self._tokens += sample.num_tokens
+            self._samples.extend(samples)
+            self._bytes += sum(sample.size for sample in samples)
+            self._tokens += sum(sample.num_tokens for sample in samples)
             self._changed.notify()
 
     def take(self, n: int, wait_s: float, stopped: Callable[[], bool], *, or_none: bool = False) -> list[Sample]:

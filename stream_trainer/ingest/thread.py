@@ -183,13 +183,15 @@ class Ingest:
         self._metrics.records_read.inc(len(chunk))
         self._metrics.bytes_read.inc(sum(len(record.value or b"") for record in chunk))
         fresh = [r for r in chunk if self._cursor.fetched(r.partition, r.offset, r.next_offset)]
+        samples = []
         for record, result in zip(fresh, self._decoder.decode_batch(fresh), strict=True):
             if isinstance(result, Sample):
-                self._buffer.put(result)
+                samples.append(result)
             elif isinstance(result, SampleError):
                 self._dead_letter(record, result)
             else:
                 self._decide(record, Outcome.FILTERED)
+        self._buffer.put(*samples)
 
     def _dead_letter(self, record: Record, error: SampleError) -> None:
         self._dead_letters.send(record, error.reason, str(error))

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.samples.chat import Piece, chat_pieces
-from stream_trainer.samples.encoding import Encode, byte_encoder
+from stream_trainer.samples.encoding import Encode, backend_encoder, byte_encoder, word_encoder
 from stream_trainer.samples.fields import Fields, parse_fields, text_of
 from stream_trainer.settings.schema import SampleSettings
 
@@ -76,15 +76,17 @@ class Decoder:
     Attributes:
         tokenizer: a fast tokenizer of transformers.
         max_positions: tokens the model can take, or None if there is no limit.
+        field_names: fields of the record that a sample keeps, `key` and `header:NAME` included.
     """
 
     tokenizer: Any
     settings: SampleSettings
     max_positions: int | None = None
-    _plain: Tokenizer = field(init=False, repr=False)
-    _native: Tokenizer = field(init=False, repr=False)
-    _bytes: Encode | None = field(init=False, repr=False)
-    _control: dict[int, str] = field(init=False, repr=False)
+    field_names: tuple[str, ...] = ()
+    _plain: Encode = field(init=False, repr=False)
+    _native: Encode = field(init=False, repr=False)
+    _control: tuple[str, ...] = field(init=False, repr=False)
+    _forbidden: frozenset[int] = field(init=False, repr=False)
     _start: list[int] = field(init=False, repr=False)
     _end: list[int] = field(init=False, repr=False)
     _limit: int = field(init=False, repr=False)
@@ -96,14 +98,18 @@ class Decoder:
                 f"model.tokenizer={self.tokenizer.name_or_path} has no fast (tokenizer.json) form; name one that has"
             )
         added = self.tokenizer.added_tokens_decoder.items()
+        control = {number: token.content for number, token in added if token.special}
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         adds_start = start is not None and self.tokenizer("")["input_ids"][:1] == [start]
         limit = min(self.settings.max_tokens, self.max_positions or self.settings.max_tokens)
         only_first = limit if self.settings.too_long == "truncate" else None  # else the length counts
-        object.__setattr__(self, "_plain", _backend(self.tokenizer, plain=True))
-        object.__setattr__(self, "_native", _backend(self.tokenizer, plain=False))
-        object.__setattr__(self, "_control", {number: token.content for number, token in added if token.special})
-        object.__setattr__(self, "_bytes", byte_encoder(self._plain, only_first))
+        plain, native = (_backend(self.tokenizer, plain) for plain in (True, False))
+        fast = byte_encoder(plain, only_first) or word_encoder(plain, only_first)
+        forbidden = () if fast else control.keys() - {self.tokenizer.unk_token_id}  # a fast one gives none of them
+        object.__setattr__(self, "_plain", fast or backend_encoder(plain))
+        object.__setattr__(self, "_native", word_encoder(native, only_first) or backend_encoder(native))
+        object.__setattr__(self, "_control", tuple(control.values()))
+        object.__setattr__(self, "_forbidden", frozenset(forbidden))
         object.__setattr__(self, "_start", [start] if adds_start else [])
         object.__setattr__(self, "_end", [] if end is None else [end])
         object.__setattr__(self, "_limit", limit)
@@ -131,12 +137,12 @@ class Decoder:
     def _parse(self, record: Record) -> _Draft | None:
         if record.value is None:
             return None
-        fields = parse_fields(record.value, self.settings.max_bytes)
+        fields = parse_fields(record.value, self.settings.max_bytes, self.field_names)
         return _Draft(record, fields, self._pieces(fields.form))
 
     def _pieces(self, form: Mapping[str, Any]) -> list[Piece]:
         if "messages" in form:
-            return chat_pieces(self.tokenizer, tuple(self._control.values()), form["messages"])
+            return chat_pieces(self.tokenizer, self._control, form["messages"])
         texts = [text_of(name, value) for name, value in form.items()]
         if "text" in form:
             return [Piece(texts[0], loss=True, plain=True)]
@@ -146,14 +152,9 @@ class Decoder:
     def _encode(self, drafts: Sequence[_Draft]) -> list[list[list[int]]]:
         """Token ids of every piece of every draft."""
         pieces = [piece for draft in drafts for piece in draft.pieces]
-        plain = iter(self._encode_plain([piece.text for piece in pieces if piece.plain]))
-        native = iter(self._native.encode_batch_fast([p.text for p in pieces if not p.plain], add_special_tokens=False))
-        return [[next(plain) if piece.plain else next(native).ids for piece in draft.pieces] for draft in drafts]
-
-    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
-        if self._bytes is not None:
-            return self._bytes(texts)
-        return [found.ids for found in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        plain = iter(self._plain([piece.text for piece in pieces if piece.plain]))
+        native = iter(self._native([piece.text for piece in pieces if not piece.plain]))
+        return [[next(plain if piece.plain else native) for piece in draft.pieces] for draft in drafts]
 
     def _assemble(self, draft: _Draft, encoded: list[list[int]]) -> Sample:
         """The sample of a draft whose pieces have these token ids."""
@@ -162,8 +163,9 @@ class Decoder:
         ids = list(self._start) if framed else []
         labels = [NO_LOSS] * len(ids)
         for piece, piece_ids in zip(draft.pieces, encoded, strict=True):
-            if piece.plain and self._bytes is None:
-                self._check_control(piece_ids)
+            if piece.plain and self._forbidden and not self._forbidden.isdisjoint(piece_ids):
+                # Some vocabularies (Unigram) build control tokens out of plain text, whatever they are asked.
+                raise SampleError("tokenizer", "the tokenizer makes a control token out of plain text")
             ids += piece_ids
             labels += piece_ids if piece.loss else [NO_LOSS] * len(piece_ids)
         if framed:
@@ -184,13 +186,8 @@ class Decoder:
             timestamp=record.timestamp if fields.timestamp is None else fields.timestamp,
             id=fields.id,
             domain=fields.domain,
+            fields=fields.named + _outside(record, self.field_names) if self.field_names else (),
         )
-
-    def _check_control(self, ids: list[int]) -> None:
-        """Some vocabularies (Unigram) build control tokens out of plain text, whatever they are asked."""
-        unknown = self.tokenizer.unk_token_id
-        if any(number != unknown for number in self._control.keys() & ids):
-            raise SampleError("tokenizer", "the tokenizer makes a control token out of plain text")
 
 
 def read_samples(path: Path, decoder: Decoder, limit: int, setting: str) -> list[Sample]:
@@ -219,6 +216,13 @@ def read_samples(path: Path, decoder: Decoder, limit: int, setting: str) -> list
     elif not samples:
         raise SettingsError(f"{setting}={path} holds no samples; add at least one line")
     return samples
+
+
+def _outside(record: Record, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """What was asked for of a record's key and headers, as text."""
+    found = {f"header:{name}": value for name, value in record.headers} | {"key": record.key}
+    known = ((name, found.get(name)) for name in names)
+    return tuple((name, value.decode("utf-8", "replace")) for name, value in known if value is not None)
 
 
 def _numbered_lines(path: Path, limit: int, setting: str) -> dict[int, Record]:

@@ -17,6 +17,7 @@ from stream_trainer.samples.decoder import Decoder
 from stream_trainer.settings.schema import SampleSettings
 
 PHASES = ["ingest by a decoder that has seen nothing", "poll", "poll, parse", "poll, parse, tokenise", "ingest"]
+PHASES += ["the tokenizer's backend alone"]
 LAG = ["lag growth at twice the trainer's rate", "most records in the buffer"]
 LAG += ["share of the time that reading paused", "memory growth once the buffer was full"]
 
@@ -76,6 +77,7 @@ def test_the_growth_of_the_lag_is_a_slope() -> None:
     ("arguments", "message"),
     [
         (["--records=1"], "error: --records 1 is too few; give 100 or more"),
+        (["--cores=0"], "error: --cores 0 is too few; give 1 or more"),
         (["--max-tokens=1"], "error: --max-tokens 1 is too few; give 2 or more"),
         (["--tokenizer=nowhere/at/all"], "error: --tokenizer nowhere/at/all holds no tokenizer"),
         ([], "error: KAFKA_HOME is not set"),

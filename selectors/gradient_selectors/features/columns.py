@@ -166,7 +166,9 @@ class ColumnTable:
             return one_hot_Mv
         for row, traits in enumerate(waiting):
             for name, value in traits.fields:
-                one_hot_Mv[row, self._column_of(f"{name}={value}"[:NAMED_CHARS])] = 1.0
+                # A lone surrogate would break whatever shows the name.
+                named = f"{name}={value}"[:NAMED_CHARS].encode(errors="replace").decode()
+                one_hot_Mv[row, self._column_of(named)] = 1.0
         return one_hot_Mv
 
     def _column_of(self, named: str) -> int:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.records import Partition, Record, Sample
-from stream_trainer.samples.byte_tokenizer import byte_tokenizer
+from stream_trainer.samples.byte_tokenizer import BOS, CHAT_TEMPLATE, PAD, byte_tokenizer
+from stream_trainer.samples.byte_tokenizer import EOS as END
 from stream_trainer.samples.decoder import NO_LOSS, REASONS, Decoder, read_samples
 from stream_trainer.settings.schema import SampleSettings
 from tests.helpers.malformed import malformed_values
@@ -167,17 +168,33 @@ def test_control_tokens_cannot_be_injected(token: str) -> None:
     assert sample.labels == (*[NO_LOSS] * len(f"user: {text}\nassistant: "), *f"{text}".encode(), EOS, *b"\n")
 
 
+def tokenizer_of_words() -> PreTrainedTokenizerFast:
+    """As large models have them: pieces of words, and a chat template."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [PAD, BOS, END]
+    trainer = trainers.BpeTrainer(show_progress=False, initial_alphabet=alphabet, special_tokens=special)
+    backend.train_from_iterator(["the rain in Spain"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=END, chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, tokenizer_of_words()], ids=["bytes", "words"])
 @pytest.mark.parametrize("too_long", ["truncate", "dead_letter"])
-def test_encoding_bytes_ourselves_changes_no_outcome(too_long: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = SampleSettings(max_tokens=12, too_long=too_long, max_bytes=5000)
-    texts = ["the rain", "in Spain the rain ", "  in\n", "p" * 30, "</s> a <unk>"]
-    good = [json.dumps({"prompt": a, "response": b}).encode() for a in texts for b in texts]
-    batch = [record(value) for value in (*good, *(value for _, value in malformed_values(max_bytes=5000)))]
-    ours = Decoder(TOKENIZER, settings)
-    monkeypatch.setattr("stream_trainer.samples.decoder.byte_encoder", lambda *_: None)
-    backend = Decoder(TOKENIZER, settings)
-    assert ours._bytes is not None
-    assert backend._bytes is None
+def test_encoding_ourselves_changes_no_outcome(tokenizer: Any, too_long: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SampleSettings(max_tokens=24, too_long=too_long, max_bytes=5000)
+    texts = ["the rain", "in Spain the rain ", "  in\n", "p" * 30, "</s> a <unk>", "in  the rain\0 " * 9]
+    pairs = [(a, b) for a in texts for b in texts]
+    chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
+    good = [*({"prompt": a, "response": b} for a, b in pairs), *({"messages": chat} for chat in chats)]
+    values = [*(json.dumps(fields).encode() for fields in good), *(value for _, value in malformed_values(5000))]
+    batch = [record(value) for value in values]
+    ours = Decoder(tokenizer, settings)
+    for kind in ("byte_encoder", "word_encoder"):
+        monkeypatch.setattr(f"stream_trainer.samples.decoder.{kind}", lambda *_: None)
+    backend = Decoder(tokenizer, settings)
+    assert (ours._forbidden, backend._forbidden) == (frozenset(), tokenizer.added_tokens_decoder.keys())
     for found, expected in zip(ours.decode_batch(batch), backend.decode_batch(batch), strict=True):
         if isinstance(expected, SampleError):
             assert isinstance(found, SampleError)
