@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install lint docs test coverage test-lowest demo page \
-	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-learning bench-fidelity bench-ingest
+	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-learning bench-fidelity bench-ingest
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ bench-solver: $(VENV)/.installed ## Measure how long the quadratic program of a 
 bench-gpu: $(VENV)/.installed ## Measure what a selecting step costs on one GPU, in eight minutes
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.gpu --json build/gpu.json
+
+bench-memory: $(VENV)/.installed ## Measure the peak memory of a step on long samples
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.memory --json build/memory.json
 
 # The rest reads real data: DATA names a directory with stream/, target/ and test/, the ingest a broker at KAFKA_HOME.
 bench-learning: $(VENV)/.installed-bench ## Measure what selection buys on DATA, for hours; finished runs are kept

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,13 +14,17 @@ from torch import Tensor, nn
 from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient, PoolGradients
+from gradient_selectors.capture.pieces import pieces_of
 from gradient_selectors.mask.dual_sft import DualSft
 from gradient_selectors.mask.masked_adamw import MaskChange, MaskedAdamW
 from gradient_selectors.preconditioner import optimizer_steps, preconditioner_of
 from gradient_selectors.route.gast import Gast
 from gradient_selectors.state import State, load_states, states_of
 from gradient_selectors.target import Target
+from gradient_selectors.views.again import SecondPass, second_pass_of
 from gradient_selectors.views.interaction import Interaction
+from gradient_selectors.views.pieces import Budget, padding_of, score_pool
+from gradient_selectors.views.rank_one import RankOne
 from gradient_selectors.views.scoring import Exact, Scoring
 from gradient_selectors.weigh.baselines import Equal
 from gradient_selectors.weigh.selector import Decision, Selector, equal_coefficients, needs_target
@@ -36,7 +41,10 @@ class PoolReport:
         utilities_N: utility of each candidate relative to the target's own, float64, if it was asked for.
         target_refreshed: whether the target's gradient was computed for this pass.
         mask_change: what a refresh of the mask changed, or None if there was none.
-        seconds: time by phase: `target`, `score`, `weigh`, `update`.
+        seconds: time by phase: `target`, `score`, `weigh`, `update`; and `second_pass`, where samples were run again.
+        pieces: passes that the pool was scored in.
+        padding: share of padding in the tokens of these passes.
+        second_pass_samples: samples that were run again for what was not kept of them, counted for each pass.
     """
 
     losses_N: Tensor
@@ -44,6 +52,9 @@ class PoolReport:
     target_refreshed: bool = False
     mask_change: MaskChange | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    pieces: int = 1
+    padding: float = 0.0
+    second_pass_samples: int = 0
 
 
 class SelectionEngine:
@@ -83,6 +94,8 @@ class SelectionEngine:
         autocast: torch.dtype | None = None,
         preconditioner_warmup_steps: int = 1,
         reports_utilities: bool = False,
+        micro_tokens: int | None = None,
+        factors_bytes: int | None = None,
     ) -> None:
         """Attach to the model.
 
@@ -100,6 +113,10 @@ class SelectionEngine:
             preconditioner_warmup_steps: optimizer steps before Adam's second moment is trusted; plain inner products
                 until then. 10 or more for a model that starts from random parameters.
             reports_utilities: keep every candidate's utility in `last.utilities_N`, which a bandit learns from.
+            micro_tokens: tokens of one pass of scoring or of the target, padding included; samples of like length go
+                together, and a longer sample is a pass by itself. None for the whole pool at once.
+            factors_bytes: bytes that a pool's factors of large matrices may take until the update. The samples beyond
+                it are run again for the update, if they are chosen. None for all of them.
 
         Raises UnsupportedParameterError, naming it, for a trainable parameter that is not covered exactly, and
         ValueError for parts that do not go together.
@@ -114,6 +131,9 @@ class SelectionEngine:
             raise ValueError(f"{type(selector).__name__} is steered by a target; give target=batches")
         if mask is not None and not isinstance(optimizer, MaskedAdamW):
             raise ValueError(f"a mask needs the optimizer MaskedAdamW, not {type(optimizer).__name__}")
+        self._budget = Budget(micro_tokens, factors_bytes)
+        if isinstance(scoring, RankOne) and self._budget != Budget():
+            raise ValueError("RankOne needs all factors of the whole pool; leave micro_tokens and factors_bytes out")
         self.selector, self.route, self.mask = selector, route, mask
         self.optimizer = optimizer
         self.scoring: Scoring = Exact() if scoring is None else scoring
@@ -138,18 +158,20 @@ class SelectionEngine:
         direction, refreshed = self._target_gradient()
         clock.lap("target")
         interaction = self._score(batch, direction)
+        pool, lap = interaction.gradients, partial(clock.lap, second=second_pass_of(interaction.gradients))
         utilities_N = interaction.relative_utilities_N if self._reports_utilities else None
-        clock.lap("score")
+        lap("score")
         decision = self.selector.decide(interaction)
         if self.route is not None:
             decision = self.route.route(decision, interaction)
         if batch.weights_N is not None:
             decision = restated(decision, batch.weights_N)
-        clock.lap("weigh")
-        change = self._leave_gradient(interaction.gradients, decision, direction)
-        clock.lap("update")
-        losses_N = interaction.gradients.losses_N
-        self.last = PoolReport(losses_N, utilities_N, refreshed, change, clock.seconds)
+        lap("weigh")
+        change = self._leave_gradient(pool, decision, direction)
+        lap("update")
+        self.last = PoolReport(
+            pool.losses_N, utilities_N, refreshed, change, clock.seconds, **self._passes(batch, pool)
+        )
         return decision
 
     def train(self, samples: Batch | Mapping[str, Any]) -> Decision:
@@ -226,17 +248,25 @@ class SelectionEngine:
         gradient: Gradient = {}
         refreshed = False
         if self.target is not None:
-            gradient, refreshed = self.target.current(self.capture)
+            gradient, refreshed = self.target.current(self.capture, self._budget.micro_tokens)
         if refreshed or optimizer_steps(self.optimizer) == self._warmup_steps:
             self.scoring.reset()
         return gradient, refreshed
 
     def _score(self, batch: Batch, target: Gradient) -> Interaction:
-        """One forward and one backward pass over the candidates, seen from the target."""
+        """One forward and one backward pass over the candidates, in pieces, seen from the target."""
         preconditioner = preconditioner_of(self.optimizer, self.capture.parameters, self._warmup_steps)
-        head_direction = self.scoring.start(target, preconditioner, self.capture.head)
-        gradients = self.capture.run(batch, head_direction)
+        gradients = score_pool(self.capture, batch, self.scoring, target, preconditioner, self._budget)
         return Interaction(gradients, target, preconditioner, self.scoring)
+
+    def _passes(self, batch: Batch, pool: PoolGradients) -> dict[str, Any]:
+        """What a report says of the passes over a pool."""
+        pieces, second = pieces_of(batch.lengths, self._budget.micro_tokens), second_pass_of(pool)
+        return {
+            "pieces": len(pieces),
+            "padding": padding_of(batch, pieces),
+            "second_pass_samples": 0 if second is None else second.samples,
+        }
 
     def _leave_gradient(self, gradients: PoolGradients, decision: Decision, target: Gradient) -> MaskChange | None:
         """Book-keep the weighted gradient and let the mask follow it; what a refresh of the mask changed."""
@@ -319,13 +349,16 @@ def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]
 
 
 class _Clock:
-    """Seconds by phase."""
+    """Seconds by phase; those of second passes count by themselves."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
+    def lap(self, phase: str, second: SecondPass | None = None) -> None:
         now = time.perf_counter()
-        self.seconds[phase] = now - self._last
+        apart = 0.0 if second is None else second.seconds - self.seconds.get("second_pass", 0.0)
+        self.seconds[phase] = now - self._last - apart
+        if apart:
+            self.seconds["second_pass"] = self.seconds.get("second_pass", 0.0) + apart
         self._last = now

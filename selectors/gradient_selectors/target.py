@@ -10,24 +10,25 @@ from torch import Tensor
 from gradient_selectors.capture.batch import Batch, micro_batches
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient
+from gradient_selectors.capture.pieces import add_weighted_gradient
 
 MICRO_BATCH = 16  # samples in one pass; bounds the memory, the result does not depend on it
 
 
-def mean_gradient(capture: GradientCapture, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def mean_gradient(
+    capture: GradientCapture, batches: Iterable[Batch], micro_tokens: int | None = None
+) -> dict[str, Tensor]:
     """Mean of the samples' gradients, by parameter name, float32.
 
-    Each sample's gradient is that of its mean loss, so long samples do not outweigh short ones.
+    Each sample's gradient is that of its mean loss, so long samples do not outweigh short ones. `micro_tokens`: bound
+    on the tokens of a pass, padding included.
     """
     parts = list(micro_batches(batches, MICRO_BATCH))
     num_samples = sum(len(batch) for batch in parts)
     total: dict[str, Tensor] = {}
     for batch in parts:
-        gradients = capture.run(batch)
-        coefficients_N = torch.full((gradients.num_samples,), 1.0 / num_samples)
-        for name in gradients.factors:
-            part = gradients.weighted_gradient_of(name, coefficients_N)
-            total[name] = total[name].add_(part) if name in total else part
+        coefficients_N = torch.full((len(batch),), 1.0 / num_samples)
+        add_weighted_gradient(total, capture, batch, coefficients_N, micro_tokens)
     return total
 
 
@@ -70,21 +71,21 @@ class Target:
             raise ValueError("the target holds no sample; give some dozens of what the model should get better at")
         return cls(samples, **options)
 
-    def current(self, capture: GradientCapture) -> tuple[Gradient, bool]:
-        """The gradient for the next step, and whether it was refreshed."""
+    def current(self, capture: GradientCapture, micro_tokens: int | None = None) -> tuple[Gradient, bool]:
+        """The gradient for the next step, and whether it was refreshed: in passes of at most `micro_tokens`."""
         refresh = self.gradient is None or self.age >= self.refresh_steps
         if refresh or self.gradient is None:
-            self.gradient, self.age = self._refreshed(capture), 0
+            self.gradient, self.age = self._refreshed(capture, micro_tokens), 0
             self.refreshes += 1
         self.age += 1
         return self.gradient, refresh
 
-    def _refreshed(self, capture: GradientCapture) -> dict[str, Tensor]:
+    def _refreshed(self, capture: GradientCapture, micro_tokens: int | None) -> dict[str, Tensor]:
         count, total = self.refresh_samples, len(self.samples)
         if count >= total:
-            return mean_gradient(capture, self.samples)
+            return mean_gradient(capture, self.samples, micro_tokens)
         first = self.refreshes * count
-        fresh = mean_gradient(capture, [self.samples[i % total] for i in range(first, first + count)])
+        fresh = mean_gradient(capture, [self.samples[i % total] for i in range(first, first + count)], micro_tokens)
         if self.gradient is None:
             return fresh
         share = max(1 - self.decay, 1 / (self.refreshes + 1))

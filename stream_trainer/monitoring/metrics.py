@@ -29,7 +29,7 @@ STEP_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 AGE_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
 SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 
-PHASES = ("wait", "target", "score", "weigh", "train", "update", "evaluate", "checkpoint")
+PHASES = ("wait", "target", "score", "weigh", "train", "update", "second_pass", "evaluate", "checkpoint")
 WAYS = ("learned", "scored", "rival", "uniform")
 STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps")
 SOLVER_STATUSES = ("optimal", "fallback_failed", "fallback_timeout")
@@ -140,6 +140,11 @@ class Metrics:
         self.last_step = self._gauge("last_step_timestamp_seconds", "When the last step ended.")
         self.tokens_scored = self._counter("tokens_scored_total", "Tokens of scored candidates.")
         self.tokens_trained = self._counter("tokens_trained_total", "Tokens of samples that entered an update.")
+        self.pieces = self._gauge("pool_pieces", "Passes in which the last pool was scored.")
+        self.padding = self._gauge("padding_ratio", "Share of padding in the tokens of the last scored pool.")
+        self.second_passes = self._counter(
+            "second_pass_samples_total", "Selected samples whose gradients were computed again, for want of memory."
+        )
         self.loss = self._gauge(
             "progressive_loss", "Mean loss of the last pool before training on any of it (nats per token)."
         )

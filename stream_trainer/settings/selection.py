@@ -68,9 +68,9 @@ class RivalSettings(Section):
     """`draw: nearest`, `near_random` and other ways to draw without a gradient."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """`near_random`: share of the waiting samples, the most similar to the target, that are drawn from."""
+    """Share of the waiting samples, the most similar to the target, that `near_random` draws from."""
     copies: Annotated[float, Field(gt=0, le=1)] | None = 0.97
-    """`near_random`: samples whose embedding has a cosine above this with one drawn lately are not drawn; or `null`."""
+    """Cosine of two embeddings above which `near_random` takes one for a copy of what it drew lately; or `null`."""
 
 
 class GastSettings(Section):
@@ -341,7 +341,10 @@ class SelectionSettings(Section):
     @model_validator(mode="after")
     def _learned_is_taught(self) -> Self:
         if self.draw in PREDICTS and self.weigh == "equal":
-            raise ValueError(f"draw={self.draw} is taught by what probes weigh; set weigh=filter_then_weight")
+            raise ValueError(
+                f"draw={self.draw} is taught by what probes weigh, and weigh=equal weighs nothing; "
+                "set draw to all, uniform or another that is not taught"
+            )
         if self.learned.max_probe_every < self.learned.probe_every:
             raise ValueError(
                 f"learned.max_probe_every={self.learned.max_probe_every} is less than "

@@ -1,4 +1,4 @@
-"""What the settings stand for: the engine with its selector, scoring, route and mask, and the sampler of pools."""
+"""What the settings stand for: the engine with its selector, scoring, route and mask."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from typing import assert_never, cast
 
 import torch
 from gradient_selectors import (
-    ClusterUcb,
     DualSft,
     Equal,
     Exact,
@@ -18,27 +17,24 @@ from gradient_selectors import (
     SelectionEngine,
     Selector,
     Sketched,
-    StreamOptions,
     TopK,
     UnsupportedParameterError,
 )
-from gradient_selectors.draw.features import EmbeddingFeatures
 from gradient_selectors.mask.dual_sft import Anchors, Response
 from gradient_selectors.target import Target
+from gradient_selectors.views.pieces import Budget
 from gradient_selectors.views.scoring import Scoring
 from gradient_selectors.weigh.baselines import OrUniform
 from gradient_selectors.weigh.coefficients import CoefficientSolver
 from gradient_selectors.weigh.selector import needs_target
 
 from stream_trainer.errors import SettingsError
-from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
-from stream_trainer.settings.selection import BuiltInWeigh, ClusterUcbSettings, DualSftSettings, SelectionSettings
+from stream_trainer.settings.selection import PREDICTS, BuiltInWeigh, DualSftSettings, SelectionSettings
 from stream_trainer.training.own_selector import load_selector
-from stream_trainer.training.pools import BanditSampler, PoolSampler, SequentialSampler, UniformSampler
 
 
 @dataclass(frozen=True)
@@ -50,10 +46,11 @@ class Generators:
     scoring: torch.Generator
     fallback: torch.Generator
     selector: torch.Generator
+    draw: torch.Generator
 
     @classmethod
     def of(cls, seed: int) -> "Generators":
-        return cls(*(torch.Generator().manual_seed(seed + i) for i in range(5)))
+        return cls(*(torch.Generator().manual_seed(seed + i) for i in range(6)))
 
 
 def make_engine(
@@ -72,10 +69,13 @@ def make_engine(
     generators = Generators.of(settings.training.seed)
     selector, route = make_selector(selection, generators), make_route(selection, generators)
     mask = _make_mask(settings, loaded, anchors) if selection.mask == "dual_sft" else None
-    learns = selection.draw == "cluster_ucb"
+    learns = selection.learns
     is_steered = needs_target(selector) or route is not None or mask is not None or learns
     steps = settings.target
-    options = {"refresh_steps": steps.refresh_steps, "refresh_samples": steps.refresh_samples, "decay": steps.decay}
+    # A probe comes seldom, and what it finds is used for long: its target is fresh.
+    refresh_steps = 1 if selection.draw in PREDICTS else steps.refresh_steps
+    options = {"refresh_steps": refresh_steps, "refresh_samples": steps.refresh_samples, "decay": steps.decay}
+    budget = make_budget(settings)
     try:
         return SelectionEngine(
             loaded.model,
@@ -88,9 +88,19 @@ def make_engine(
             autocast=loaded.autocast_dtype,
             preconditioner_warmup_steps=selection.preconditioner_warmup_steps,
             reports_utilities=learns,
+            micro_tokens=budget.micro_tokens,
+            factors_bytes=budget.factors_bytes,
         )
     except UnsupportedParameterError as error:
         raise SettingsError(f"model.name={settings.model.name}: {error}; or set model.lora") from error
+
+
+def make_budget(settings: Settings) -> Budget:
+    """What a pass may take: anything, where scoring needs all factors of the whole pool."""
+    if settings.selection.scoring == "rank_one":
+        return Budget()
+    gigabytes = settings.memory.factors_gb
+    return Budget(settings.selection.micro_tokens, None if gigabytes is None else int(gigabytes * 1e9))
 
 
 def make_selector(settings: SelectionSettings, generators: Generators) -> Selector:
@@ -172,41 +182,3 @@ def _make_mask(settings: Settings, loaded: LoadedModel, anchors: Sequence[Sample
     batches = [collate(anchors, loaded.tokenizer.pad_token_id)] if anchors else []
     kept = Anchors.of(loaded.model, batches, response) if batches else None
     return DualSft(rule, response, method.refresh_steps, method.decay, kept)
-
-
-def make_sampler(settings: Settings, buffer: Buffer, loaded: LoadedModel, target: Sequence[Sample]) -> PoolSampler:
-    """What hands out the steps' pools. To be made before a checkpoint is restored: features stay as they are then."""
-    selection, wait_s = settings.selection, settings.buffer.wait_s
-    match selection.draw:
-        case "all":
-            return SequentialSampler(buffer, selection.num_drawn, wait_s)
-        case "uniform":
-            generator = Generators.of(settings.training.seed).uniform
-            return UniformSampler(buffer, selection.pool_size, selection.num_drawn, wait_s, generator)
-        case "cluster_ucb":
-            features = EmbeddingFeatures.of_model(loaded.model)
-            centre_d = features.centre([sample.input_ids for sample in target])
-            bandit = ClusterUcb(
-                stream_options(selection.cluster_ucb, selection.batch_size), settings.training.seed, centre_d
-            )
-            room = selection.cluster_ucb
-            return BanditSampler(buffer, bandit, features, selection.num_drawn, room.waiting, room.intake, wait_s)
-        case _:
-            assert_never(selection.draw)
-
-
-def stream_options(settings: ClusterUcbSettings, batch_size: int) -> StreamOptions:
-    """The bandit's options; shrinkage and the clusters' memory stay as simulated.
-
-    One arm may fill as many slots of a pool as an update takes, so that all of it can come from the best one. If it
-    could fill more, an arm of the wrong kind could fill a whole pool, and the update would have no better samples.
-    """
-    return StreamOptions(
-        num_clusters=settings.clusters,
-        beta=settings.beta,
-        discount=settings.discount,
-        explore=settings.explore,
-        prior=settings.prior,
-        thompson=settings.thompson,
-        per_arm=batch_size,
-    )

@@ -64,6 +64,11 @@ def _observe_decision(metrics: Metrics, report: StepReport) -> None:
 
 def observe_stages(metrics: Metrics, engine: SelectionEngine, sampler: PoolSampler, report: StepReport) -> None:
     """Export the health of the stages that draw, route and mask, where they are on."""
+    found = engine.last
+    if found is not None and "score" in found.seconds:
+        metrics.pieces.set(found.pieces)
+        metrics.padding.set(found.padding)
+        metrics.second_passes.inc(found.second_pass_samples)
     if isinstance(sampler, BanditSampler | LearnedSampler | RivalSampler):
         metrics.waiting_records.set(sampler.waiting)
     if isinstance(sampler, LearnedSampler):

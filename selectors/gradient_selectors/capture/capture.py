@@ -9,7 +9,7 @@ Backward runs on the *sum* of the samples' losses, each the mean over its own la
 Samples must not interact in the forward pass (no packing, no batch norm) and must be padded on the right.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -29,9 +29,20 @@ from gradient_selectors.capture.lora import LoraLinear, recognise_lora
 from gradient_selectors.capture.norms import RmsNorm, recognise_rms_norm
 from gradient_selectors.capture.passes import Passes, checked
 from gradient_selectors.capture.places import MissingFactorError, Places, UnsupportedParameterError
-from gradient_selectors.capture.verification import find_mistake, moved, probe_batch, without_dropout
+from gradient_selectors.capture.verification import (
+    ROUNDING,
+    find_mistake,
+    is_rounded,
+    moved,
+    probe_batch,
+    replaced,
+    without_dropout,
+)
 
 HEAD_PROBE_SCALE = 100.0
+
+Keep = Callable[[str, Factor], Factor | None]
+"""Takes (parameter's name, factor) as the backward pass leaves it; returns what is kept of it, or None."""
 
 
 class _Tap(torch.autograd.Function):
@@ -91,6 +102,7 @@ class GradientCapture:
         self._sites: dict[str, tuple[nn.Module, MakeFactors]] = {}
         self._rows: Rows | None = None
         self._factors: dict[str, list[Factor]] = defaultdict(list)
+        self._keep: Keep | None = None
         self._collected: set[str] = set()
         self._expected: frozenset[str] = frozenset()  # modules that leave factors, as the first pass shows
         self._in_one_piece: frozenset[str] = frozenset()  # norms whose forward is ours during this pass
@@ -142,19 +154,31 @@ class GradientCapture:
         names: Iterator[str] = (name for name, other in self._model.named_modules() if other is module)
         return next(names)
 
-    def run(self, batch: Batch, head_direction: LowRank | None = None) -> PoolGradients:
+    @property
+    def matrices(self) -> frozenset[str]:
+        """Names of trained weights of linear layers that are tied to no other, without the head on its own path."""
+        names = Counter(name for found in self._places.trained.values() for name in found.values())
+        return frozenset(
+            name
+            for owner, (module, _) in self._sites.items()
+            for name in self._places.trained[owner].values()
+            if names[name] == 1 and self.parameters[name].ndim == 2 and not isinstance(module, nn.Embedding)
+        )
+
+    def run(self, batch: Batch, head_direction: LowRank | None = None, keep: Keep | None = None) -> PoolGradients:
         """One forward and one backward pass. Weights and their `.grad` are left as they are.
 
         `head_direction`: a direction of `head` along which products are to be cheap: they are taken during the pass.
+        `keep`: what to keep of each factor, told as soon as there is one; all of it by default.
         Raises ValueError if a sample has no label after its first token.
         """
         self._places.check()
         batch = checked(batch).to(self.device)
         self._factors = defaultdict(list)
         self._collected = set()
-        self._rows = rows_of(batch)
+        self._rows, self._keep = rows_of(batch), keep
         try:
-            with self._frozen(), _replaced(self._forwards()), torch.enable_grad():
+            with self._frozen(), replaced(self._forwards()), torch.enable_grad():
                 losses_N = (
                     self._through_chunked_head(batch, head_direction)
                     if self.passes.head
@@ -163,7 +187,7 @@ class GradientCapture:
             self._check_collected()
             return PoolGradients(losses_N, dict(self._factors), {n: p.shape for n, p in self.parameters.items()})
         finally:
-            self._rows = None
+            self._rows = self._keep = None
             self._factors = defaultdict(list)
 
     def losses(self, batch: Batch) -> Tensor:
@@ -181,23 +205,32 @@ class GradientCapture:
         return self.passes.train(checked(batch).to(self.device), weights_N.to(self.device), head)
 
     def _through_chunked_head(self, batch: Batch, direction: LowRank | None) -> Tensor:
-        module = self.passes.head
-        assert module is not None
+        losses_N, hidden_NTd, grad_NTd = self._at_head(batch, direction)
+        if hidden_NTd.requires_grad:
+            torch.autograd.backward([hidden_NTd], [grad_NTd])
+        return losses_N
+
+    def _at_head(self, batch: Batch, direction: LowRank | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, the last hidden states and their gradients. What is not kept of the head's factors is free then."""
+        trained = self.head_parameters
         with self.passes.autocasting():
             hidden_NTd = self.passes.hidden(batch)
             with torch.no_grad():
                 head, hidden, labels = self.passes.converted_head(), hidden_NTd.detach(), batch.labels_NT
-                trained = self.head_parameters
                 losses_N, grad_NTd, rows = head_forward_backward(
                     head, hidden, labels, direction, trainable=bool(trained)
                 )
         weight = HeadWeight(head, rows)
         factors: dict[str, Factor] = {"weight": weight, "bias": HeadBias(weight)}
         for local_name, name in trained.items():  # before those of a tied embedding, which only add to some of its rows
-            self._factors[name].append(factors[local_name])
-        if hidden_NTd.requires_grad:
-            torch.autograd.backward([hidden_NTd], [grad_NTd])
-        return losses_N
+            self._add(name, factors[local_name])
+        return losses_N, hidden_NTd, grad_NTd
+
+    def _add(self, name: str, factor: Factor) -> None:
+        with torch.no_grad():
+            kept = factor if self._keep is None else self._keep(name, factor)
+        if kept is not None:
+            self._factors[name].append(kept)
 
     def _through_logits(self, batch: Batch) -> Tensor:
         """For heads that are more than a linear map (logit scaling, soft capping): all logits at once."""
@@ -269,14 +302,14 @@ class GradientCapture:
         for local_name, full_name in self._places.trained[name].items():
             if local_name not in found:
                 raise MissingFactorError(f"module {name} gave no factor of its parameter {local_name}; freeze it")
-            self._factors[full_name].append(found[local_name])
+            self._add(full_name, found[local_name])
         self._collected.add(name)
 
     def _collect_products(self, name: str, products: Tensor) -> None:
         """Of a norm: `n * dL/dy`, whose sums within samples are the gradients of its weight."""
         rows = self._rows_for(name, products)
         written = Written(products.reshape(rows.num_samples, -1, products.shape[-1]).sum(1))
-        self._factors[self._places.trained[name]["weight"]].append(written)
+        self._add(self._places.trained[name]["weight"], written)
         self._collected.add(name)
 
     def _check_collected(self) -> None:
@@ -336,7 +369,12 @@ class GradientCapture:
         autocast, self.passes.autocast = self.passes.autocast, None
         try:
             with moved(self.parameters), without_dropout(self._model):
-                mistake = find_mistake(self.run(batch), self._autograd(batch, weights_N), weights_N)
+                found, wanted = self.run(batch), self._autograd(batch, weights_N)
+                again = wanted
+                if is_rounded(self._model):
+                    with moved(self.parameters, ROUNDING):
+                        again = self._autograd(batch, weights_N)
+                mistake = find_mistake(found, wanted, weights_N, again)  # the head's factors read its weights again
         finally:
             self.passes.autocast = autocast
         if mistake is not None:
@@ -359,15 +397,3 @@ class GradientCapture:
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a module was called with, however it was called."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-@contextmanager
-def _replaced(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
-    """Within it, the modules compute what they are given here."""
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in forwards:
-            del module.forward

@@ -31,6 +31,9 @@ class Scoring(Protocol):
     def gram(self, gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
         """`K_ij = <g_i, P g_j>` of some samples, (n, n) float64."""
 
+    def drawn_rows(self, name: str) -> Tensor | None:
+        """The rows of a matrix that stand for it in `gram`, sorted, int64; None where `gram` needs all of them."""
+
     def squared_length(self, target: Gradient, preconditioner: Preconditioner) -> float:
         """`<G, P G>` of the target's gradient: its own utility."""
 
@@ -66,6 +69,9 @@ class Exact:
 
     def gram(self, gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
         return gradients.gram(samples, preconditioner)
+
+    def drawn_rows(self, name: str) -> None:
+        """All of them are needed."""
 
     def squared_length(self, target: Gradient, preconditioner: Preconditioner) -> float:
         return squared_length(target, preconditioner)

@@ -28,6 +28,7 @@ from torch import Tensor
 from gradient_selectors.capture.factors import Factor, Lookup, LowRank, MatrixFactor
 from gradient_selectors.capture.gradients import Gradient, PoolGradients, gram_at_rows, squared_length
 from gradient_selectors.capture.head import HeadWeight
+from gradient_selectors.capture.joined import JoinedHead
 from gradient_selectors.preconditioner import NEVER_UPDATED, Preconditioner, at_rows
 
 SHARE = 32  # one row in so many stands for a matrix
@@ -170,6 +171,10 @@ class Sketched:
                 found[name] = gradients.utilities_of(name, target, preconditioner)
         return found
 
+    def drawn_rows(self, name: str) -> Tensor | None:
+        projection = (self.projections or {}).get(name)
+        return None if projection is None else projection.sample.rows_n
+
     def squared_length(self, target: Gradient, preconditioner: Preconditioner) -> float:
         """Of what is projected, with P as it was then; exact if nothing is."""
         projections = self._checked(preconditioner)
@@ -236,7 +241,7 @@ def _root_at(preconditioner: Preconditioner, name: str, rows: Tensor, like: Tens
 
 def _own_rows(factors: Sequence[MatrixFactor], samples: Sequence[int]) -> Tensor | None:
     """Rows of a table of tokens that stand out in some samples' gradients, sorted, int64; None for other matrices."""
-    tokens = [factor.tokens(samples) for factor in factors if isinstance(factor, Lookup | HeadWeight)]
+    tokens = [factor.tokens(samples) for factor in factors if isinstance(factor, Lookup | HeadWeight | JoinedHead)]
     return torch.unique(torch.cat(tokens)) if tokens else None
 
 

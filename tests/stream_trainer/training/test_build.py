@@ -50,10 +50,10 @@ def selector_of(**selection: Any) -> Selector:
     [("filter_then_weight", FilterThenWeight), ("greedy", Greedy), ("top_k", TopK), ("equal", Equal)],
 )
 def test_each_name_is_its_selector(weigh: str, kind: type) -> None:
-    selector = selector_of(weigh=weigh)
+    selector = selector_of(draw="all", weigh=weigh)
     assert type(selector) is kind
-    assert getattr(selector, "batch_size", 3) == 3
-    fallback = selector_of(weigh=weigh, when_none_helps="uniform")
+    assert getattr(selector, "batch_size", 4) == 4
+    fallback = selector_of(draw="all", weigh=weigh, when_none_helps="uniform")
     assert isinstance(fallback, OrUniform)
     assert type(fallback.selector) is kind
     assert fallback.needs_target == (weigh != "equal")

@@ -31,7 +31,7 @@ from tests.helpers.service import (
 )
 from tests.helpers.steps import Setup, make_samples, setup_of
 
-DRAWS, WEIGHERS = ("all", "uniform", "cluster_ucb"), ("filter_then_weight", "greedy", "top_k", "equal")
+DRAWS, WEIGHERS = ("all", "uniform", "learned", "cluster_ucb"), ("filter_then_weight", "greedy", "top_k", "equal")
 ROUTES, MASKS = ("none", "gast"), ("none", "fixed", "dual_sft")
 WIDE = MODEL | {"hidden_size": 96, "intermediate_size": 160}  # wide enough for the kernels that large matrices get
 
@@ -44,7 +44,10 @@ def write_mask(folder: Path, share: float) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("draw", "weigh", "route", "mask"), list(itertools.product(DRAWS, WEIGHERS, ROUTES, MASKS)))
+COMBINATIONS = [c for c in itertools.product(DRAWS, WEIGHERS, ROUTES, MASKS) if c[:2] != ("learned", "equal")]
+
+
+@pytest.mark.parametrize(("draw", "weigh", "route", "mask"), COMBINATIONS)
 def test_every_combination_makes_updates(tmp_path: Path, draw: str, weigh: str, route: str, mask: str) -> None:
     selection = ALL_ON | {"draw": draw, "weigh": weigh, "route": route, "mask": mask}
     if mask == "fixed":
@@ -52,7 +55,7 @@ def test_every_combination_makes_updates(tmp_path: Path, draw: str, weigh: str, 
     setup = setup_of(tmp_path, selection)
     reports = [setup.step(make_samples(8, seed=seed)) for seed in range(3)]
     assert [report.result for report in reports] == ["applied"] * 3
-    assert all((report.utilities is not None) == (draw == "cluster_ucb") for report in reports)
+    assert all((report.utilities is not None) == (draw in ("learned", "cluster_ucb")) for report in reports)
     assert all((report.decision.coefficients_LN is not None) == (route == "gast") for report in reports)
 
 
@@ -146,6 +149,19 @@ def test_a_wide_model_goes_on_bit_for_bit(draw: str, mask: str, sketch_width: in
         assert resumed == whole
         results[remedy] = {step.result for step in whole}
     assert results == {"skip": {"applied", "skipped_none_helps"}, "uniform": {"applied"}}
+
+
+@pytest.mark.parametrize("more", [{}, {"micro_tokens": 40}], ids=["whole", "pieces"])
+def test_a_learned_draw_goes_on_bit_for_bit(more: dict[str, Any], tmp_path: Path) -> None:
+    """With routes, a mask and sketches of a wide model; where memory is short, with second passes too."""
+    learned = {"probe_every": 4, "max_probe_every": 8}
+    selection = {"draw": "learned", "scoring": "sketched", "sketch_width": 4, "learned": learned, **more}
+    sections: dict[str, Any] = {"model": {"config": WIDE}, "optimizer": {"learning_rate": 1e-3}}
+    if more:
+        sections["memory"] = {"factors_gb": 0}
+    whole, resumed = whole_and_resumed(tmp_path, selection, **sections)
+    assert resumed == whole
+    assert {len(step.ids) for step in whole} == {3, 8}, "training steps and probes"
 
 
 def test_records_left_undrawn_are_decided_and_counted(tmp_path: Path) -> None:
