@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from gradient_selectors import SelectionEngine
 from gradient_selectors.capture.gradients import layer_of
 from gradient_selectors.draw.auto import AutoDraw
+from gradient_selectors.features.columns import UNSEEN
 
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Sample
@@ -64,20 +65,8 @@ def _observe_decision(metrics: Metrics, report: StepReport) -> None:
 
 def observe_stages(metrics: Metrics, engine: SelectionEngine, sampler: PoolSampler, report: StepReport) -> None:
     """Export the health of the stages that draw, route and mask, where they are on."""
-    found = engine.last
-    if found is not None and "score" in found.seconds:
-        metrics.pieces.set(found.pieces)
-        metrics.padding.set(found.padding)
-        metrics.second_passes.inc(found.second_pass_samples)
-    if isinstance(sampler, BanditSampler | LearnedSampler | RivalSampler):
-        metrics.waiting_records.set(sampler.waiting)
-    if isinstance(sampler, LearnedSampler):
-        _observe_learned(metrics, sampler, probed=report.utilities is not None)
-    if isinstance(sampler, BanditSampler):
-        for arm, mean in enumerate(sampler.bandit.moments.means_K.tolist()):
-            metrics.arm_reward.labels(str(arm)).set(mean)
-        for arm in sampler.last_arms:
-            metrics.arm_draws.labels(str(arm)).inc()
+    _observe_passes(metrics, engine)
+    _observe_draw(metrics, sampler, probed=report.utilities is not None)
     if report.decision.route_entropy_L is not None:
         for layer, entropy in zip(layers_of(engine), report.decision.route_entropy_L.tolist(), strict=True):
             metrics.route_entropy.labels(layer).set(entropy)
@@ -86,6 +75,26 @@ def observe_stages(metrics: Metrics, engine: SelectionEngine, sampler: PoolSampl
     if report.mask_change is not None:
         metrics.mask_refreshes.inc()
         metrics.mask_churn.set(report.mask_change.churn)
+
+
+def _observe_passes(metrics: Metrics, engine: SelectionEngine) -> None:
+    found = engine.last
+    if found is not None and "score" in found.seconds:
+        metrics.pieces.set(found.pieces)
+        metrics.padding.set(found.padding)
+        metrics.second_passes.inc(found.second_pass_samples)
+
+
+def _observe_draw(metrics: Metrics, sampler: PoolSampler, *, probed: bool) -> None:
+    if isinstance(sampler, BanditSampler | LearnedSampler | RivalSampler):
+        metrics.waiting_records.set(sampler.waiting)
+    if isinstance(sampler, LearnedSampler):
+        _observe_learned(metrics, sampler, probed=probed)
+    if isinstance(sampler, BanditSampler):
+        for arm, mean in enumerate(sampler.bandit.moments.means_K.tolist()):
+            metrics.arm_reward.labels(str(arm)).set(mean)
+        for arm in sampler.last_arms:
+            metrics.arm_draws.labels(str(arm)).inc()
 
 
 def _observe_learned(metrics: Metrics, sampler: LearnedSampler, *, probed: bool) -> None:
@@ -99,6 +108,8 @@ def _observe_learned(metrics: Metrics, sampler: LearnedSampler, *, probed: bool)
     metrics.draw_probe_interval.set(learned.interval)
     columns = zip(learned.table.names, learned.coefficients_d.tolist(), learned.deviations_d.tolist(), strict=True)
     for name, coefficient, deviation in columns:
+        if name.startswith(UNSEEN):
+            continue
         metrics.draw_coefficient.labels(name).set(coefficient)
         metrics.draw_coefficient_deviation.labels(name).set(deviation)
 

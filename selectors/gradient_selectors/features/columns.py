@@ -20,6 +20,7 @@ from gradient_selectors.features.traits import Traits, embeddings_of
 LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
 RECENT = 256  # samples trained on lately, among which near copies are looked for
 NAMED_CHARS = 48
+UNSEEN = "unseen value"  # begins the name of a column that no value has yet
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
 
@@ -75,8 +76,8 @@ class ColumnTable:
     @property
     def names(self) -> tuple[str, ...]:
         """The name of each column, (d,); a value of a field has its own once it was seen."""
-        free = range(len(self._values), self.columns.values)
-        return (*self._unchanging, *self._values, *(f"field {i}" for i in free))
+        free = (f"{UNSEEN} {i}" for i in range(len(self._values), self.columns.values - 1))
+        return (*self._unchanging, *self._values, *free, *(("other fields",) if self.columns.values else ()))
 
     @property
     def _unchanging(self) -> tuple[str, ...]:

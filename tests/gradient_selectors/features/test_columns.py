@@ -74,7 +74,7 @@ def test_each_value_of_a_field_has_a_column_until_there_are_too_many() -> None:
     table = ColumnTable(Columns(values=3), TARGET)
     waiting = [sample(i, fields=(("source", name),)) for i, name in enumerate(["b", "a", "b", "c", "d", "a"])]
     x_Md = table.matrix(waiting)
-    assert table.names[-3:] == ("source=b", "source=a", "field 2")
+    assert table.names[-3:] == ("source=b", "source=a", "other fields")
     assert x_Md[:, -3:].tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]]
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from gradient_selectors.draw.dsir import Dsir
-from gradient_selectors.features.ngrams import NgramImportance, ngram_buckets
 from gradient_selectors.features.hashing import Tokens
+from gradient_selectors.features.ngrams import NgramImportance, ngram_buckets
 from gradient_selectors.features.traits import Traits
 
 WORD = 2**64

@@ -189,7 +189,7 @@ def test_what_is_neither_a_method_nor_a_path_is_one_line(weigh: str) -> None:
         ({"mask": "fixed"}, "mask=fixed needs mask_path"),
         ({"mask_path": "m.safetensors"}, "has no effect with mask=none"),
         ({"pool_size": 16, "intake": 4}, "intake=4 is less than the 16 samples that each step draws"),
-        ({"draw": "nearest", "weigh": "equal", "intake": 2}, "intake=2 is less than the 4 samples that each step draws"),
+        ({"draw": "nearest", "weigh": "equal", "intake": 2}, "intake=2 is less than the 4 samples"),
         ({"weigh": "equal"}, "draw=learned is taught by what probes weigh, and"),
         ({"learned": {"probe_every": 9, "max_probe_every": 8}}, "max_probe_every=8 is less than learned.probe_every=9"),
         ({"intake": 64, "waiting": 32}, "waiting=32 is less than"),

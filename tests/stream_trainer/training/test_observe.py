@@ -1,11 +1,12 @@
 """What a step did, as metrics."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from stream_trainer.ingest.buffer import Buffer
-from stream_trainer.monitoring.metrics import Metrics
+from stream_trainer.monitoring.metrics import WAYS, Metrics
 from stream_trainer.training.observe import expect_layers, layers_of, observe_stages, observe_step
 from stream_trainer.training.sampling import make_sampler
 from tests.helpers.service import ALL_ON
@@ -34,6 +35,31 @@ def test_the_health_of_every_stage_is_exported(tmp_path: Path) -> None:
     assert entropy is not None
     assert 0 < entropy < 1
     assert any(value("stream_trainer_arm_reward", {"arm": str(arm)}) for arm in range(4))
+
+
+def test_what_a_learned_draw_has_learned_is_exported_by_the_features_names(tmp_path: Path) -> None:
+    """With `auto`, the way it trains and the rate of each, too."""
+    setup = setup_of(tmp_path, ALL_ON | {"draw": "auto"})
+    buffer = Buffer(setup.settings.buffer)
+    for number, sample in enumerate(make_samples(24)):
+        buffer.put(replace(sample, fields=(("source", "ab"[number % 2]),)))
+    sampler = make_sampler(setup.settings, buffer, setup.loaded, setup.engine, make_samples(4, seed=99))
+    report = setup.step(sampler.next(lambda: False))
+    sampler.feedback(report)
+    metrics = Metrics()
+    observe_stages(metrics, setup.engine, sampler, report)
+    value = metrics.registry.get_sample_value
+    for feature in ("constant", "likeness", "source=a", "source=b", "other fields"):
+        assert value("stream_trainer_draw_coefficient", {"feature": feature}) is not None
+        deviation = value("stream_trainer_draw_coefficient_deviation", {"feature": feature})
+        assert deviation is not None
+        assert deviation > 0
+    assert value("stream_trainer_draw_coefficient", {"feature": "unseen value 5"}) is None
+    assert value("stream_trainer_draw_probes_total") == 1
+    ways = {way: value("stream_trainer_training_way", {"stream_trainer_training_way": way}) for way in WAYS}
+    assert sum(count or 0 for count in ways.values()) == 1
+    assert all(value("stream_trainer_way_rate", {"way": way}) is not None for way in WAYS)
+    assert value("stream_trainer_pool_pieces") == 1
 
 
 def test_a_step_is_counted_with_its_pool_and_its_samples(tmp_path: Path) -> None:
