@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install lint docs test coverage test-lowest demo page \
-	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-learning bench-fidelity bench-ingest
+	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-mask-refresh bench-learning bench-fidelity bench-ingest
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ bench-gpu: $(VENV)/.installed ## Measure what a selecting step costs on one GPU,
 bench-memory: $(VENV)/.installed ## Measure the peak memory of a step on long samples
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.memory --json build/memory.json
+
+bench-mask-refresh: $(VENV)/.installed ## Measure what a refresh of the DualSFT mask costs against a plain step
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.mask_refresh --json build/mask_refresh.json
 
 # The rest reads real data: DATA names a directory with stream/, target/ and test/, the ingest a broker at KAFKA_HOME.
 bench-learning: $(VENV)/.installed-bench ## Measure what selection buys on DATA, for hours; finished runs are kept

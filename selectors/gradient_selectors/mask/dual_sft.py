@@ -28,7 +28,7 @@ from gradient_selectors.capture.batch import Batch, micro_batches
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient, PoolGradients
 from gradient_selectors.mask.masked_adamw import MaskChange, MaskedAdamW
-from gradient_selectors.mask.rule import MaskRule, choose_mask
+from gradient_selectors.mask.rule import MaskRule, choose_units, unit_keys, unit_size
 from gradient_selectors.mask.self_distillation import prior_gradient
 from gradient_selectors.target import MICRO_BATCH, mean_gradient
 
@@ -77,10 +77,10 @@ def direction(
     )
     out = {}
     for name, mean_of_pool in mean.items():
-        u = torch.zeros_like(mean_of_pool)
-        for weight, gradient in terms:
-            if name in gradient:
-                u.add_(gradient[name], alpha=weight)
+        known = [(weight, gradient[name]) for weight, gradient in terms if name in gradient]
+        u = known[0][1] * known[0][0] if known else torch.zeros_like(mean_of_pool)
+        for weight, values in known[1:]:
+            u.add_(values, alpha=weight)
         h = curvature(name) if response.learning_rate else None
         out[name] = u if h is None else u.addcmul_(h, mean_of_pool, value=-0.5 * response.learning_rate)
     return out
@@ -118,22 +118,23 @@ def masked_curvature(optimizer: MaskedAdamW, mean: Gradient) -> Curvature:
     For those it is estimated as `ratio * G^2`, the ratio of second moment to squared mean being that of the parameter's
     kept weights, or of all kept weights where the parameter has none. Zero would favour masked weights over kept ones.
     """
-    sums = {name: _moment_sums(optimizer.second_moment(name), values) for name, values in mean.items()}
+    known = {name: optimizer.second_moments(name) for name in mean}
+    sums = {name: _moment_sums(*known[name], values) for name, values in mean.items()}
     overall = _ratio(*(sum(sums[name][i] for name in sums) for i in range(2)))
 
     def curvature(name: str) -> Tensor:
-        second = optimizer.second_moment(name)
-        ratio = _ratio(*sums[name]) if sums[name][0] else overall
-        return torch.where(second.isnan(), mean[name].square().mul_(ratio), second)
+        units, second = known[name]
+        estimate = mean[name].square().mul_(_ratio(*sums[name]) if sums[name][0] else overall)
+        estimate.view(-1, second.shape[1]).index_copy_(0, units.long(), second)
+        return estimate
 
     return curvature
 
 
-def _moment_sums(second: Tensor, mean: Tensor) -> tuple[float, float]:
-    """Sums of the second moment and the squared mean where the former is known: a sum over zeros needs no gather."""
-    unknown = second.isnan()
-    known, squares = second.masked_fill(unknown, 0.0), mean.square().masked_fill_(unknown, 0.0)
-    return float(known.sum(dtype=torch.float64)), float(squares.sum(dtype=torch.float64))
+def _moment_sums(units: Tensor, second: Tensor, mean: Tensor) -> tuple[float, float]:
+    """Sums of the second moment and of the squared mean where the former is known."""
+    squares = mean.reshape(-1, second.shape[1]).index_select(0, units).square_()
+    return float(second.sum(dtype=torch.float64)), float(squares.sum(dtype=torch.float64))
 
 
 def _ratio(second: float, squared_mean: float) -> float:
@@ -252,22 +253,32 @@ class DualSft:
         """Choose a new mask and give it to `optimizer`, whose moments move with it. Call it between two steps.
 
         `target` is the mean gradient of the target samples, `prior` that of the self-distillation and `anchor` that
-        of the anchors' loss, or None. Needs two more float32 numbers for each weight while it runs. Raises ValueError
-        before the first `observe`.
+        of the anchors' loss, or None. Needs one more float32 number for each weight while it runs, and two for each
+        that may move before or after. Raises ValueError before the first `observe`.
         """
         if not self._observed:
             raise ValueError("no gradient has been observed yet; call observe first")
+        keys = self._unit_keys(optimizer, target, prior, anchor)
+        sizes = {name: unit_size(p.shape, self.rule.granularity) for name, p in optimizer.parameters.items()}
+        change = optimizer.replace_units(choose_units(keys, sizes, self.rule))
+        self._since_refresh = 0
+        return change
+
+    def _unit_keys(
+        self, optimizer: MaskedAdamW, target: Gradient, prior: Gradient | None, anchor: Gradient | None
+    ) -> dict[str, Tensor]:
+        """A key for each unit in the order of the column scores, in the memory of the mean gradient."""
         corrected = 1 - self.decay**self._observed
         mean = {
             name: self._average[name] / corrected if name in self._average else torch.zeros_like(p, dtype=torch.float32)
             for name, p in optimizer.parameters.items()
         }
-        u = direction(self.response, mean, target, prior, masked_curvature(optimizer, mean), anchor)
-        for name, gradient in mean.items():
-            gradient.mul_(u.pop(name))  # now the column scores: neither of the two is needed any more
-        change = optimizer.replace_mask(choose_mask(mean, self.rule))
-        self._since_refresh = 0
-        return change
+        curvature = masked_curvature(optimizer, mean)
+        keys = {}
+        for name in optimizer.parameters:
+            u = direction(self.response, {name: mean[name]}, target, prior, curvature, anchor)[name]
+            keys[name] = unit_keys(mean.pop(name).mul_(u), self.rule)
+        return keys
 
     def state_dict(self) -> dict[str, Any]:
         """The average and the counters; tensors share memory with the live ones."""

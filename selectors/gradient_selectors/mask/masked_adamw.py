@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradient_selectors.mask.rule import Granularity, unit_size
+from gradient_selectors.mask.rule import Granularity, positions_of, unit_size
 from gradient_selectors.preconditioner import Preconditioner, plain
 
 FIELDS = ("step", "kept", "exp_avg", "exp_avg_sq", "cohort_sizes", "cohort_joined")
@@ -92,8 +92,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         Moments of weights that stay are kept; those that join begin with none. Raises ValueError, before anything
         changes, if a parameter's mask is missing or does not fit.
         """
-        units = {name: self._selected_units(name, masks.get(name)) for name in self.parameters}
-        counts = {name: self._replace(name, selected) for name, selected in units.items()}
+        return self.replace_units({name: self._selected_units(name, masks.get(name)) for name in self.parameters})
+
+    @torch.no_grad()
+    def replace_units(self, units: Mapping[str, Tensor]) -> MaskChange:
+        """`replace_mask` by the positions of the units of each parameter that may move, (m,) int32, ascending."""
+        counts = {name: self._replace(name, units[name]) for name in self.parameters}
         sizes = {name: unit_size(parameter.shape, self.granularity) for name, parameter in self.parameters.items()}
         kept, joined, left = (sum(counts[name][i] * sizes[name] for name in counts) for i in range(3))
         return MaskChange(kept, joined, left)
@@ -168,14 +172,19 @@ class MaskedAdamW(torch.optim.Optimizer):
         return _spread(parameter, state, values, 0.0)
 
     @torch.no_grad()
-    def second_moment(self, name: str) -> Tensor:
-        """Bias-corrected second moment in the parameter's shape, float32; NaN where none is known."""
-        parameter = self.parameters[name]
-        state = self.state.get(parameter)
-        if not state:
-            return torch.full_like(parameter, torch.nan, dtype=torch.float32)
-        settled_m1 = _per_unit(state, 1 - self._group_of(name)["betas"][1] ** _ages(state))
-        return _spread(parameter, state, state["exp_avg_sq"].float() / settled_m1, torch.nan)  # 0 / 0 for age zero
+    def second_moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """Where a second moment is known, (m,) positions of units, and what it is, (m, s) float32, corrected for bias.
+
+        Units without any update yet have none.
+        """
+        state = self.state.get(self.parameters[name]) or self._empty_state(self.parameters[name])
+        ages_c = _ages(state)
+        settled_m1 = _per_unit(state, 1 - self._group_of(name)["betas"][1] ** ages_c)
+        second = state["exp_avg_sq"].float() / settled_m1
+        if bool((ages_c > 0).all()):
+            return state["kept"], second
+        moved = (settled_m1 > 0).expand(len(second), 1).squeeze(1).nonzero().squeeze(1)
+        return state["kept"][moved], second[moved]
 
     def current_preconditioner(self, *, warm: bool) -> Preconditioner:
         """P of the next step: `preconditioner`, or while the moments cannot be trusted the mask alone.
@@ -220,40 +229,37 @@ class MaskedAdamW(torch.optim.Optimizer):
         return next(group for group in self.param_groups if name in group["param_names"])
 
     def _selected_units(self, name: str, mask: Tensor | None) -> Tensor:
-        """Which units a mask selects, (units,) bool."""
+        """Positions of the units that a mask selects, (m,) int32."""
         parameter = self.parameters[name]
         if mask is None or mask.dtype != torch.bool or mask.shape != parameter.shape:
             raise ValueError(f"the mask of {name} must be bool of shape {tuple(parameter.shape)}")
         units = mask.to(parameter.device).reshape(-1, unit_size(parameter.shape, self.granularity))
-        if not torch.equal(units.all(1), units.any(1)):
+        if units.shape[1] > 1 and not torch.equal(units.all(1), units.any(1)):
             raise ValueError(f"the mask of {name} cuts through a row; use granularity='weight'")
-        if len(units) > torch.iinfo(torch.int32).max:
-            raise ValueError(f"parameter {name} has too many weights for int32 positions; use granularity='row'")
-        return units[:, 0]
+        return positions_of(units[:, 0], name)
 
-    def _replace(self, name: str, selected: Tensor) -> tuple[int, int, int]:
+    def _replace(self, name: str, chosen: Tensor) -> tuple[int, int, int]:
         """New state of one parameter; returns units kept, joined and left."""
         parameter = self.parameters[name]
         state = self.state.get(parameter) or self._empty_state(parameter)
-        positions = state["kept"].long()
-        stays_m = selected[positions]
-        joins = selected.clone()
-        joins[positions] = False
-        joined = joins.nonzero().squeeze(1).int()
-        cohorts_m = torch.repeat_interleave(torch.arange(len(state["cohort_sizes"])), state["cohort_sizes"])
-        sizes_c = torch.bincount(cohorts_m[stays_m.cpu()], minlength=len(state["cohort_sizes"]))
-        sizes_c = torch.cat([sizes_c, torch.tensor([len(joined)])])
+        new_n = torch.zeros(parameter.numel() // state["exp_avg"].shape[1], dtype=torch.bool, device=parameter.device)
+        new_n.scatter_(0, chosen.long(), True)
+        stays_m = new_n.index_select(0, state["kept"])
+        new_n.scatter_(0, state["kept"].long(), False)
+        joined, stays = chosen[new_n.index_select(0, chosen)], stays_m.nonzero().squeeze(1)
+        ends_c = torch.searchsorted(stays, state["cohort_sizes"].cumsum(0).to(stays.device)).cpu()
+        sizes_c = torch.cat([ends_c, torch.tensor([len(stays) + len(joined)])]).diff(prepend=torch.tensor([0]))
         joined_c = torch.cat([state["cohort_joined"], state["step"][None]])
         fresh = state["exp_avg"].new_zeros(len(joined), state["exp_avg"].shape[1])
         self.state[parameter] = {
             "step": state["step"],
-            "kept": torch.cat([state["kept"][stays_m], joined]),
-            "exp_avg": torch.cat([state["exp_avg"][stays_m], fresh]),
-            "exp_avg_sq": torch.cat([state["exp_avg_sq"][stays_m], fresh]),
+            "kept": torch.cat([state["kept"].index_select(0, stays), joined]),
+            "exp_avg": torch.cat([state["exp_avg"].index_select(0, stays), fresh]),
+            "exp_avg_sq": torch.cat([state["exp_avg_sq"].index_select(0, stays), fresh]),
             "cohort_sizes": sizes_c[sizes_c > 0],
             "cohort_joined": joined_c[sizes_c > 0],
         }
-        return int(sizes_c.sum()), len(joined), len(positions) - int(stays_m.sum())
+        return int(sizes_c.sum()), len(joined), len(stays_m) - len(stays)
 
     def _empty_state(self, parameter: Tensor) -> dict[str, Tensor]:
         moments = parameter.new_zeros(0, unit_size(parameter.shape, self.granularity))

@@ -2,9 +2,10 @@
 
 From the released code of DualSFT (arXiv 2605.06166): a global top-k over single weights, signed or by magnitude; a
 fifth of the budget shared equally by the layers, a fifth by the module groups, the rest global. Ours: whole rows as an
-alternative to single weights, quotas that never choose a weight twice, and a selection by two histograms of the scores'
-bits instead of a sort, so that no vector of all scores and no list of all positions is ever formed: it needs 4 bytes
-for each weight while it runs.
+alternative to single weights, quotas that never choose a weight twice, and a selection by histograms of the scores'
+bits instead of a sort, so that no vector of all scores is ever formed. A coarse histogram of each parameter rules out
+what cannot be chosen; two fine ones of the rest give the exact thresholds. It needs 4 bytes for each weight while it
+runs, and up to 8 for each that may be chosen.
 """
 
 import re
@@ -20,8 +21,9 @@ Granularity = Literal["weight", "row"]
 
 MODULE_GROUPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYER = re.compile(r"\.(\d+)\.")
-CHUNK_ELEMENTS = 1_000_000
+CHUNK_ELEMENTS = 1 << 18  # of passes over keys: what the fast memory of a processor holds
 HALF = 1 << 16  # a score's 32 bits are looked at in two halves
+COARSE_BITS = 12  # sign, exponent and three bits of the fraction
 TAKEN = -(1 << 31)  # below the key of every score, minus infinity included
 
 
@@ -65,7 +67,7 @@ class _Units:
     """
 
     keys: dict[str, Tensor]
-    sizes: dict[str, int]
+    sizes: Mapping[str, int]
 
     def chunks(self, names: Sequence[str]) -> Iterator[tuple[int, Tensor]]:
         """The weights in a unit and some keys, which may be written."""
@@ -73,10 +75,30 @@ class _Units:
             for keys in torch.split(self.keys[name], CHUNK_ELEMENTS):
                 yield self.sizes[name], keys
 
+    def read(self, names: Sequence[str]) -> Iterator[tuple[int, Tensor]]:
+        """The weights in a unit and copies of keys, of small parameters together: every histogram has its price."""
+        waiting = defaultdict[tuple[int, torch.device], list[Tensor]](list)
+        for size, keys in self.chunks(names):
+            group = waiting[size, keys.device]
+            group.append(keys)
+            if sum(part.numel() for part in group) >= CHUNK_ELEMENTS:
+                yield size, torch.cat(group)
+                group.clear()
+        for (size, _), group in waiting.items():
+            if group:
+                yield size, torch.cat(group)
+
 
 def unit_size(shape: Size, granularity: Granularity) -> int:
     """Weights in a unit of a parameter: 1, or those of a leading row."""
     return 1 if granularity == "weight" else shape[1:].numel()
+
+
+def positions_of(selected_n: Tensor, name: str) -> Tensor:
+    """Where units are selected, (m,) int32, ascending. Raises ValueError if int32 does not reach that far."""
+    if len(selected_n) > torch.iinfo(torch.int32).max:
+        raise ValueError(f"parameter {name} has too many weights for int32 positions; use granularity='row'")
+    return selected_n.nonzero().squeeze(1).int()
 
 
 def choose_mask(columns: Mapping[str, Tensor], rule: MaskRule) -> dict[str, Tensor]:
@@ -86,17 +108,98 @@ def choose_mask(columns: Mapping[str, Tensor], rule: MaskRule) -> dict[str, Tens
     `round(density * total)` of them, at least one, are kept; ties go to the earlier weight.
     """
     sizes = {name: unit_size(scores.shape, rule.granularity) for name, scores in columns.items()}
-    units = _Units({name: _keys(scores, sizes[name], rule.absolute) for name, scores in columns.items()}, sizes)
-    budget = max(1, round(rule.density * sum(scores.numel() for scores in columns.values())))
-    left = budget
-    for quota, groups in ((rule.layer_quota, _layers(columns)), (rule.module_quota, _modules(columns))):
-        for names in groups:
-            left -= _take(units, names, int(quota * budget / len(groups)))
-    _take(units, list(columns), left)
-    return {
-        name: (keys == TAKEN)[:, None].expand(-1, sizes[name]).reshape(columns[name].shape).contiguous()
-        for name, keys in units.keys.items()
-    }
+    keys = {name: unit_keys(scores.detach().clone(), rule) for name, scores in columns.items()}
+    masks = {}
+    for name, chosen_m in choose_units(keys, sizes, rule).items():
+        scores = columns[name]
+        mask_n = torch.zeros(scores.numel() // sizes[name], dtype=torch.bool, device=scores.device)
+        mask_n[chosen_m] = True
+        masks[name] = mask_n[:, None].expand(-1, sizes[name]).reshape(scores.shape).contiguous()
+    return masks
+
+
+def unit_keys(scores: Tensor, rule: MaskRule) -> Tensor:
+    """A key for each unit of a parameter, (n,) int32, in the order of the units' mean scores.
+
+    NaN, then minus infinity, come lowest. Contiguous float32 `scores` of single weights are overwritten.
+    """
+    size = unit_size(scores.shape, rule.granularity)
+    values = scores.float().reshape(-1) if size == 1 else scores.float().reshape(-1, size).mean(1)
+    for chunk in torch.split(values, CHUNK_ELEMENTS):
+        if rule.absolute:
+            chunk.abs_()
+        chunk.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0)  # -0.0 + 0.0 is 0.0
+        bits = chunk.view(torch.int32)
+        # A float's bits are in its order as whole numbers, those below the sign turned round where it is negative.
+        bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
+    return values.view(torch.int32)
+
+
+def choose_units(keys: dict[str, Tensor], sizes: Mapping[str, int], rule: MaskRule) -> dict[str, Tensor]:
+    """Positions of the units that may move, (m,) int32, ascending, by parameter name.
+
+    `keys` are those of `unit_keys`, `sizes` the weights in a unit; `keys` and its tensors are used up. Budget and ties
+    as in `choose_mask`. Raises ValueError for a parameter of more units than int32 can count.
+    """
+    budget = max(1, round(rule.density * sum(len(keys[name]) * size for name, size in sizes.items())))
+    stages = [
+        (int(quota * budget / len(groups)), names)
+        for quota, groups in ((rule.layer_quota, _layers(keys)), (rule.module_quota, _modules(keys)))
+        for names in groups
+    ]
+    stages.append((budget, list(keys)))
+    places = _narrow(keys, _cuts(keys, stages)) if rule.granularity == "weight" else {}
+    units, left = _Units(keys, sizes), budget
+    for quota, names in stages:
+        left -= _take(units, names, min(quota, left))
+    chosen = {name: positions_of(keys.pop(name) == TAKEN, name) for name in list(keys)}
+    return {name: places[name][found] if name in places else found for name, found in chosen.items()}
+
+
+def _cuts(keys: Mapping[str, Tensor], stages: Sequence[tuple[int, Sequence[str]]]) -> dict[str, int]:
+    """For each parameter a key below which no single weight will be chosen; `stages` end with the whole budget.
+
+    This is the choice itself, in whole bins: of the bin that holds the last weight all are taken. So a stage finds no
+    more weights above any key than in truth, and must go at least as far down.
+    """
+    rows = {name: i for i, name in enumerate(keys)}
+    tops_PB = torch.stack([_counts_from_the_top(values) for values in keys.values()])
+    depths_P, left = torch.zeros(len(rows), dtype=torch.int64), stages[-1][0]
+    for quota, names in stages:
+        wanted = min(quota, left)
+        group_G = torch.tensor([rows[name] for name in names])
+        taken_G1 = tops_PB[group_G].gather(1, depths_P[group_G, None])
+        available_B = (tops_PB[group_G] - taken_G1).clamp_(min=0).sum(0)
+        left -= min(wanted, int(available_B[-1]))
+        depth = min(int(torch.searchsorted(available_B, wanted)), len(available_B) - 1)
+        depths_P[group_G] = depths_P[group_G].clamp(min=depth)
+    # The highest bin holds nothing: not even infinity is as high.
+    shift, highest = 32 - COARSE_BITS, (1 << (COARSE_BITS - 1)) - 1
+    return {name: min(highest, highest + 1 - int(depths_P[i])) << shift for name, i in rows.items()}
+
+
+def _counts_from_the_top(keys: Tensor) -> Tensor:
+    """How many keys lie in the highest 0, 1, 2, ... bins, (bins + 1,) int64, on the CPU."""
+    bins = 1 << COARSE_BITS
+    counts = torch.zeros(bins + 1, dtype=torch.int64, device=keys.device)
+    for chunk in torch.split(keys, CHUNK_ELEMENTS):
+        counts[:-1] += torch.bincount((chunk >> (32 - COARSE_BITS)).add_(bins // 2), minlength=bins)
+    return counts.flip(0).cumsum(0).cpu()
+
+
+def _narrow(keys: dict[str, Tensor], cuts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Leave in `keys` only what reaches the cut; returns where that was, (m,) int32, ascending.
+
+    A parameter that would keep more than half of its weights stays whole and has no positions: they would take more
+    memory than they save.
+    """
+    places = {}
+    for name, values in keys.items():
+        reach = values >= cuts[name]
+        if 2 * int(reach.count_nonzero()) <= len(values):
+            places[name] = positions_of(reach, name)
+            keys[name] = values[places[name]]
+    return places
 
 
 def _layers(names: Mapping[str, Tensor]) -> list[list[str]]:
@@ -118,7 +221,7 @@ def _modules(names: Mapping[str, Tensor]) -> list[list[str]]:
 
 def _take(units: _Units, names: Sequence[str], budget: int) -> int:
     """Take the best units of some parameters that are not taken yet; returns how many weights they hold."""
-    available = sum(int((keys != TAKEN).sum()) * size for size, keys in units.chunks(names))
+    available = sum(int((keys != TAKEN).count_nonzero()) * size for size, keys in units.chunks(names))
     if available <= budget:
         for _, keys in units.chunks(names):
             keys.fill_(TAKEN)
@@ -136,12 +239,12 @@ def _take(units: _Units, names: Sequence[str], budget: int) -> int:
 def _threshold(units: _Units, names: Sequence[str], budget: int) -> tuple[int, int]:
     """The largest key whose units do not all fit the budget after those above it, and what these leave of it."""
     high = torch.zeros(HALF, dtype=torch.int64)
-    for size, keys in units.chunks(names):
+    for size, keys in units.read(names):
         high += torch.bincount((keys >> 16) + HALF // 2, minlength=HALF).cpu() * size
     upper, left = _first_too_many(high, budget)
     upper -= HALF // 2
     low = torch.zeros(HALF, dtype=torch.int64)
-    for size, keys in units.chunks(names):
+    for size, keys in units.read(names):
         inside = keys[(keys >> 16) == upper]
         low += torch.bincount(inside & (HALF - 1), minlength=HALF).cpu() * size
     lower, left = _first_too_many(low, left)
@@ -153,13 +256,3 @@ def _first_too_many(counts: Tensor, budget: int) -> tuple[int, int]:
     sums = counts.flip(0).cumsum(0)
     index = int((sums > budget).int().argmax())
     return len(counts) - 1 - index, budget - (int(sums[index - 1]) if index else 0)
-
-
-def _keys(scores: Tensor, size: int, absolute: bool) -> Tensor:
-    """A key for each unit, in the order of the units' mean scores: NaN, then minus infinity, come lowest."""
-    means = scores.detach().float().reshape(-1, size).mean(1)
-    values = means.abs_() if absolute else means
-    values.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0)  # -0.0 + 0.0 is 0.0
-    bits = values.view(torch.int32)
-    # A float's bits are in its order as whole numbers, those below the sign turned round where it is negative.
-    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)

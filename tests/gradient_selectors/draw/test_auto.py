@@ -24,7 +24,7 @@ def steps(
 ) -> list[str]:
     """The way of each step. `worth`: utility by kind; `noise`: of one sample's, of which a scored step takes the best;
     `dearer`: time of a scored step over that of a plain one."""
-    ways = []
+    ways: list[str] = []
     for _ in range(count):
         waiting = room(rng)
         ways.append(draw.way)

@@ -24,7 +24,7 @@ from gradient_selectors.mask.dual_sft import (
     row_scores,
 )
 from gradient_selectors.mask.masked_adamw import MaskedAdamW
-from gradient_selectors.mask.rule import MaskRule
+from gradient_selectors.mask.rule import Granularity, MaskRule, choose_mask, unit_size
 from gradient_selectors.mask.self_distillation import prior_gradient
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -199,10 +199,15 @@ def moved(model: nn.Module) -> None:
 class Online:
     """A model that trains under a mask that is refreshed."""
 
-    def __init__(self, refresh_steps: int = 3, density: float = 0.1, decay: float = 0.9) -> None:
+    def __init__(
+        self, refresh_steps: int = 3, density: float = 0.1, decay: float = 0.9, granularity: Granularity = "weight"
+    ) -> None:
         self.capture = GradientCapture(make_model("llama"))
-        self.optimizer = MaskedAdamW(self.capture.parameters.items(), lr=1e-2, weight_decay=0.1)
-        self.selector = DualSft(MaskRule(density), Response(RATE, lambda_prior=0.0), refresh_steps, decay)
+        parameters = self.capture.parameters
+        self.optimizer = MaskedAdamW(parameters.items(), lr=1e-2, weight_decay=0.1, granularity=granularity)
+        rule = MaskRule(density, granularity)
+        self.selector = DualSft(rule, Response(RATE, lambda_prior=0.0), refresh_steps, decay)
+        self.largest_unit = max(unit_size(parameter.shape, granularity) for parameter in parameters.values())
         self.total = sum(parameter.numel() for parameter in self.capture.parameters.values())
         target = self.capture.run(make_batch((9, 11), seed=4))
         self.target = target.weighted_gradient(torch.full((2,), 0.5))
@@ -213,7 +218,7 @@ class Online:
         self.selector.observe(gradient)
         if self.selector.due:
             change = self.selector.refresh(self.optimizer, self.target)
-            assert change.kept == round(self.selector.rule.density * self.total)
+            assert 0 <= round(self.selector.rule.density * self.total) - change.kept < self.largest_unit
             self.refreshed.append(number)
         for name, parameter in self.capture.parameters.items():
             parameter.grad = gradient[name]
@@ -334,6 +339,23 @@ def test_the_average_forgets_and_is_corrected_for_its_beginning() -> None:
     # Quotas take 40 % of the budget; the rest is simply the best.
     best = scores.topk(int(0.6 * round(0.2 * online.total))).indices
     assert kept[best].all()
+
+
+@pytest.mark.parametrize("granularity", ["weight", "row"])
+def test_a_refresh_chooses_by_the_column_scores(granularity: Granularity) -> None:
+    """Curvature, prior and anchors included."""
+    online = Online(granularity=granularity)
+    for number in range(3):
+        online.step(number)
+    online.selector.response = response = Response(RATE, lambda_prior=0.3, lambda_anchor=0.7)
+    prior, anchor = (random_like(online.capture, seed) for seed in (5, 6))
+    state = online.selector.state_dict()
+    mean = {name: values / (1 - 0.9 ** state["observed"]) for name, values in state["average"].items()}
+    u = direction(response, mean, online.target, prior, masked_curvature(online.optimizer, mean), anchor)
+    expected = choose_mask(column_scores(u, mean), online.selector.rule)
+    online.selector.refresh(online.optimizer, online.target, prior, anchor)
+    for name, mask in expected.items():
+        assert torch.equal(online.optimizer.mask(name) > 0, mask)
 
 
 def test_a_refresh_needs_a_gradient() -> None:

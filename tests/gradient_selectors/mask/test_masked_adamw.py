@@ -323,16 +323,39 @@ def test_a_weight_that_just_joined_counts_like_the_others_of_its_parameter() -> 
     assert not after[~wider["matrix"]].any()
 
 
-def test_the_second_moment_is_unknown_where_nothing_has_moved() -> None:
-    optimizer = masked(make_parameters())
-    masks = make_masks(0.5, seed=1)
-    assert optimizer.second_moment("matrix").isnan().all()
+@pytest.mark.parametrize("granularity", ["weight", "row"])
+def test_the_second_moment_is_known_only_where_something_has_moved(granularity: Granularity) -> None:
+    rows = granularity == "row"
+    optimizer = masked(make_parameters(), granularity)
+    masks = make_masks(0.5, seed=1, rows=rows)
+    assert [len(found) for found in optimizer.second_moments("matrix")] == [0, 0]
     optimizer.replace_mask(masks)
+    assert [len(found) for found in optimizer.second_moments("matrix")] == [0, 0]
     gradients = make_gradients(4)
     train(optimizer, gradients)
+    optimizer.replace_mask({name: mask | make_masks(0.5, seed=2, rows=rows)[name] for name, mask in masks.items()})
     beta2 = BETAS[1]
     weights = torch.tensor([(1 - beta2) * beta2 ** (3 - i) for i in range(4)]) / (1 - beta2**4)
     want = torch.stack([w * g["matrix"] ** 2 for w, g in zip(weights, gradients, strict=True)]).sum(0)
-    got = optimizer.second_moment("matrix")
-    torch.testing.assert_close(got[masks["matrix"]], want[masks["matrix"]])
-    assert got[~masks["matrix"]].isnan().all()
+    units, second = optimizer.second_moments("matrix")
+    found = torch.full_like(want, torch.nan).view(-1, second.shape[1])
+    found[units] = second
+    expected = want.where(masks["matrix"], torch.nan)
+    torch.testing.assert_close(found.view_as(want), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "row"])
+def test_a_mask_by_positions_is_the_same_mask(granularity: Granularity) -> None:
+    by_mask, by_units = (masked(make_parameters(), granularity) for _ in range(2))
+    for seed in (1, 2, 3):
+        masks = make_masks(0.4, seed, rows=granularity == "row")
+        units = {
+            name: mask.view(-1, 1 if granularity == "weight" else mask[0].numel())[:, 0].nonzero().squeeze(1).int()
+            for name, mask in masks.items()
+        }
+        assert by_units.replace_units(units) == by_mask.replace_mask(masks)
+        for optimizer in (by_mask, by_units):
+            train(optimizer, make_gradients(2, seed))
+        expected, found = by_mask.state_dict(), by_units.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())

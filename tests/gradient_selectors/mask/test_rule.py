@@ -1,5 +1,7 @@
 """Masks: exact budgets, quotas, rows, and the selection by histograms against a sort."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from gradient_selectors.mask import rule as mask_module
@@ -52,6 +54,76 @@ def test_the_best_are_kept_and_ties_go_to_the_earlier(
     ranked = torch.nan_to_num(scores.abs() if absolute else scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     order = torch.sort(ranked, descending=True, stable=True).indices[: max(1, round(share * len(values)))]
     assert torch.nonzero(got).squeeze(1).tolist() == sorted(order.tolist())
+
+
+def chosen_by_sorting(columns: dict[str, Tensor], rule: MaskRule) -> dict[str, set[int]]:
+    """Positions of units, from plain lists: sort what is left of each group, take while it fits, go on."""
+    size = {name: 1 if rule.granularity == "weight" else values[0].numel() for name, values in columns.items()}
+    scores = {name: values.view(-1, size[name]).mean(1).tolist() for name, values in columns.items()}
+    layers, modules = ("layers.0", "layers.1"), ("q_proj", "up_proj")
+    groups = [[name for name in columns if part in name] for part in (*layers, *modules)]
+    groups.append([name for name in columns if not any(part in name for part in modules)])
+    budget = round(rule.density * TOTAL)
+    quotas = [int(rule.layer_quota * budget / 2)] * 2 + [int(rule.module_quota * budget / 3)] * 3
+    taken: dict[str, set[int]] = {name: set() for name in columns}
+    left = budget
+    for group, quota in [*zip(groups, quotas, strict=True), (list(columns), budget)]:
+        room = min(quota, left)
+        free = [(-scores[name][i], g, i, name) for g, name in enumerate(group) for i in range(len(scores[name]))]
+        for _, _, i, name in sorted(unit for unit in free if unit[2] not in taken[unit[3]]):
+            if size[name] > room:
+                break
+            taken[name].add(i)
+            room, left = room - size[name], left - size[name]
+    return taken
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    levels=st.sampled_from([2, 7, 1000]),
+    density=st.floats(0.01, 1),
+    quotas=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)),
+    chunk=st.integers(1, 150),
+)
+def test_quotas_choose_what_sorting_group_after_group_chooses(
+    seed: int, levels: int, density: float, quotas: tuple[float, float], chunk: int
+) -> None:
+    """With many ties, few, or none, of values that are close and far apart."""
+    columns = {name: (values.exp() * levels).round() / levels - 1 for name, values in make_columns(seed).items()}
+    rule = MaskRule(density, "weight", False, *quotas)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_module, "CHUNK_ELEMENTS", chunk)
+        masks = choose_mask(columns, rule)
+    expected = chosen_by_sorting(columns, rule)
+    assert {name: set(mask.flatten().nonzero().flatten().tolist()) for name, mask in masks.items()} == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("density", [0.1, 0.4, 0.8])
+def test_quotas_of_rows_choose_what_sorting_chooses(density: float, seed: int) -> None:
+    """Rows of one length: norms have rows of one weight, and are left out."""
+    columns = {name: values for name, values in make_columns(seed).items() if "norm" not in name}
+    scale = TOTAL / sum(values.numel() for values in columns.values())
+    masks = choose_mask(columns, MaskRule(density * scale, "row"))
+    expected = chosen_by_sorting(columns, MaskRule(density, "row"))
+    assert {name: set(mask[:, 0].nonzero().flatten().tolist()) for name, mask in masks.items()} == expected
+
+
+def test_only_what_may_be_chosen_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+    narrow = mask_module._narrow
+
+    def watched(keys: dict[str, Tensor], cuts: Mapping[str, int]) -> dict[str, Tensor]:
+        places = narrow(keys, cuts)
+        looked_at.append(sum(values.numel() for values in keys.values()))
+        return places
+
+    monkeypatch.setattr(mask_module, "_narrow", watched)
+    generator = torch.Generator().manual_seed(0)
+    columns = {f"layers.{i}.up_proj": torch.randn(100, 100, generator=generator) for i in range(4)}
+    choose_mask(columns, MaskRule(0.05))
+    assert 2000 <= looked_at[0] <= 4000
 
 
 @pytest.mark.parametrize("quota", [0.0, 0.2, 0.5])
