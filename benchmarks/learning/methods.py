@@ -19,9 +19,11 @@
     shuffled_target               filter_then_weight towards random samples of the stream
     oracle                        uniform on a stream that holds records of the target's domain only: it alone knows
                                   labels
-    thrifty, thorough             the service's profiles as they are, refreshes of the target's gradient included
+    nearest, near_random, ...     draws without a gradient, 4 of 256 that wait: what a selection has to beat
+    ...+filter_then_weight        the same for 8, of which the quadratic program takes 4
+    thrifty, auto, thorough       the service's profiles as they are, refreshes of the target's gradient included
 
-All but the last two state their settings on top of the profile `thorough`, and refresh the target as their tier says.
+All but the last three state their settings on top of the profile `thorough`, and refresh the target as their tier says.
 """
 
 from collections.abc import Mapping
@@ -42,7 +44,6 @@ UNIFORM = {"draw": "uniform", "weigh": "equal"}
 BANDIT = {"draw": "cluster_ucb", "scoring": "sketched"}
 GAST = {"route": "gast"}
 MASK = {"mask": "dual_sft"}
-LEARNED = {"draw": "learned", "weigh": FTW, "scoring": "sketched"}
 RIVALS = ("nearest", "near_random", "knn_kde", "dsir", "lowest_loss", "middle_loss")
 WIDER = {"density": 0.2}
 
@@ -71,6 +72,9 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "uniform": Method(UNIFORM),
+    "thrifty": Method({"profile": "thrifty"}),
+    "auto": Method({"profile": "auto"}),
+    **{rival: Method({"draw": rival, "weigh": "equal"}) for rival in RIVALS},
     FTW: Method({"weigh": FTW}),
     f"{FTW}+cluster_ucb": Method({"weigh": FTW, **BANDIT}),
     f"{FTW}+cluster_ucb+min_gain": Method({"weigh": FTW, **BANDIT, FTW: {"min_gain": 0.05}}),
@@ -90,10 +94,7 @@ METHODS: dict[str, Method] = {
     f"{FTW}+gast/random_k_per_layer": Method({"weigh": FTW, **GAST, "gast": {"rule": "random_k_per_layer"}}),
     f"{FTW}+gast/random_k_shared": Method({"weigh": FTW, **GAST, "gast": {"rule": "random_k_shared"}}),
     f"{FTW}+gast/top_k_per_layer": Method({"weigh": FTW, **GAST, "gast": {"rule": "top_k_per_layer"}}),
-    "learned": Method(LEARNED),
-    **{rival: Method({"draw": rival, "weigh": "equal"}) for rival in RIVALS},
     **{f"{rival}+{FTW}": Method({"draw": rival, "weigh": FTW, "scoring": "sketched"}) for rival in RIVALS},
-    "thrifty": Method({"profile": "thrifty"}),
     "thorough": Method({"profile": "thorough"}),
 }
 REFERENCE = "uniform"
@@ -107,7 +108,7 @@ def selection_of(method: Method) -> dict[str, Any]:
     shape |= {"waiting": WAITING, "intake": INTAKE}
     if method.selection.get("draw") == "cluster_ucb":
         shape |= {"pool_size": DRAWN, "batch_size": DRAWN_BATCH}
-    elif method.selection.get("draw") in ("learned", *RIVALS[:4]) and method.selection["weigh"] != "equal":
+    elif method.selection.get("draw") in RIVALS[:4] and method.selection["weigh"] != "equal":
         shape |= {"pool_size": PROBE, "batch_size": BATCH}
     else:
         shape |= {"pool_size": POOL, "batch_size": BATCH}

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.learning.methods import FTW, METHODS, REFERENCE, selection_of
+from benchmarks.learning.streams import MISLEADING
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that runs can be keys
@@ -78,8 +79,8 @@ class Run:
         return self.tier.name, self.stream, self.share, self.seed
 
 
-PROFILES = ("uniform", "thrifty", "thorough")
-CORE = ("uniform", FTW, f"{FTW}+cluster_ucb", "oracle", "top_k", "everything")
+PROFILES = ("uniform", "thrifty", "auto", "nearest", "near_random")
+CORE = ("uniform", "thrifty", "nearest", "near_random", FTW, f"{FTW}+cluster_ucb", "oracle", "top_k", "everything")
 REAL = Tier(
     name="real",
     model={},
@@ -99,6 +100,8 @@ REAL = Tier(
     shares=(25, 10),
     streams={
         "mixture": CORE,
+        "swapped": PROFILES,
+        "duplicates": PROFILES,
         "copies": ("uniform", FTW, "top_k"),
         "narrow": ("uniform", f"{FTW}+cluster_ucb", f"{FTW}+cluster_ucb+dual_sft/prior"),
     },
@@ -154,7 +157,10 @@ QWEN2 = replace(
     model=BROAD.model | {"config": BROAD.model["config"] | QWEN2_SHAPE},
     warm_up_steps=300,
     seeds=3,
-    streams={"mixture": PROFILES, "duplicates": PROFILES},
+    streams={
+        "mixture": (*PROFILES, "knn_kde", "dsir", "thorough"),
+        **dict.fromkeys(("duplicates", *MISLEADING), PROFILES),
+    },
 )
 TIERS = {tier.name: tier for tier in (REAL, BROAD, QWEN2)}
 

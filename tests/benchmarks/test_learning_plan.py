@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.learning.methods import FTW, METHODS, selection_of
+from benchmarks.learning.methods import FTW, METHODS, RIVALS, selection_of
 from benchmarks.learning.plan import BROAD, REAL, Run, key, plan, quick
 from benchmarks.learning.run import Bench, prepare, stream_of
 from benchmarks.learning.streams import Data
-from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.selection import PREDICTS, SelectionSettings
 from tests.helpers.learning import TINY
 
 
@@ -23,8 +23,10 @@ def test_the_plan_goes_seed_by_seed_with_the_reference_first() -> None:
     assert runs[0].method == "uniform"
     assert [run.seed for run in runs[: 3 * len(methods) : len(methods)]] == [0, 1, 2]
     assert Counter((run.stream, run.share) for run in runs) == {
-        ("mixture", 25): 18,
-        ("mixture", 10): 18,
+        ("mixture", 25): 27,
+        ("mixture", 10): 27,
+        ("swapped", 25): 15,
+        ("duplicates", 25): 15,
         ("copies", 25): 9,
         ("narrow", 25): 9,
     }
@@ -47,11 +49,15 @@ def test_anchors_are_of_what_is_forgotten_and_in_no_test(data: Data, tmp_path: P
 @pytest.mark.parametrize("method", METHODS)
 def test_the_service_accepts_every_method(method: str) -> None:
     found = SelectionSettings.model_validate(selection_of(METHODS[method]))
-    assert (found.draw == "cluster_ucb") == (
-        "cluster_ucb" in method or method.split("/")[0] in ("everything", "thrifty")
-    )
-    assert found.num_drawn == {"full": 16, "uniform": 4, "oracle": 4}.get(method, 4 if found.draw != "all" else 16)
-    assert found.scoring == ("sketched" if found.draw == "cluster_ucb" or "sketched" in method else "exact")
+    assert (found.draw == "cluster_ucb") == ("cluster_ucb" in method or method.split("/")[0] == "everything")
+    rival, _, then = method.partition("+")
+    if rival in RIVALS:
+        assert (found.draw, found.weigh) == (rival, then or "equal")
+        assert found.num_drawn == (8 if then and "loss" not in rival else 4)
+    elif found.draw not in PREDICTS:
+        assert found.num_drawn == {"full": 16}.get(method, 4 if found.draw != "all" else 16)
+    sketched = found.draw in PREDICTS or found.draw == "cluster_ucb" or "sketched" in method or then in (FTW,)
+    assert found.scoring == ("sketched" if sketched else "exact")
 
 
 def test_a_profile_refreshes_the_target_as_it_says_itself_and_others_as_their_tier_does(
@@ -65,7 +71,7 @@ def test_a_profile_refreshes_the_target_as_it_says_itself_and_others_as_their_ti
         settings = prepare(bench, run, stream_of(data, run), tmp_path)
         samples[method] = settings.target.refresh_samples
         assert settings.selection.profile == ("thrifty" if method == "thrifty" else "thorough")
-    assert samples == {"uniform": 3, "thrifty": 4, "thorough": 8}
+    assert samples == {"uniform": 3, "thrifty": 2, "thorough": 8}
 
 
 def test_quick_is_small() -> None:
