@@ -80,7 +80,7 @@ class Run:
 
 
 PROFILES = ("uniform", "thrifty", "auto", "nearest", "near_random")
-CORE = ("uniform", "thrifty", "nearest", "near_random", FTW, f"{FTW}+cluster_ucb", "oracle", "top_k", "everything")
+CORE = ("uniform", "thrifty", "nearest", "near_random", FTW, f"{FTW}+cluster_ucb", "oracle", "everything")
 REAL = Tier(
     name="real",
     model={},

@@ -54,9 +54,16 @@ NAMES = {
     f"{FTW}+gast/top_k_per_layer": "GAST's control: best, by layer",
     "thrifty": "profile thrifty",
     "thorough": "profile thorough",
+    "auto": "profile auto",
+    "nearest": "nearest",
+    "near_random": "near-random, no copies",
+    "knn_kde": "KNN-KDE",
+    "dsir": "DSIR",
+    "lowest_loss": "lowest loss",
+    "middle_loss": "middle loss",
 }
 COLOURS = ("#0072B2", "#D55E00", "#7F7F7F", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C564B")
-STROKES = ("-", "--", ":")
+STROKES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 THICK: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markersize": 3.5}
 THIN: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.4}
 

@@ -113,21 +113,18 @@ class SelectionEngine:
             preconditioner_warmup_steps: optimizer steps before Adam's second moment is trusted; plain inner products
                 until then. 10 or more for a model that starts from random parameters.
             reports_utilities: keep every candidate's utility in `last.utilities_N`, which a bandit learns from.
-            micro_tokens: tokens of one pass of scoring or of the target, padding included; samples of like length go
-                together, and a longer sample is a pass by itself. None for the whole pool at once.
-            factors_bytes: bytes that a pool's factors of large matrices may take until the update. The samples beyond
-                it are run again for the update, if they are chosen. None for all of them.
+            micro_tokens: tokens of one pass, padding included; samples of like length go together. None for all.
+            factors_bytes: bytes that a pool's factors of large matrices may take until the update. Chosen samples
+                beyond it are run again. None for no limit.
 
         Raises UnsupportedParameterError, naming it, for a trainable parameter that is not covered exactly, and
         ValueError for parts that do not go together.
         """
-        if isinstance(target, Target) or target is None:
-            self.target = target
-        else:
-            self.target = Target.of(target, refresh_steps=refresh_steps)
-        if self.target is None and (
-            needs_target(selector) or route is not None or mask is not None or reports_utilities
-        ):
+        if target is not None and not isinstance(target, Target):
+            target = Target.of(target, refresh_steps=refresh_steps)
+        self.target = target
+        steered = needs_target(selector) or route is not None or mask is not None or reports_utilities
+        if self.target is None and steered:
             raise ValueError(f"{type(selector).__name__} is steered by a target; give target=batches")
         if mask is not None and not isinstance(optimizer, MaskedAdamW):
             raise ValueError(f"a mask needs the optimizer MaskedAdamW, not {type(optimizer).__name__}")

@@ -23,8 +23,8 @@ def test_the_plan_goes_seed_by_seed_with_the_reference_first() -> None:
     assert runs[0].method == "uniform"
     assert [run.seed for run in runs[: 3 * len(methods) : len(methods)]] == [0, 1, 2]
     assert Counter((run.stream, run.share) for run in runs) == {
-        ("mixture", 25): 27,
-        ("mixture", 10): 27,
+        ("mixture", 25): 24,
+        ("mixture", 10): 24,
         ("swapped", 25): 15,
         ("duplicates", 25): 15,
         ("copies", 25): 9,

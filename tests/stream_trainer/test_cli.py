@@ -60,7 +60,7 @@ MISTAKES = [
     # Values
     option("--selection.weigh=uniform", "is now selection.draw=uniform with selection.weigh=equal"),
     option("--selection.weigh=full", "is now selection.weigh=equal"),
-    option("--selection.profile=cheap", "=cheap", "'thrifty', 'thorough' or 'plain'"),
+    option("--selection.profile=cheap", "=cheap", "'thrifty', 'auto', 'thorough' or 'plain'"),
     option("--training.max_steps=ten", "=ten", "is no whole number"),
     option("--training.max_steps=1.5", "=1.5", "is no whole number"),
     option("--optimizer.learning_rate=0", "=0", "more than 0"),
@@ -86,7 +86,7 @@ MISTAKES = [
     Mistake("no such file", ("/no/such.yaml", "cannot be read"), ["--config=/no/such.yaml"]),
     variable("STREAM_TRAINER_CONFIG", "/no/such.yaml", "/no/such.yaml", "cannot be read"),
     # What does not go together
-    option("--selection.batch_size=99", "=99", "selection.pool_size=4"),
+    option("--selection.batch_size=99", "=99", "selection.pool_size=8"),
     option("--selection.waiting=600", "waiting=600", "buffer.max_records=512"),
     Mistake("a large pool", ("intake=128 is less than the 600",), ["--selection.pool_size=600"]),
     option("--optimizer.schedule=cosine", "=cosine", "needs optimizer.decay_steps"),
@@ -245,7 +245,7 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.startswith("usage: stream-trainer")
     if command in ("run", "config"):
-        assert "--selection.batch_size=INTEGER  (default 3; >= 1)" in out
+        assert "--selection.batch_size=INTEGER  (default 4; >= 1)" in out
         assert "--selection.pool_size" not in out, "only what matters first"
         assert "--help-all" in out
     else:
@@ -258,7 +258,7 @@ def test_help_all_lists_every_setting(command: str, capsys: pytest.CaptureFixtur
         main([command, "--help-all"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert "--selection.pool_size=INTEGER  (default 4; >= 1)" in out
+    assert "--selection.pool_size=INTEGER  (default 8; >= 1)" in out
     assert "STREAM_TRAINER_SOURCE__KAFKA__TOPIC=samples" in out
     missing = [name for name, field in fields() if section_of(field) is None and f"--{name}=" not in out]
     assert missing == []

@@ -24,6 +24,7 @@ def pieces_of(lengths: Sequence[int], micro_tokens: int | None) -> list[tuple[in
     apart. None stands for one piece of all.
 
     Examples:
+        >>> from gradient_selectors.capture.pieces import pieces_of
         >>> pieces_of([90, 400, 900, 400, 80], micro_tokens=1000)
         [(0, 4), (1, 3), (2,)]
     """

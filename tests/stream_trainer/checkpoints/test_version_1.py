@@ -114,7 +114,8 @@ def test_its_settings_are_refused_with_the_names_they_have_now() -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(KEPT / "settings.yaml", [])
     lines = str(caught.value).splitlines()
-    old = ("geometry", "chosen", "survivors", "settle_steps", "solver_time_limit_s", "dual_sft.lambda_answers")
+    old = ["geometry", "chosen", "survivors", "settle_steps", "solver_time_limit_s", "dual_sft.lambda_answers"]
+    old += ["cluster_ucb.waiting", "cluster_ucb.intake"]
     assert sorted(lines) == sorted(
         f"setting selection.{name} ({KEPT / 'settings.yaml'}) is now {RENAMED[f'selection.{name}']}; rename it"
         for name in old
