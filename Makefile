@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install lint docs test coverage test-lowest demo page \
-	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-mask-refresh bench-learning bench-fidelity bench-ingest
+	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-mask-refresh bench-learning bench-claims bench-fidelity bench-ingest
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,10 @@ bench-mask-refresh: $(VENV)/.installed ## Measure what a refresh of the DualSFT 
 bench-learning: $(VENV)/.installed-bench ## Measure what selection buys on DATA, for hours; finished runs are kept
 	@mkdir -p build
 	TQDM_DISABLE=1 $(BIN)/python -m benchmarks.learning --data $(DATA) --json build/learning.json --plots build/learning
+
+bench-claims: $(VENV)/.installed ## Measure what the four papers claim, each in direction, on DATA
+	@mkdir -p build
+	TQDM_DISABLE=1 $(BIN)/python -m benchmarks.claims --data $(DATA) --json build/claims.json
 
 bench-fidelity: $(VENV)/.installed-bench ## Measure what the cheaper geometries cost a real model's choices on DATA
 	@mkdir -p build

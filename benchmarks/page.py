@@ -314,15 +314,15 @@ is grade-school mathematics (GSM8K, MIT); the rest of a stream is role-play and 
 
 Cells are ratios to what uniform needs, with the range over seeds; below 1 is cheaper. `samples` are those trained on;
 `seconds` count reading, drawing, refreshes, passes and updates. The tier `real` is SmolLM2-135M, `broad` a small Llama.
-The percentage is the target's share of the stream. Uniform trains on 4 of 16 samples; a bandit draws 4 of 256 and
-trains on 3, and reads more records for it.
+The percentage is the target's share of the stream. Uniform trains on 4 of 16 samples; the others draw from
+256 that wait, and read more records for it. `nearest` and `near_random` draw without a gradient.
 """,
         lambda content: "curves" in content,
         _learning,
     ),
     Question(
         "How long does the quadratic program take?",
-        "`make bench-solver`: milliseconds of one solve on one core; a cap on coefficients solves two programs.",
+        "`make bench-solver`: milliseconds of one solve on one core, the fastest of three; a cap solves two programs.",
         _has_rows_of("candidates", "cap"),
         _solver,
     ),

@@ -1,0 +1,1 @@
+"""What the papers behind the four methods claim, each in direction."""
