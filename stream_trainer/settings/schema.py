@@ -205,7 +205,7 @@ class TargetSettings(Section):
     refresh_steps: Count = 4
     """Steps between refreshes of the target's gradient; 1 refreshes it at every step. With `draw: learned` or `auto`,
     every probe refreshes it."""
-    refresh_samples: Count = 2
+    refresh_samples: Count = 4
     """Samples of each refresh, taken in turn from the target samples; all of them if there are no more."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
     """Decay of the moving average of the target's gradient, when a refresh takes only some of the target samples."""

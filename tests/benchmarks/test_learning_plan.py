@@ -71,7 +71,7 @@ def test_a_profile_refreshes_the_target_as_it_says_itself_and_others_as_their_ti
         settings = prepare(bench, run, stream_of(data, run), tmp_path)
         samples[method] = settings.target.refresh_samples
         assert settings.selection.profile == ("thrifty" if method == "thrifty" else "thorough")
-    assert samples == {"uniform": 3, "thrifty": 2, "thorough": 8}
+    assert samples == {"uniform": 3, "thrifty": 4, "thorough": 8}
 
 
 def test_quick_is_small() -> None:

@@ -56,7 +56,7 @@ def test_what_is_learned_draws_and_sketches_score_the_probes(
     assert isinstance(engine.scoring, Sketched)
     assert engine.scoring.projections, "some matrices are large enough to be sketched"
     assert engine.target is not None
-    assert (engine.target.refresh_samples, len(engine.target.samples)) == (2, 12)
+    assert (engine.target.refresh_samples, len(engine.target.samples)) == (4, 12)
     assert (engine.route, engine.mask) == (None, None)
     assert [len(step.ids) for step in steps[:5]] == [8, 8, 4, 8, 4]  # probes at 0, 1 and 3
     candidates = [name for step in steps for name in step.ids]

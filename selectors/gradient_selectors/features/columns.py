@@ -20,6 +20,8 @@ from gradient_selectors.features.traits import Traits, embeddings_of
 LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
 RECENT = 256  # samples trained on lately, among which near copies are looked for
 NAMED_CHARS = 48
+# What is more fluent than most is only more predictable: it is text that is far less so which may be broken.
+HIGHEST = {"fluency": 0.0}
 UNSEEN = "unseen value"  # begins the name of a column that no value has yet
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
@@ -31,7 +33,7 @@ class Columns:
     Attributes:
         likeness: cosine of the embeddings to the target's mean, both less the mean of what waits.
         ngrams: mean log ratio of hashed n-grams, target over stream.
-        fluency: how well tokens follow one another.
+        fluency: how well tokens follow one another, where that is less than usual.
         copy: share of the text that was trained on lately.
         length: log of the number of tokens.
         components: principal components of the embeddings of what waited when there was first enough of it.
@@ -119,7 +121,10 @@ class ColumnTable:
         own_Mf = torch.from_numpy(np.stack([traits.own_f for traits in waiting]))
         parts = [
             torch.ones(len(waiting), 1, dtype=torch.float64),
-            *(_standardised(simple[name]())[:, None] for name in self.columns.simple),
+            *(
+                _standardised(simple[name]()).clamp(max=HIGHEST.get(name, LIMIT))[:, None]
+                for name in self.columns.simple
+            ),
             ((embeddings_Me - self._centre_e) @ self._basis_ec).double().clamp(-LIMIT, LIMIT),
             *(_standardised(own_M)[:, None] for own_M in own_Mf.T),
             self._one_hot(waiting),

@@ -49,6 +49,14 @@ def test_likeness_is_the_cosine_of_what_sets_samples_and_target_apart_from_the_r
     torch.testing.assert_close(column(table, x_Md, "likeness"), standardised(cosines), rtol=1e-4, atol=1e-5)
 
 
+def test_fluency_counts_where_it_is_low() -> None:
+    table = ColumnTable(Columns(), TARGET)
+    table.learn(WAITING)
+    fluency = column(table, table.matrix(WAITING), "fluency")
+    assert float(fluency.max()) == 0.0
+    assert float(fluency.min()) < -1.0
+
+
 def test_a_copy_of_what_was_trained_on_stands_out_and_so_does_its_forgetting() -> None:
     table = ColumnTable(Columns(), TARGET)
     table.trained([WAITING[3]])

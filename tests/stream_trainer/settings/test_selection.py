@@ -23,7 +23,7 @@ THRIFTY = {
     "batch_size": 4,
     "waiting": 256,
     "intake": 128,
-    "refresh_samples": 2,
+    "refresh_samples": 4,
 }
 RESOLVED = {
     "thrifty": THRIFTY,
