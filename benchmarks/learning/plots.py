@@ -62,8 +62,8 @@ NAMES = {
     "lowest_loss": "lowest loss",
     "middle_loss": "middle loss",
 }
-COLOURS = ("#0072B2", "#D55E00", "#7F7F7F", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C564B")
-STROKES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+COLOURS = ("#0072B2", "#D55E00", "#7F7F7F", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C564B", "#332288")
+STROKES = ("-", "--", ":", "-.")
 THICK: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markersize": 3.5}
 THIN: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.4}
 
@@ -148,7 +148,7 @@ def _line(panel: "Axes", method: str, points: Sequence[tuple[float, float]], **s
 
 
 def _style(method: str) -> dict[str, Any]:
-    """Uniform is black; each other method looks the same in every picture: the first eight solid, the next dashed."""
+    """Uniform is black; each other method looks the same in every picture: the first nine solid, the next dashed."""
     others = [name for name in METHODS if name != REFERENCE]
     if method not in others:
         return {"color": "black"}
