@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.optim import AdamW8bit
+from gradient_selectors.mask.masked_adamw import parameters_by_name
 from gradient_selectors.preconditioner import AdamPreconditioner, Preconditioner, plain
 from torch import Tensor, nn
 
@@ -30,11 +31,7 @@ class NamedAdamW8bit(AdamW8bit):  # type: ignore[misc]
     def __init__(self, params: Iterable[dict[str, Any]], **options: Any) -> None:
         """`params`: groups of (name, parameter) pairs."""
         super().__init__(params, **options)
-        self.parameters: dict[str, nn.Parameter] = {
-            name: parameter
-            for group in self.param_groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }
+        self.parameters = parameters_by_name(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Without the settings of groups: these stay as they are given. Tensors share memory with the live ones."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gradient_selectors import MaskedAdamW
+from gradient_selectors.mask.masked_adamw import parameters_by_name
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,11 +29,7 @@ class NamedAdamW(torch.optim.AdamW):
     def __init__(self, params: Iterable[dict[str, Any]], **options: Any) -> None:
         """`params`: groups of (name, parameter) pairs."""
         super().__init__(params, **options)
-        self.parameters: dict[str, nn.Parameter] = {
-            name: parameter
-            for group in self.param_groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }
+        self.parameters = parameters_by_name(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Without the settings of groups: these stay as they are given. Tensors share memory with the live ones."""

@@ -78,18 +78,22 @@ def _waiting_sampler(
     if selection.draw == "cluster_ucb":
         options = stream_options(selection.cluster_ucb, selection.batch_size)
         return BanditSampler(room, ClusterUcb(options, seed, embeddings_of(traits).mean(0)), selection.num_drawn)
+    if selection.draw in PREDICTS:
+        return LearnedSampler(room, selection.draw, _taught(selection, traits, seed))
+    return RivalSampler(room, selection.draw, _rival(selection, traits, Generators.of(seed).draw), selection.num_drawn)
+
+
+def _taught(selection: SelectionSettings, target: Sequence[Traits], seed: int) -> LearnedDraw | AutoDraw:
+    table = ColumnTable(columns_of(selection.learned, len(target[0].own_f)), target)
     if selection.draw == "learned":
-        columns = columns_of(selection.learned, len(traits[0].own_f))
-        learned = LearnedDraw(learned_options(selection), ColumnTable(columns, traits), seed)
-        return LearnedSampler(room, selection.draw, learned)
-    generator = Generators.of(seed).draw
-    if selection.draw == "auto":
-        columns = columns_of(selection.learned, len(traits[0].own_f))
-        rival = NearRandom(embeddings_of(traits).mean(0), generator, selection.rivals.share, selection.rivals.copies)
-        learned = LearnedDraw(learned_options(selection), ColumnTable(columns, traits), seed, rival)
-        auto = AutoDraw(learned, rival, selection.pool_size, selection.batch_size, seed)
-        return LearnedSampler(room, selection.draw, auto)
-    return RivalSampler(room, selection.draw, _rival(selection, traits, generator), selection.num_drawn)
+        return LearnedDraw(learned_options(selection), table, seed)
+    rival = _near_random(selection, embeddings_of(target), Generators.of(seed).draw)
+    learned = LearnedDraw(learned_options(selection), table, seed, rival)
+    return AutoDraw(learned, rival, selection.pool_size, selection.batch_size, seed)
+
+
+def _near_random(selection: SelectionSettings, targets_Td: Tensor, generator: torch.Generator) -> NearRandom:
+    return NearRandom(targets_Td.mean(0), generator, selection.rivals.share, selection.rivals.copies)
 
 
 def _described(samples: Sequence[Sample], features: EmbeddingFeatures, own: OwnFeatures | None) -> list[Traits]:
@@ -108,7 +112,7 @@ def _rival(selection: SelectionSettings, target: Sequence[Traits], generator: to
         case "nearest":
             return Nearest(targets_Td.mean(0))
         case "near_random":
-            return NearRandom(targets_Td.mean(0), generator, selection.rivals.share, selection.rivals.copies)
+            return _near_random(selection, targets_Td, generator)
         case "knn_kde":
             return KnnKde(targets_Td, generator)
         case _:

@@ -211,12 +211,12 @@ class LearnedDraw:
         """Learn from a step. What is not finite is left out."""
         scored = found.utilities_n is not None
         self._learn_merit(found.losses_n.detach().cpu().double(), 1.0 if scored else self._options.loss_observation)
-        before_M = self._waiting_Md @ self.coefficients_d
         if found.utilities_n is not None:
+            before_M = self._waiting_Md @ self.coefficients_d
             self._learn_utility(found.utilities_n.detach().cpu().double())
-        if scored and self.probes:
-            self._steps_to_probe = self._interval
-            self._lengthen(before_M)
+            if self.probes:
+                self._steps_to_probe = self._interval
+                self._lengthen(before_M)
         self._steps_to_probe = max(0, self._steps_to_probe - 1)
         self.table.trained([self._drawn[i] for i in found.trained])
         self._drawn = []

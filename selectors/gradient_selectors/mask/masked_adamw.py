@@ -76,11 +76,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         if any("param_names" not in group for group in self.param_groups):
             raise ValueError("MaskedAdamW needs named parameters; pass (name, parameter) pairs")
         self.granularity = granularity
-        self.parameters: dict[str, nn.Parameter] = {
-            name: parameter
-            for group in self.param_groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }
+        self.parameters = parameters_by_name(self.param_groups)
         for name, parameter in self.parameters.items():
             if not parameter.is_contiguous():
                 raise ValueError(f"parameter {name} is not contiguous; store it so")
@@ -282,6 +278,15 @@ class MaskedAdamW(torch.optim.Optimizer):
         )
         if not fits:
             raise ValueError(f"the state of {name} does not fit its shape {tuple(parameter.shape)} or itself")
+
+
+def parameters_by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, nn.Parameter]:
+    """The parameters of an optimizer's groups that were given as (name, parameter) pairs, in their order."""
+    return {
+        name: parameter
+        for group in groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
 
 
 def _update(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> None:
