@@ -155,10 +155,7 @@ class LearnedSampler:
         losses_n, coefficients_n = (torch.tensor(values) for values in (report.losses, report.coefficients))
         utilities_n = None if report.utilities is None else torch.tensor(report.utilities, dtype=torch.float64)
         before = self._way
-        before = self._way
         self.draw.observe(Found(losses_n, coefficients_n, utilities_n, sum(report.seconds.values())))
-        if self._way != before:
-            logger.info("%s", WAYS[self._way])
         if self._way != before:
             logger.info("%s", WAYS[self._way])
         undrawn, gone = self.room.leave(self._drawn)
