@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stream_trainer.errors import SettingsError, SourceError
-from stream_trainer.settings.schema import ENVIRONMENT_PREFIX, KafkaSettings
+from stream_trainer.settings.schema import ENVIRONMENT_PREFIX
+from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.connection import Topic, connect, describe_topic
 
 IN_FLIGHT_RECORDS = 2_000  # the client has no memory limit of its own, so wait for acknowledgements this often

@@ -30,18 +30,16 @@ from stream_trainer.settings.schema import (
     CheckpointSettings,
     DeadLetterSettings,
     EvaluationSettings,
-    JsonlSettings,
-    KafkaSettings,
     LogSettings,
     ModelSettings,
     OptimizerSettings,
     ServerSettings,
     Settings,
-    SourceSettings,
     TargetSettings,
     TrainingSettings,
 )
 from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.source import JsonlSettings, KafkaSettings, SourceSettings
 
 INTAKE = 32  # records of the stream that come in for each step
 WAITING = 128

@@ -1,6 +1,6 @@
 """Where records come from: one protocol (`base`), a Kafka topic (`kafka`), a file or standard input (`jsonl`)."""
 
-from stream_trainer.settings.schema import SourceSettings
+from stream_trainer.settings.source import SourceSettings
 from stream_trainer.sources.base import Source
 from stream_trainer.sources.jsonl import JsonlSource
 

@@ -16,7 +16,7 @@ from kafka.errors import KafkaError, for_code
 from kafka.net.compat import KafkaNetClient
 
 from stream_trainer.errors import SettingsError, SourceError
-from stream_trainer.settings.schema import KafkaSettings
+from stream_trainer.settings.source import KafkaSettings
 
 UNKNOWN_TOPIC = 3  # Kafka's error code UNKNOWN_TOPIC_OR_PARTITION
 RECONNECT_BACKOFF_MAX_MS = 2_000  # the client's own 30 s would add to every outage

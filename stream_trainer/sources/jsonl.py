@@ -18,7 +18,7 @@ from pathlib import Path
 
 from stream_trainer.errors import DataLossError, SettingsError
 from stream_trainer.records import Partition, Record
-from stream_trainer.settings.schema import JsonlSettings
+from stream_trainer.settings.source import JsonlSettings
 
 CHUNK_BYTES = 64 * 1024
 MAX_LINE_BYTES = 64 * 1024 * 1024  # of a longer line only these first bytes are kept; it is no sample anyway

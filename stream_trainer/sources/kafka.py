@@ -29,7 +29,7 @@ from kafka.structs import OffsetAndMetadata
 
 from stream_trainer.errors import DataLossError, SourceError
 from stream_trainer.records import Partition, Record
-from stream_trainer.settings.schema import KafkaSettings
+from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.connection import connect, describe_topic, require_codecs, require_topic
 
 REQUEST_TIMEOUT_MS = 5_000  # look-ups and commits that run between polls: an outage must not hold the thread longer

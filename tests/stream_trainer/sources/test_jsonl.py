@@ -11,7 +11,7 @@ import pytest
 
 from stream_trainer.errors import DataLossError, SettingsError
 from stream_trainer.records import Partition, Record
-from stream_trainer.settings.schema import JsonlSettings, SourceSettings
+from stream_trainer.settings.source import JsonlSettings, SourceSettings
 from stream_trainer.sources import jsonl, open_source
 from stream_trainer.sources.jsonl import JsonlSource
 

@@ -14,7 +14,7 @@ from stream_trainer.demo.broker import embedded_broker as run_embedded_broker
 from stream_trainer.demo.broker import free_port
 from stream_trainer.errors import DataLossError, SettingsError, SourceError
 from stream_trainer.records import Partition, Record
-from stream_trainer.settings.schema import KafkaSettings, SourceSettings
+from stream_trainer.settings.source import KafkaSettings, SourceSettings
 from stream_trainer.sources import connection as kafka_connection
 from stream_trainer.sources import open_source
 from stream_trainer.sources.kafka import KafkaSource, probe

@@ -1,0 +1,88 @@
+"""Settings of the stream: a Kafka topic, or a file."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+
+from stream_trainer.settings.base import Positive, Section
+
+
+class KafkaSettings(Section):
+    """A Kafka topic. Checkpoints keep the offsets. The consumer group's offsets are committed for lag tools, and a run
+    without a checkpoint begins there.
+    """
+
+    bootstrap_servers: str = "localhost:9092"
+    """Brokers to connect to first, `host:port[,host:port...]`."""
+    topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] | None = None
+    """Topic to train on. Required when `source.kind` is `kafka`."""
+    group_id: str = "stream-trainer"
+    """Consumer group under which offsets are committed, so that lag tools see the progress."""
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where to begin in a partition for which neither a checkpoint nor the group has an offset."""
+    on_data_loss: Literal["fail", "skip"] = "fail"
+    """If undecided records are gone from the log: stop with the reason (`fail`), or `skip` and count them as lost."""
+    stop_at_end: bool = False
+    """End the run when every record that was in the topic at the start is decided. For batch jobs and tests."""
+    discovery_interval_s: Positive = 30.0
+    """Seconds between checks for new partitions. These are read from their earliest record."""
+    bootstrap_timeout_s: Positive = 30.0
+    """Seconds to wait for a broker at start-up."""
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """Protocol of the connections to the brokers."""
+    ssl_cafile: Path | None = None
+    """PEM file of the certificate authorities to trust; the system's when unset."""
+    ssl_certfile: Path | None = None
+    """PEM file of the client's certificate, for mutual TLS."""
+    ssl_keyfile: Path | None = None
+    """PEM file of the client's private key, for mutual TLS."""
+    ssl_password: SecretStr | None = None
+    """Password of the client's private key."""
+    ssl_check_hostname: bool = True
+    """Whether the broker's certificate must name the host."""
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    """SASL mechanism; required by the SASL protocols."""
+    sasl_username: str | None = None
+    """SASL user name."""
+    sasl_password: SecretStr | None = None
+    """SASL password. Set it in the environment rather than in the file."""
+
+    @model_validator(mode="after")
+    def _security_is_complete(self) -> Self:
+        if self.security_protocol.startswith("SASL"):
+            for name in ("sasl_mechanism", "sasl_username", "sasl_password"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"security_protocol={self.security_protocol} needs {name}; set it")
+        elif self.sasl_mechanism is not None:
+            raise ValueError(
+                f"sasl_mechanism={self.sasl_mechanism} has no effect with security_protocol="
+                f"{self.security_protocol}; set security_protocol to SASL_SSL or SASL_PLAINTEXT"
+            )
+        return self
+
+
+class JsonlSettings(Section):
+    """A file with one JSON object a line, or standard input."""
+
+    path: str | None = None
+    """File to read, or `-` for standard input. Required when `source.kind` is `jsonl`."""
+    follow: bool = False
+    """Wait for the file to grow, instead of ending the run at the end of the file."""
+
+
+class SourceSettings(Section):
+    """Where records come from."""
+
+    kind: Literal["kafka", "jsonl"] = "kafka"
+    """`kafka` for a topic, `jsonl` for a file or standard input."""
+    kafka: KafkaSettings = KafkaSettings()
+    jsonl: JsonlSettings = JsonlSettings()
+
+    @model_validator(mode="after")
+    def _kind_is_configured(self) -> Self:
+        if self.kind == "kafka" and self.kafka.topic is None:
+            raise ValueError("kind=kafka needs kafka.topic; name the topic to train on")
+        if self.kind == "jsonl" and self.jsonl.path is None:
+            raise ValueError("kind=jsonl needs jsonl.path; name a file, or - for standard input")
+        return self
