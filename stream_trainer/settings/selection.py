@@ -177,7 +177,7 @@ ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 # What a profile sets in place of the defaults. `thrifty` is the defaults themselves.
 PROFILES: dict[Profile, dict[str, Any]] = {
     "thrifty": {},
-    "auto": {"draw": "auto"},
+    "auto": {"draw": "auto", "pool_size": 8},
     "thorough": {"draw": "all", "scoring": "exact", "pool_size": 16},
     "plain": {"draw": "all", "weigh": "equal", "scoring": "exact"},
 }
@@ -232,7 +232,7 @@ class SelectionSettings(Section):
     again (`dual_sft`)."""
     mask_path: Path | None = None
     """Mask to start from: the `mask.safetensors` that `stream-trainer select dual-sft` writes."""
-    pool_size: Count = 8
+    pool_size: Count = 6
     """Number N of candidates that are scored at each step, or with `draw: learned` and `auto` at each probe."""
     batch_size: Count = 4
     """Maximum number k of samples that enter an update."""

@@ -86,7 +86,7 @@ MISTAKES = [
     Mistake("no such file", ("/no/such.yaml", "cannot be read"), ["--config=/no/such.yaml"]),
     variable("STREAM_TRAINER_CONFIG", "/no/such.yaml", "/no/such.yaml", "cannot be read"),
     # What does not go together
-    option("--selection.batch_size=99", "=99", "selection.pool_size=8"),
+    option("--selection.batch_size=99", "=99", "selection.pool_size=6"),
     option("--selection.waiting=600", "waiting=600", "buffer.max_records=512"),
     Mistake("a large pool", ("intake=128 is less than the 600",), ["--selection.pool_size=600"]),
     option("--optimizer.schedule=cosine", "=cosine", "needs optimizer.decay_steps"),
@@ -258,7 +258,7 @@ def test_help_all_lists_every_setting(command: str, capsys: pytest.CaptureFixtur
         main([command, "--help-all"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert "--selection.pool_size=INTEGER  (default 8; >= 1)" in out
+    assert "--selection.pool_size=INTEGER  (default 6; >= 1)" in out
     assert "STREAM_TRAINER_SOURCE__KAFKA__TOPIC=samples" in out
     missing = [name for name, field in fields() if section_of(field) is None and f"--{name}=" not in out]
     assert missing == []

@@ -25,6 +25,7 @@ Role = Literal["policy", "uncertainty", "rival", "uniform"]
 NEAR_COPY = 0.5  # share of the shingles of one sample that another one has
 CONFIDENT, EXPLORING = 0.25, 2.0  # times the deviation of theta: in slots of the policy, and of uncertainty
 SAME = 0.95  # correlation of what waits, predicted before and after a probe, from which on it found no news
+LONGER = 3  # times as many steps to the next probe as to this one
 TINY = 1e-9
 
 
@@ -35,7 +36,7 @@ class LearnedOptions:
     Attributes:
         batch_size: samples that a step trains on.
         probe_size: samples that a probe scores.
-        probe_every: steps between probes once the first ones, after 1, 2, 4 and more steps, are over; up to
+        probe_every: steps between probes once the first ones, after 1 and 3 more steps, are over; up to
             `max_probe_every` while probes hardly change what is drawn.
         discount: what is left of an observation's weight after a probe.
         precision: observations that the prior counts as.
@@ -45,7 +46,7 @@ class LearnedOptions:
     """
 
     batch_size: int = 4
-    probe_size: int = 8
+    probe_size: int = 6
     probe_every: int = 8
     max_probe_every: int = 64
     discount: float = 0.985
@@ -222,11 +223,11 @@ class LearnedDraw:
         self._drawn = []
 
     def _lengthen(self, before_M: Tensor) -> None:
-        """Wait twice as long for the next probe, up to the longest while probes hardly change what is drawn."""
+        """Wait three times as long for the next probe, up to the longest while probes hardly change what is drawn."""
         after_M = self._waiting_Md @ self.coefficients_d
         same = len(after_M) > 1 and float(torch.corrcoef(torch.stack([before_M, after_M]))[0, 1]) > SAME
         longest = self._options.max_probe_every if same else self._options.probe_every
-        self._interval = min(self._interval * 2, longest)
+        self._interval = min(self._interval * LONGER, longest)
 
     def _learn_merit(self, losses_n: Tensor, weight: float) -> None:
         usable_n = losses_n.isfinite()

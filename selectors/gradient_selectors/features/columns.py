@@ -22,6 +22,7 @@ RECENT = 256  # samples trained on lately, among which near copies are looked fo
 NAMED_CHARS = 48
 # What is more fluent than most is only more predictable: it is text that is far less so which may be broken.
 HIGHEST = {"fluency": 0.0}
+LIKENESS_CERTAINTY = 16.0  # times that of other columns
 UNSEEN = "unseen value"  # begins the name of a column that no value has yet
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
@@ -94,8 +95,12 @@ class ColumnTable:
 
     @property
     def certainty_d(self) -> Tensor:
-        """How much surer the prior is of one column than of another, (d,) float64: a producer is seen seldom."""
-        return torch.tensor([1.0] * len(self._unchanging) + [0.25] * self.columns.values, dtype=torch.float64)
+        """How much surer the prior is of one column than of another, (d,) float64.
+
+        A producer is seen seldom. A few utilities hardly tell the target's subject from others; likeness does.
+        """
+        unchanging = [LIKENESS_CERTAINTY if name in ("likeness", "ngrams") else 1.0 for name in self._unchanging]
+        return torch.tensor(unchanging + [0.25] * self.columns.values, dtype=torch.float64)
 
     @property
     def judges_quality_d(self) -> Tensor:

@@ -59,7 +59,7 @@ def test_where_no_feature_tells_and_scoring_is_cheap_it_scores_every_pool() -> N
 
 def test_it_finds_out_that_selection_pays_again() -> None:
     draw, rng = auto_of(), np.random.default_rng(3)
-    steps(draw, 400, rng, dict.fromkeys(range(4), 0.1), noise=0.01)
+    steps(draw, 800, rng, dict.fromkeys(range(4), 0.1), noise=0.01)
     assert draw.way == "uniform"
     ways = steps(draw, 1500, rng, {0: 0.5}, noise=0.05)
     assert set(ways[-50:]) <= {"learned", "rival"}

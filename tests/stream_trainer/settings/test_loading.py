@@ -247,7 +247,7 @@ def test_the_description_has_every_setting_with_default_and_meaning() -> None:
     assert "--buffer.max_records=INTEGER  (default 512; >= 1)" in text
     assert "--target.path=PATH  (required)" in text
     assert "--optimizer.clip_norm=NUMBER  (default 1.0; > 0)" in text
-    assert "--selection.pool_size=INTEGER  (default 8; >= 1)" in text
+    assert "--selection.pool_size=INTEGER  (default 6; >= 1)" in text
 
 
 def test_the_schema_refuses_unknown_names() -> None:

@@ -19,7 +19,7 @@ THRIFTY = {
     "draw": "learned",
     "weigh": "filter_then_weight",
     "scoring": "sketched",
-    "pool_size": 8,
+    "pool_size": 6,
     "batch_size": 4,
     "waiting": 256,
     "intake": 128,
@@ -27,7 +27,7 @@ THRIFTY = {
 }
 RESOLVED = {
     "thrifty": THRIFTY,
-    "auto": THRIFTY | {"draw": "auto"},
+    "auto": THRIFTY | {"draw": "auto", "pool_size": 8},
     "thorough": THRIFTY | {"draw": "all", "scoring": "exact", "pool_size": 16, "batch_size": 4, "refresh_samples": 8},
     "plain": THRIFTY | {"draw": "all", "weigh": "equal", "scoring": "exact", "batch_size": 4},
 }
@@ -194,8 +194,8 @@ def test_what_is_neither_a_method_nor_a_path_is_one_line(weigh: str) -> None:
         ({"learned": {"probe_every": 9, "max_probe_every": 8}}, "max_probe_every=8 is less than learned.probe_every=9"),
         ({"intake": 64, "waiting": 32}, "waiting=32 is less than"),
         ({"dual_sft": {"layer_quota": 0.7, "module_quota": 0.6}}, "add up to 1.3"),
-        ({"batch_size": 9}, "batch_size=9 is more than pool_size=8"),
-        ({"batch_size": 9, "draw": "uniform", "weigh": "equal"}, "batch_size=9 is more than pool_size=8"),
+        ({"batch_size": 9}, "batch_size=9 is more than pool_size=6"),
+        ({"batch_size": 9, "draw": "uniform", "weigh": "equal"}, "batch_size=9 is more than pool_size=6"),
         ({"filter_then_weight": {"metric": "update"}}, "knows the metric p_norm only, not update"),
         ({"weigh_options": {"share": 0.5}}, "has no effect with weigh=filter_then_weight"),
     ],
@@ -222,10 +222,10 @@ def test_what_is_off_does_not_have_to_fit(selection: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("selection", "drawn"),
     [
-        ({}, 8),
+        ({}, 6),
         ({"draw": "nearest", "weigh": "equal"}, 4),
         ({"draw": "uniform"}, 4),
-        ({"draw": "all"}, 8),
+        ({"draw": "all"}, 6),
         ({"draw": "all", "weigh": "equal"}, 4),
         ({"profile": "thorough"}, 16),
         ({"profile": "plain"}, 4),
