@@ -44,8 +44,7 @@ def adam_preconditioner(exp_avg_sq: Tensor, step: int, lr: float, betas: tuple[f
     scale = lr * (1 - beta1) / (1 - beta1 ** (step + 1))
     # 1 / P, with the constants folded in: each of them would cost a pass over memory of its own.
     values = exp_avg_sq.float().sqrt().mul_(1 / (scale * (1 - beta2**step) ** 0.5)).add_(eps / scale).reciprocal_()
-    # Most parameters hold no such weight, and looking for one is cheaper than a mask that changes nothing.
-    return values.masked_fill_(exp_avg_sq == 0, 0) if bool(exp_avg_sq.min() == 0) else values
+    return values.masked_fill_(exp_avg_sq == 0, 0) if _may_hold_zero(exp_avg_sq) else values
 
 
 def anticipated(exp_avg_sq: Tensor, step: int, beta2: float, rows: Tensor | None = None) -> Tensor:
@@ -60,8 +59,15 @@ def anticipated(exp_avg_sq: Tensor, step: int, beta2: float, rows: Tensor | None
         values = values[rows]
     correction = (1 - beta2**step) / (1 - beta2 ** (step + 1))
     after = (values * (beta2 * correction)).add_(usual * ((1 - beta2) / (1 - beta2**step) * correction))
-    # Most parameters have no such weight, and looking for one is cheaper than a mask that changes nothing.
-    return after.mul_(values != 0) if bool(values.min() == 0) else after
+    return after.mul_(values != 0) if _may_hold_zero(values) else after
+
+
+def _may_hold_zero(values: Tensor) -> bool:
+    """Most parameters hold no weight that never had a gradient, and looking for one is cheaper than a mask.
+
+    Not on a device, where looking would make the host wait for it.
+    """
+    return values.device.type != "cpu" or bool(values.min() == 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +81,7 @@ class AdamPreconditioner:
     parameters: Mapping[str, Tensor]
     states: Mapping[Tensor, Mapping[str, Tensor]]
     groups: Mapping[Tensor, Mapping[str, Any]]  # of each parameter
+    steps: Mapping[Tensor, int]  # updates that each parameter's moments have seen
     top_rate: float
 
     @classmethod
@@ -82,7 +89,7 @@ class AdamPreconditioner:
         """That of an optimizer's current state."""
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         top_rate = max(group["lr"] for group in optimizer.param_groups) or 1.0
-        return cls(parameters, optimizer.state, groups, top_rate)
+        return cls(parameters, optimizer.state, groups, _steps(optimizer), top_rate)
 
     def __call__(self, name: str, rows: Tensor | None = None) -> Tensor | None:
         parameter = self.parameters[name]
@@ -91,7 +98,7 @@ class AdamPreconditioner:
             return None
         group = self.groups[parameter]
         lr = group["lr"] / self.top_rate if group["lr"] else 1.0
-        step = int(state["step"])
+        step = self.steps[parameter]
         second = anticipated(state["exp_avg_sq"], step, group["betas"][1], rows)
         return adam_preconditioner(second, step, lr, group["betas"], group["eps"])
 
@@ -163,4 +170,14 @@ def rank_one(diagonal: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
     """Updates the optimizer's moments have seen; 0 before the first."""
-    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    return max(_steps(optimizer).values(), default=0)
+
+
+def _steps(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:
+    """Updates each parameter's moments have seen; a fused optimizer's counts are read from the device at once."""
+    counts = {p: torch.as_tensor(state["step"]) for p, state in optimizer.state.items() if "step" in state}
+    if not counts:
+        return {}
+    device = next(iter(counts.values())).device
+    steps = torch.stack([count.to(device) for count in counts.values()]).tolist()
+    return dict(zip(counts, map(int, steps), strict=True))
