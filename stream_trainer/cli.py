@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from stream_trainer import __version__
 from stream_trainer.errors import SettingsError, StreamTrainerError
@@ -71,10 +71,18 @@ Exit codes: 0 done, 2 settings, 3 stream, 4 data loss, 5 checkpoint.
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports its errors like all others, in one line, rather than below the usage."""
+    """Reports its errors like all others, in one line, rather than below the usage, and never with a password."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        self._given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; see {self.prog} --help")
+        from stream_trainer.settings.secrets import shown_usage
+
+        raise SettingsError(f"{shown_usage(message, self._given)}; see {self.prog} --help")
 
 
 class _FirstSettings(argparse.Action):

@@ -13,4 +13,10 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A group of settings. Unknown names are errors; values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,  # an input may be a password
+    )

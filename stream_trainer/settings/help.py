@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from stream_trainer.settings.mistakes import fields, section_of
 from stream_trainer.settings.schema import Settings
+from stream_trainer.settings.secrets import MASK, is_secret_name
 
 _WIDTH = 100
 _WORDS = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH", SecretStr: "SECRET", dict: "MAPPING"}
@@ -70,7 +71,17 @@ def schema() -> dict[str, Any]:
 
 def show(settings: Settings) -> str:
     """YAML that loads as the same settings, apart from secrets, which are masked."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_without_secrets(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """Masks also what stands under a secret's name in a mapping of the user's own, such as `weigh_options`."""
+    return {
+        name: _without_secrets(value)
+        if isinstance(value, dict)
+        else (MASK if isinstance(value, str) and is_secret_name(name) else value)
+        for name, value in values.items()
+    }
 
 
 def _plain(text: str | None) -> str:

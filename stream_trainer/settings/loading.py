@@ -17,8 +17,9 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource
 
 from stream_trainer.errors import SettingsError
-from stream_trainer.settings.mistakes import MASK, Layer, mistakes_of, section_of, unknown_name
+from stream_trainer.settings.mistakes import Layer, mistakes_of, section_of, unknown_name
 from stream_trainer.settings.schema import ENVIRONMENT_PREFIX, Settings
+from stream_trainer.settings.secrets import MASK, is_sensitive, shown_name, shown_value
 
 CONFIG_VARIABLE = f"{ENVIRONMENT_PREFIX}CONFIG"
 
@@ -69,7 +70,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key.value, str) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
+                    problem = f"{shown_name(key.value)} is set twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -86,7 +88,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_bytes(), Loader=_Loader)  # noqa: S506
     except OSError as error:
         raise SettingsError(
-            f"settings file {path} cannot be read ({error.strerror}); check the name and its permissions"
+            f"settings file {shown_value('config', str(path), private=False)} cannot be read ({error.strerror}); "
+            "check the name and its permissions"
         ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"settings file {path}{_place(error)}; correct it there") from None
@@ -97,7 +100,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-_QUOTED = re.compile(r"'[^'<][^']+'")  # but for '<scalar>' and other kinds of tokens
+_QUOTED = re.compile(r"'[^'<][^']+'|\"[^\"]+\"")  # but for '<scalar>' and other kinds of tokens
 
 
 def _place(error: Exception) -> str:
@@ -146,13 +149,15 @@ def _options(arguments: Sequence[str], mistakes: list[str]) -> dict[str, str]:
     for index in rest:
         name, equals, text = arguments[index].partition("=")
         if not re.match(r"--\w", name):
-            mistakes.append(f"unexpected argument {name}; settings are given as --section.name=value")
+            word = "..." if any(map(is_sensitive, arguments)) else shown_name(name)
+            mistakes.append(f"unexpected argument {word}; settings are given as --section.name=value")
         elif equals:
             options[name[2:]] = text
         elif index + 1 < len(arguments) and not arguments[index + 1].startswith("--"):
             options[name[2:]] = arguments[next(rest)]
         else:
-            mistakes.append(f"{name} has no value; write {name}=VALUE")
+            shown = f"--{shown_name(name[2:])}"
+            mistakes.append(f"{shown} has no value; write {shown}=VALUE")
     return options
 
 

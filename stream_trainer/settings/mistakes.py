@@ -11,12 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from stream_trainer.settings.schema import Settings
-
-MASK = "**********"
-
-# A value may be a password without standing in a field of that kind: a misplaced line, or a URL with a user in it.
-_SECRET_NAME = re.compile(r"passw|pasw|secret|credential|api_?key|(^|\.)token$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"[^\s/:]+:[^\s/@]+@")
+from stream_trainer.settings.secrets import shown_name, shown_value
 
 _PROBLEMS = {
     "missing": "needs a value; set it in the file, or as --{name}=VALUE",
@@ -96,7 +91,7 @@ def unknown_name(name: str, prefix: str, section: type[BaseModel], origin: str) 
         return f"setting {name} ({origin}) is now {RENAMED[name]}; rename it"
     first, _, rest = name[len(prefix) :].partition(".")
     near = difflib.get_close_matches(first, section.model_fields, n=1)
-    suggestion = f"{prefix}{near[0]}{'.' + rest if rest else ''}" if near else None
+    suggestion = f"{prefix}{near[0]}{'.' + shown_name(rest) if rest else ''}" if near else None
     names = [known for known, _ in fields()]
     if suggestion not in names:
         ending = [known for known in names if known.endswith("." + name.rpartition(".")[2])]
@@ -104,7 +99,7 @@ def unknown_name(name: str, prefix: str, section: type[BaseModel], origin: str) 
         suggestion = next(iter(difflib.get_close_matches(suggestion or name, pool, n=1, cutoff=cutoff)), suggestion)
     place = prefix[:-1] or "the top level"
     remedy = f"did you mean {suggestion}?" if suggestion else f"{place} has {', '.join(section.model_fields)}"
-    return f"unknown setting {name} ({origin}); {remedy}"
+    return f"unknown setting {shown_name(name)} ({origin}); {remedy}"
 
 
 def mistakes_of(error: ValidationError, layers: Sequence[Layer], names_are_right: bool) -> list[str]:
@@ -186,12 +181,14 @@ def _origin(name: str, layers: Sequence[Layer]) -> str:
 
 
 def shown(name: str, value: Any) -> str:
-    """`value` as an error may quote it: short, on one line, and masked if it is or may be a password."""
-    field = dict(fields()).get(name)
-    annotations = () if field is None else (field.annotation, *get_args(field.annotation))
-    if SecretStr in annotations or _SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)):
-        return MASK
-    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(part, dict | list) for part in value)):
-        return f"a {type(value).__name__}"
-    text = value if isinstance(value, str) and re.fullmatch(r"\S+", value) and value.isprintable() else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """`value` of the setting `name` as an error may quote it (`secrets`)."""
+    return shown_value(name, value, _is_private(name))
+
+
+def _is_private(name: str) -> bool:
+    """Whether the setting is a secret, holds one, or stands in the same section as one."""
+    if name == "source.kafka.topic":  # anybody may know it, and its mistakes are not seen without it
+        return False
+    secrets = [known for known, field in fields() if SecretStr in (field.annotation, *get_args(field.annotation))]
+    sections = {secret.rpartition(".")[0] for secret in secrets}
+    return name.rpartition(".")[0] in sections or any(f"{secret}.".startswith(f"{name}.") for secret in secrets)

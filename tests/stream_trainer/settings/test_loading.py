@@ -8,8 +8,9 @@ import yaml
 from stream_trainer.errors import SettingsError
 from stream_trainer.settings.help import describe_settings, schema, show
 from stream_trainer.settings.loading import CONFIG_VARIABLE, load_settings
-from stream_trainer.settings.mistakes import MASK, fields, shown
+from stream_trainer.settings.mistakes import fields, shown
 from stream_trainer.settings.schema import Settings
+from stream_trainer.settings.secrets import MASK
 
 ENOUGH = ["--source.kafka.topic=samples", "--model.name=model", "--target.path=target.jsonl"]
 
