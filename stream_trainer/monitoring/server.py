@@ -1,6 +1,6 @@
 """HTTP on threads of its own: `/metrics`, `/healthz`, `/readyz`, `/status` and a page for people at `/`.
 
-It reads what callbacks return and never waits for a training step.
+It reads what callbacks return and never waits for a training step, and clients cannot exhaust it (`bounded_http`).
 """
 
 import json
@@ -9,10 +9,10 @@ import math
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from http.server import BaseHTTPRequestHandler
-from socketserver import ThreadingTCPServer
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,11 +20,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from stream_trainer.errors import SettingsError
+from stream_trainer.monitoring.bounded_http import REQUEST_S, BoundedServer
 from stream_trainer.settings.schema import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-CLIENT_TIMEOUT_S = 10.0  # a client that sends or takes nothing for this long is let go
 STOP_POLL_S = 0.1  # how long `stop` may have to wait
 
 
@@ -162,31 +162,33 @@ def _rows(status: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
             yield f"{prefix}{name}", f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-class _HttpServer(ThreadingTCPServer):
+class _HttpServer(BoundedServer):
     # Not http.server.HTTPServer: that looks up its own host name while binding, which can hang on a bad resolver.
-    allow_reuse_address = True
-    daemon_threads = True
-
     def __init__(self, host: str, port: int, pages: _Pages) -> None:
         self.pages = pages
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        logger.warning("a request from %s failed", client_address, exc_info=True)
-
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = CLIENT_TIMEOUT_S
+    timeout = REQUEST_S
     server: _HttpServer
 
     def do_GET(self) -> None:
+        self.server.header_is_complete(self.connection)
+        self._send(self.server.pages.respond(urlsplit(self.path).path, self.headers.get("Accept", "")))
+
+    do_HEAD = do_GET
+
+    def handle(self) -> None:
         try:
-            self._send(self.server.pages.respond(urlsplit(self.path).path, self.headers.get("Accept", "")))
+            super().handle()
         except (ConnectionError, TimeoutError) as error:
             logger.debug("a client went away: %s", error)
 
-    do_HEAD = do_GET
+    def finish(self) -> None:
+        with suppress(OSError):  # what is left to send, and nobody there to take it
+            super().finish()
 
     def _send(self, response: _Response) -> None:
         self.send_response(response.status)

@@ -1,14 +1,20 @@
 """Every page over a real socket."""
 
+import errno
 import http.client
 import json
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 
 from stream_trainer.errors import SettingsError
+from stream_trainer.monitoring import bounded_http
+from stream_trainer.monitoring.bounded_http import MAX_CONNECTIONS, MAX_THREADS
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.monitoring.server import Health, Server
 from stream_trainer.records import Outcome
@@ -102,6 +108,91 @@ def test_a_slow_client_does_not_hold_up_others(service: Service) -> None:
     with socket.create_connection((service.host, service.port)) as slow:
         slow.sendall(b"GET /metrics HT")
         assert service.request("/healthz")[0] == 200
+
+
+def test_clients_that_drip_do_not_exhaust_the_server(service: Service) -> None:
+    threads = threading.active_count()
+    with ExitStack() as stack:
+        clients = []
+        for _ in range(3 * MAX_THREADS):
+            client = stack.enter_context(socket.create_connection((service.host, service.port)))
+            client.sendall(b"G")
+            clients.append(client)
+            if len(clients) % MAX_CONNECTIONS == 0:
+                assert service.request("/healthz")[0] == 200
+        assert threading.active_count() - threads <= MAX_THREADS + 1
+        ended = sum(is_ended(client) for client in clients)
+        assert ended >= len(clients) - MAX_THREADS
+        assert service.request("/metrics")[0] == 200
+
+
+def is_ended(client: socket.socket) -> bool:
+    """Whether the server has let go of it."""
+    client.settimeout(0.05)
+    try:
+        return client.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nX: "])
+def test_a_header_must_be_complete_in_time(sent: bytes, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "HEADER_S", 0.3)
+    with socket.create_connection((service.host, service.port)) as client:
+        client.sendall(sent)
+        deadline = time.monotonic() + 30
+        while not is_ended(client):
+            assert time.monotonic() < deadline, "not dropped"
+            with suppress(ConnectionError):
+                client.sendall(b"a")  # each byte would renew a limit that counts from the last one
+
+
+def test_an_answer_that_nobody_takes_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "REQUEST_S", 0.3)
+    service.status["long"] = "x" * 50_000_000
+    with socket.create_connection((service.host, service.port)) as client:
+        client.sendall(b"GET /status HTTP/1.0\r\n\r\n")
+        deadline = time.monotonic() + 30
+        while http_server(service).connections:
+            assert time.monotonic() < deadline, "not dropped"
+            time.sleep(0.05)
+
+
+def test_no_descriptor_left_is_waited_out(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = 0
+    accept = socket.socket.accept
+
+    def none_left(listening: socket.socket) -> tuple[socket.socket, Any]:
+        nonlocal tries
+        tries += 1
+        if tries <= 5:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listening)
+
+    pauses: list[float] = []
+    monkeypatch.setattr(bounded_http.time, "sleep", pauses.append)
+    monkeypatch.setattr(socket.socket, "accept", none_left)
+    assert service.request("/healthz")[0] == 200
+    assert pauses.count(bounded_http.BACK_OFF_S) == 5
+
+
+def test_stopping_ends_what_is_open(service: Service) -> None:
+    threads = threading.active_count()
+    with socket.create_connection((service.host, service.port)) as client:
+        client.sendall(b"G")
+        assert service.request("/healthz")[0] == 200
+        service.server.stop()
+        deadline = time.monotonic() + 30
+        while not is_ended(client) or threading.active_count() >= threads:
+            assert time.monotonic() < deadline, "still open"
+
+
+def http_server(service: Service) -> bounded_http.BoundedServer:
+    server = service.server._http
+    assert server is not None
+    return server
 
 
 def test_a_port_in_use_is_one_line_with_the_setting(service: Service) -> None:
