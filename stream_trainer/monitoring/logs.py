@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import re
 import sys
 from datetime import UTC, datetime
 from typing import TextIO
@@ -11,8 +13,38 @@ from stream_trainer.settings.schema import LogSettings
 # Libraries that report on every request or reconnection. What matters of it, we log ourselves.
 _NOISY = ("kafka", "transformers", "huggingface_hub", "httpx", "httpcore", "urllib3", "filelock")
 
+HOLD_BACK_S = 300.0
+MAX_KINDS = 1000
+
 # What the logging module itself puts on a record; everything beyond came in through `extra`.
 _OWN = frozenset(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime", "taskName"}
+
+
+class HoldBack(logging.Filter):
+    """Lets one line of each kind that the Kafka client logs pass in `HOLD_BACK_S`; the next says how many were held.
+
+    In an outage the client logs several lines a second. That there is one, and when it ends, we log ourselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: dict[tuple[str, str], tuple[float, int]] = {}  # when a line passed last, and held back since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] != "kafka":
+            return True
+        # Some messages are finished texts, with numbers and addresses in them.
+        kind = (record.name, re.sub(r"\d+|<.*>", "", str(record.msg)))
+        passed, held = self._kinds.get(kind, (-math.inf, 0))
+        if record.created - passed < HOLD_BACK_S:
+            self._kinds[kind] = (passed, held + 1)
+            return False
+        if len(self._kinds) >= MAX_KINDS:
+            self._kinds.clear()
+        self._kinds[kind] = (record.created, 0)
+        if held:
+            record.held_back = held
+        return True
 
 
 class Formatter(logging.Formatter):
@@ -38,6 +70,7 @@ def configure_logging(settings: LogSettings, stream: TextIO | None = None) -> No
     """Send every record, and Python's warnings, to `stream`, standard error unless given. May be called again."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(Formatter(settings.format == "json"))
+    handler.addFilter(HoldBack())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level)

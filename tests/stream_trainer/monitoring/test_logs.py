@@ -84,3 +84,29 @@ def test_warnings_are_logged() -> None:
         warnings.warn("old option", UserWarning, stacklevel=1)
     assert "WARNING py.warnings:" in out.getvalue()
     assert "old option" in out.getvalue()
+
+
+def test_the_kafka_client_does_not_flood_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    configure_logging(LogSettings(), out)
+    clock = 1000.0
+    make = logging.LogRecord.__init__
+
+    def stamped(record: logging.LogRecord, *args: object, **options: object) -> None:
+        make(record, *args, **options)  # type: ignore[arg-type]
+        record.created = clock
+
+    monkeypatch.setattr(logging.LogRecord, "__init__", stamped)
+    kafka, ours = logging.getLogger("kafka.net.manager"), logging.getLogger("stream_trainer.sources.kafka")
+    for second in range(60):
+        clock += 1
+        for node in range(5):
+            kafka.error("Connection failed: %s", f"ECONNREFUSED {node}")
+            kafka.warning(f"<KafkaConnection node_id={node} attempt={second}> Bootstrap failed")
+        ours.warning("cannot be read for now")
+    lines = out.getvalue().splitlines()
+    assert sum("kafka.net.manager" in line for line in lines) == 2
+    assert sum("cannot be read for now" in line for line in lines) == 60
+    clock += 300
+    kafka.error("Connection failed: %s", "again")
+    assert out.getvalue().endswith("Connection failed: again held_back=299\n")
