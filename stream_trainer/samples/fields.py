@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from stream_trainer.errors import SampleError
+from stream_trainer.samples.wire_formats import hint
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_TIMESTAMP = 253_402_300_800.0  # the year 10000: anything later is a mistake in the unit, such as milliseconds
@@ -66,16 +67,21 @@ def _json_object(value: bytes, max_bytes: int) -> dict[str, Any]:
     try:
         fields = _JSON.decode(str(value.removeprefix(BYTE_ORDER_MARK), "utf-8"))
     except UnicodeDecodeError as error:
-        raise SampleError("bad_utf8", f"byte {error.start} is not UTF-8") from error
+        raise SampleError("bad_utf8", f"byte {error.start} is not UTF-8{hint(value)}") from error
     except json.JSONDecodeError as error:
-        raise SampleError("bad_json", f"{error.msg} at character {error.pos}") from error
+        raise SampleError("bad_json", f"{error.msg} at character {error.pos}{hint(value)}") from error
     except RecursionError as error:
         raise SampleError("too_deep", "nested too deeply") from error
     except ValueError as error:  # Python limits the digits of an integer
         raise SampleError("bad_number", "an integer has too many digits") from error
     if not isinstance(fields, dict):
-        raise SampleError("not_an_object", f"the value is a {type(fields).__name__}")
+        inner = "; it is JSON inside a JSON string: serialise it once" if _is_json_text(fields) else ""
+        raise SampleError("not_an_object", f"the value is a {type(fields).__name__}{inner}")
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _is_json_text(value: object) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("{")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,7 +105,9 @@ def _only_form(fields: dict[str, Any]) -> dict[str, Any]:
         names = ", ".join(name for form in begun for name in form if name in fields)
         raise SampleError("ambiguous_fields", f"{names} exclude each other")
     if not begun or not all(name in fields for name in begun[0]):
-        raise SampleError("missing_fields", "needs text, or prompt and response, or messages")
+        wrapped = fields.keys() == {"schema", "payload"}
+        remedy = "; it is wrapped by Kafka Connect: set schemas.enable=false of its converter" if wrapped else ""
+        raise SampleError("missing_fields", f"needs text, or prompt and response, or messages{remedy}")
     return {name: fields[name] for name in begun[0]}
 
 
