@@ -77,7 +77,9 @@ KAFKA = {
     "stream_trainer/commands/produce.py",
     "stream_trainer/ingest/dead_letters.py",
     "stream_trainer/sources/connection.py",
+    "stream_trainer/sources/group.py",
     "stream_trainer/sources/kafka.py",
+    "stream_trainer/sources/security.py",
 }
 
 MAX_SIDE_BY_SIDE, MAX_LINES, MAX_FUNCTION, P90_FUNCTION = 14, 400, 60, 25

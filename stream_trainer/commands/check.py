@@ -45,6 +45,7 @@ def check_offline(settings: Settings) -> list[Check]:
         *_own_selector(settings.selection),
         *_model(settings.model),
         *_extras(settings),
+        *_security(settings),
         _device(settings.model),
     ]
 
@@ -57,7 +58,6 @@ def require(checks: list[Check]) -> None:
 
 
 def _files(settings: Settings) -> Iterator[Check]:
-    kafka = settings.source.kafka
     named: dict[str, Path | None] = {
         "target.path": settings.target.path,
         "evaluation.retention_path": settings.evaluation.retention_path,
@@ -68,15 +68,25 @@ def _files(settings: Settings) -> Iterator[Check]:
         named["selection.dual_sft.anchor_path"] = settings.selection.dual_sft.anchor_path
     if settings.source.kind == "jsonl" and settings.source.jsonl.path != "-":
         named["source.jsonl.path"] = Path(settings.source.jsonl.path or "")
-    if settings.source.kind == "kafka":
-        named |= {
-            "source.kafka.ssl_cafile": kafka.ssl_cafile,
-            "source.kafka.ssl_certfile": kafka.ssl_certfile,
-            "source.kafka.ssl_keyfile": kafka.ssl_keyfile,
-        }
     for name, path in named.items():
         if path is not None:
             yield _readable(name, path)
+
+
+def _security(settings: Settings) -> Iterator[Check]:
+    """Whether the files for TLS and SASL fit; only where there are any, for it loads the Kafka client."""
+    kafka = settings.source.kafka
+    names = ("ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_password_file", "sasl_password_file", "sasl_token_file")
+    if settings.source.kind != "kafka" or all(getattr(kafka, name) is None for name in names):
+        return
+    from stream_trainer.sources.security import security_options
+
+    try:
+        security_options(kafka)
+    except SettingsError as error:
+        yield Check("source.kafka.security_protocol", ok=False, detail=str(error))
+    else:
+        yield Check("source.kafka.security_protocol", ok=True, detail=f"{kafka.security_protocol}, its files fit")
 
 
 def _own_selector(settings: SelectionSettings) -> Iterator[Check]:

@@ -44,7 +44,7 @@ examples:
 
 Whatever an option leaves out comes from the same environment variables as for `run`, such as
 STREAM_TRAINER_SOURCE__KAFKA__BOOTSTRAP_SERVERS; the password comes from there only
-(STREAM_TRAINER_SOURCE__KAFKA__SASL_PASSWORD).
+(STREAM_TRAINER_SOURCE__KAFKA__SASL_PASSWORD, or SASL_PASSWORD_FILE for one in a file).
 """
 
 
@@ -245,7 +245,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the mixture (default 0)")
     parser.add_argument("--partitions", type=int, default=1, metavar="N", help="partitions of a new topic (default 1)")
     parser.add_argument("--security-protocol", choices=["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"])
-    parser.add_argument("--sasl-mechanism", choices=["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+    parser.add_argument("--sasl-mechanism", choices=["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"])
     parser.add_argument("--sasl-username", metavar="NAME")
     parser.add_argument("--ssl-cafile", metavar="PEM", help="authorities to trust (default: the system's)")
 

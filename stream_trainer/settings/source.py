@@ -17,8 +17,9 @@ class KafkaSettings(Section):
     """Brokers to connect to first, `host:port[,host:port...]`."""
     topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] | None = None
     """Topic to train on. Required when `source.kind` is `kafka`."""
-    group_id: str = "stream-trainer"
-    """Consumer group under which offsets are committed, so that lag tools see the progress."""
+    group_id: str | None = "stream-trainer"
+    """Consumer group under which offsets are committed, so that lag tools see the progress. With null none are, and a
+    run without a checkpoint begins at `start`."""
     start: Literal["earliest", "latest"] = "earliest"
     """Where to begin in a partition for which neither a checkpoint nor the group has an offset."""
     on_data_loss: Literal["fail", "skip"] = "fail"
@@ -39,26 +40,55 @@ class KafkaSettings(Section):
     """PEM file of the client's private key, for mutual TLS."""
     ssl_password: SecretStr | None = None
     """Password of the client's private key."""
+    ssl_password_file: Path | None = None
+    """File with the password of the client's private key, as an absolute path. Instead of `ssl_password`."""
     ssl_check_hostname: bool = True
     """Whether the broker's certificate must name the host."""
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = None
     """SASL mechanism; required by the SASL protocols."""
     sasl_username: str | None = None
-    """SASL user name."""
+    """SASL user name, for PLAIN and SCRAM."""
     sasl_password: SecretStr | None = None
-    """SASL password. Set it in the environment rather than in the file."""
+    """SASL password, for PLAIN and SCRAM. Set it in the environment rather than in the file."""
+    sasl_password_file: Path | None = None
+    """File with the SASL password, as an absolute path. Instead of `sasl_password`."""
+    sasl_token_file: Path | None = None
+    """File with the token for OAUTHBEARER, as an absolute path. It is read anew for every connection, so that another
+    program may renew it."""
 
     @model_validator(mode="after")
     def _security_is_complete(self) -> Self:
         if self.security_protocol.startswith("SASL"):
-            for name in ("sasl_mechanism", "sasl_username", "sasl_password"):
-                if getattr(self, name) is None:
-                    raise ValueError(f"security_protocol={self.security_protocol} needs {name}; set it")
+            for names in self._needed():
+                if all(getattr(self, name) is None for name in names):
+                    raise ValueError(f"security_protocol={self.security_protocol} needs {' or '.join(names)}; set it")
         elif self.sasl_mechanism is not None:
             raise ValueError(
                 f"sasl_mechanism={self.sasl_mechanism} has no effect with security_protocol="
                 f"{self.security_protocol}; set security_protocol to SASL_SSL or SASL_PLAINTEXT"
             )
+        return self
+
+    def _needed(self) -> list[tuple[str, ...]]:
+        """What SASL needs; of each only one."""
+        if self.sasl_mechanism == "OAUTHBEARER":
+            return [("sasl_token_file",)]
+        return [("sasl_mechanism",), ("sasl_username",), ("sasl_password", "sasl_password_file")]
+
+    @model_validator(mode="after")
+    def _secrets_are_where_they_belong(self) -> Self:
+        """None of these messages quotes a value: it may be the secret itself."""
+        if "@" in self.bootstrap_servers:
+            raise ValueError(
+                "bootstrap_servers takes host:port only, without a user; give that as sasl_username and sasl_password"
+            )
+        for name in ("sasl_password", "ssl_password"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                raise ValueError(f"{name} and {name}_file exclude each other; set one of them")
+        for name in ("sasl_password_file", "ssl_password_file", "sasl_token_file"):
+            path = getattr(self, name)
+            if path is not None and not path.is_absolute():
+                raise ValueError(f"{name} is no absolute path; name the file that holds the secret, not the secret")
         return self
 
 

@@ -5,21 +5,26 @@ kafka-python ships without type information, so its clients are `Any` here and i
 
 import difflib
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from kafka import KafkaProducer
 from kafka.codec import has_lz4, has_snappy, has_zstd
 from kafka.errors import KafkaError, for_code
 from kafka.net.compat import KafkaNetClient
 
 from stream_trainer.errors import SettingsError, SourceError
 from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.sources.security import security_options
 
 UNKNOWN_TOPIC = 3  # Kafka's error code UNKNOWN_TOPIC_OR_PARTITION
 RECONNECT_BACKOFF_MAX_MS = 2_000  # the client's own 30 s would add to every outage
+# Of the brokers' own addresses this many are tried at the start, until one answers.
+MAX_ADDRESSES = 5
+ADDRESS_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ def connect(client: Callable[..., Any], settings: KafkaSettings, client_id: str,
     """`client(**options)` of kafka-python, connected.
 
     Waits up to `bootstrap_timeout_s` for a broker. Raises SettingsError for an address or a file that cannot be used,
-    SourceError if no broker can be reached.
+    SourceError if no broker can be reached, there or at the address that it gives for itself.
     """
     options = {**connection_options(settings, client_id), **options}
     networks: list[Any] = []
@@ -51,7 +56,7 @@ def connect(client: Callable[..., Any], settings: KafkaSettings, client_id: str,
 
     with _last_error() as heard:
         try:
-            return client(kafka_client=open_network, **options)
+            connected = client(kafka_client=open_network, **options)
         except (KafkaError, ValueError) as error:
             for network in networks:
                 network.close()  # a client that failed to start would leave its thread and sockets behind
@@ -66,32 +71,53 @@ def connect(client: Callable[..., Any], settings: KafkaSettings, client_id: str,
                 f"({heard.message or _one_line(error)}); check that the broker runs, and the address, the protocol and "
                 "the credentials"
             ) from None
+    try:
+        for network in networks:
+            _require_advertised(network, settings)
+    except SourceError:
+        connected.close(**({"timeout": 0} if isinstance(connected, KafkaProducer) else {}))
+        raise
+    return connected
 
 
 def connection_options(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
     """The options that every client of kafka-python needs to reach the brokers.
 
-    Raises SettingsError if a file named by the TLS settings is missing.
+    Raises SettingsError if a file named by the settings for TLS or SASL is missing or does not fit.
     """
-    for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
-        path = getattr(settings, name)
-        if path is not None and not path.is_file():
-            raise SettingsError(f"source.kafka.{name}={path} is not a file; correct the path")
     return {
         "bootstrap_servers": settings.bootstrap_servers.split(","),
         "client_id": client_id,
         "bootstrap_timeout_ms": int(settings.bootstrap_timeout_s * 1000),
         "reconnect_backoff_max_ms": RECONNECT_BACKOFF_MAX_MS,
-        "security_protocol": settings.security_protocol,
-        "ssl_cafile": _text(settings.ssl_cafile),
-        "ssl_certfile": _text(settings.ssl_certfile),
-        "ssl_keyfile": _text(settings.ssl_keyfile),
-        "ssl_password": settings.ssl_password.get_secret_value() if settings.ssl_password else None,
-        "ssl_check_hostname": settings.ssl_check_hostname,
-        "sasl_mechanism": settings.sasl_mechanism,
-        "sasl_plain_username": settings.sasl_username,
-        "sasl_plain_password": settings.sasl_password.get_secret_value() if settings.sasl_password else None,
+        **security_options(settings),
     }
+
+
+def _require_advertised(network: Any, settings: KafkaSettings) -> None:
+    """Raise SourceError unless one of the addresses that the brokers give for themselves can be reached.
+
+    From here on the client uses these and no longer the bootstrap address. What it says when they lead nowhere names
+    none of them.
+    """
+    given = {(broker.host, broker.port) for broker in network.cluster.bootstrap_brokers()}
+    advertised = sorted((broker.host, broker.port) for broker in network.cluster.brokers())
+    if given & set(advertised):
+        return
+    problems = []
+    for host, port in advertised[:MAX_ADDRESSES]:
+        try:
+            socket.create_connection((host, port), timeout=ADDRESS_TIMEOUT_S).close()
+        except OSError as error:
+            problems.append(f"{host}:{port} ({_one_line(error)})")
+        else:
+            return
+    if problems:
+        raise SourceError(
+            f"source.kafka.bootstrap_servers={settings.bootstrap_servers} answers, but the brokers call themselves "
+            f"{', '.join(problems)}, which cannot be reached from here; correct advertised.listeners of the brokers, "
+            "or make that address known here"
+        )
 
 
 def describe_topic(admin: Any, name: str) -> Topic | None:
@@ -166,10 +192,6 @@ def _last_error() -> Iterator[_LastError]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
 
 
 def _one_line(what: object) -> str:

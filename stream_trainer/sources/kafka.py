@@ -16,21 +16,18 @@ from typing import Any
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.errors import (
     AuthorizationError,
-    CommitFailedError,
     CorruptRecordError,
-    IllegalGenerationError,
     KafkaError,
     LogTruncationError,
     OffsetOutOfRangeError,
-    UnknownMemberIdError,
     UnsupportedCodecError,
 )
-from kafka.structs import OffsetAndMetadata
 
 from stream_trainer.errors import DataLossError, SourceError
 from stream_trainer.records import Partition, Record
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.connection import connect, describe_topic, require_codecs, require_topic
+from stream_trainer.sources.group import Group
 
 REQUEST_TIMEOUT_MS = 5_000  # look-ups and commits that run between polls: an outage must not hold the thread longer
 CLOSE_TIMEOUT_MS = 2_000
@@ -50,6 +47,7 @@ class KafkaSource:
         self._topic_id: str | None = None
         self._admin: Any = None
         self._consumer: Any = None
+        self._group: Group | None = None
         self._partitions: list[Partition] = []
         self._stop_at: dict[Partition, int] = {}
         self._last_ends: dict[Partition, int] = {}
@@ -124,16 +122,8 @@ class KafkaSource:
 
     def commit(self, positions: Mapping[Partition, int], step: int) -> None:
         """Commit offsets under the group, with the step as their metadata. Raises SourceError if that fails."""
-        offsets = {_to_kafka(p): OffsetAndMetadata(offset, f"step={step}", -1) for p, offset in positions.items()}
-        try:
-            self._consumer.commit(offsets, timeout_ms=REQUEST_TIMEOUT_MS)
-        except (CommitFailedError, IllegalGenerationError, UnknownMemberIdError) as error:
-            raise SourceError(
-                f"source.kafka.group_id={self._settings.group_id} is in use by a consumer that subscribes, so offsets "
-                f"cannot be committed ({type(error).__name__}); give this service a group of its own"
-            ) from error
-        except KafkaError as error:
-            raise SourceError(f"offsets could not be committed to group {self._settings.group_id}: {error}") from error
+        if self._group is not None:
+            self._group.commit(positions, step)
 
     def positions(self) -> Mapping[Partition, int]:
         """The next offset of each partition; past control records and compacted gaps, unlike the last record.
@@ -181,12 +171,14 @@ class KafkaSource:
         return self._records_lost
 
     def close(self) -> None:
-        """Close both clients."""
+        """Close all clients."""
+        if self._group is not None:
+            self._group.close()
         if self._consumer is not None:
             self._consumer.close(autocommit=False, timeout_ms=CLOSE_TIMEOUT_MS)
         if self._admin is not None:
             self._admin.close()
-        self._consumer = self._admin = None
+        self._group = self._consumer = self._admin = None
 
     def _connect(self) -> None:
         self._admin = connect(
@@ -196,13 +188,14 @@ class KafkaSource:
             KafkaConsumer,
             self._settings,
             self._client_id,
-            group_id=self._settings.group_id,
+            group_id=None,  # see `sources.group`
             enable_auto_commit=False,
             auto_offset_reset="none",
             isolation_level="read_committed",
             check_crcs=True,
             allow_auto_create_topics=False,
         )
+        self._group = Group(self._settings, self._client_id)
 
     def _begins(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         asked = list(map(_to_kafka, partitions))
@@ -238,7 +231,7 @@ class KafkaSource:
             return self._within_log(p, cursor[p], begin, end, "the cursor")
         if cursor:
             return begin
-        committed = self._consumer.committed(_to_kafka(p), timeout_ms=REQUEST_TIMEOUT_MS)
+        committed = self._group.committed(p) if self._group is not None else None
         if committed is not None:
             if committed > begin:
                 logger.warning(
