@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 import time
+from contextlib import suppress
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
@@ -108,7 +109,5 @@ class BoundedServer(ThreadingTCPServer):
 def _drop(request: Any, connection: Connection) -> None:
     """Wake the connection's thread: its next read or write ends at once, and with it the thread."""
     connection.dropped = True
-    try:
+    with suppress(OSError):  # the client was faster
         request.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # the client was faster

@@ -103,6 +103,8 @@ class ModelSettings(Section):
             raise ValueError("config needs tokenizer; set it to bytes or to a tokenizer directory")
         if self.gguf_file is not None and self.name is None:
             raise ValueError(f"gguf_file={self.gguf_file} needs name, the directory that holds it; set name")
+        if self.gguf_file is not None and (Path(self.gguf_file).is_absolute() or ".." in Path(self.gguf_file).parts):
+            raise ValueError(f"gguf_file={self.gguf_file} leads out of its directory; name a file inside it")
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ RETRY_S = 60.0  # a commit that waits in vain takes its timeout from reading, so
 
 
 class Group:
-    """Reads and commits offsets of `source.kafka.group_id`; with none, there are no offsets and nothing is committed."""
+    """Reads and commits the offsets of `source.kafka.group_id`. With none, it has none and commits none."""
 
     def __init__(self, settings: KafkaSettings, client_id: str) -> None:
         """Connects. Raises SettingsError or SourceError as `connect` does."""

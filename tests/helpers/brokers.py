@@ -14,15 +14,17 @@ from kafka.structs import OffsetAndMetadata
 
 from stream_trainer.demo.broker import free_port, stop, wait_for_port
 
+ELSEWHERE = "localhost:1"  # what the lost listener advertises
 USER, PASSWORD = "trainer", "right-password"  # of the secured listener
 
 PROPERTIES = """\
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{plain},SASL_SSL://127.0.0.1:{secure},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{plain},SASL_SSL://127.0.0.1:{secure}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_SSL:SASL_SSL,CONTROLLER:PLAINTEXT
+listeners=PLAINTEXT://127.0.0.1:{plain},SASL_SSL://127.0.0.1:{secure},LOST://127.0.0.1:{lost},\
+CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{plain},SASL_SSL://127.0.0.1:{secure},LOST://{elsewhere}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_SSL:SASL_SSL,LOST:PLAINTEXT,CONTROLLER:PLAINTEXT
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 log.dirs={data}/log
@@ -49,12 +51,14 @@ class ApacheKafka:
 
     Attributes:
         bootstrap_servers: its plain listener; `secure_servers` takes SASL PLAIN over TLS as USER with PASSWORD.
+        lost_servers: answers, but tells clients to go on at `ELSEWHERE`, where nobody is.
         ca_file: PEM of the authority behind the secured listener's certificate.
         data_dir: a partition's segments lie in `log/TOPIC-NUMBER` below it.
     """
 
     bootstrap_servers: str
     secure_servers: str
+    lost_servers: str
     ca_file: Path
     data_dir: Path
 
@@ -72,16 +76,14 @@ def why_no_apache_kafka() -> str | None:
 
 
 @contextmanager
-def apache_kafka(data_dir: Path) -> Iterator[ApacheKafka]:
-    """Run one broker, its own controller, with its data in `data_dir`."""
-    plain, secure = free_port(), free_port()
+def apache_kafka(data_dir: Path, **overrides: str) -> Iterator[ApacheKafka]:
+    """Run one broker, its own controller, with its data in `data_dir`. Overrides are properties, `_` for a dot."""
+    plain, secure, lost = free_port(), free_port(), free_port()
     ca_file = _make_certificate(data_dir)
     properties = data_dir / "server.properties"
-    properties.write_text(
-        PROPERTIES.format(
-            plain=plain, secure=secure, controller=free_port(), data=data_dir, user=USER, password=PASSWORD
-        )
-    )
+    ports = {"plain": plain, "secure": secure, "lost": lost, "controller": free_port(), "elsewhere": ELSEWHERE}
+    text = PROPERTIES.format(**ports, data=data_dir, user=USER, password=PASSWORD)
+    properties.write_text(text + "".join(f"{name.replace('_', '.')}={value}\n" for name, value in overrides.items()))
     log = data_dir / "broker.log"
     java = ["java", "-Xmx512m", "-cp", f"{_libs()}/*"]
     with log.open("wb") as output:
@@ -92,7 +94,7 @@ def apache_kafka(data_dir: Path) -> Iterator[ApacheKafka]:
         process = subprocess.Popen([*java, "kafka.Kafka", str(properties)], stdout=output, stderr=output)
     try:
         wait_for_port(plain, process, log)
-        yield ApacheKafka(f"127.0.0.1:{plain}", f"127.0.0.1:{secure}", ca_file, data_dir)
+        yield ApacheKafka(f"127.0.0.1:{plain}", f"127.0.0.1:{secure}", f"127.0.0.1:{lost}", ca_file, data_dir)
     finally:
         stop(process)
 

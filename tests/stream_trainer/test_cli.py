@@ -103,6 +103,7 @@ MISTAKES = [
     option("--model.name=./none", "=./none", "is not a directory"),
     option("--model.tokenizer=./none", "=./none", "is not a directory"),
     option("--model.gguf_file=none.gguf", "none.gguf", "No such file"),
+    option("--model.gguf_file=../none.gguf", "=../none.gguf leads out of its directory"),
     option("--model.device=cuda:9999", "=cuda:9999", "is not available"),
     option("--model.device=gpu", "=gpu", "set it to cpu, cuda or cuda:N"),
     option("--checkpoint.dir=target.jsonl/x", "=target.jsonl/x", "no directory"),

@@ -60,3 +60,22 @@ def test_what_is_no_json_is_named_and_not_quoted(value: bytes, reason: str, word
 )
 def test_what_is_no_known_format_gets_no_hint(value: bytes) -> None:
     assert hint(value) == ""
+
+
+def test_no_error_quotes_a_record() -> None:
+    """Every cut of a record, and a foreign byte at every place of it."""
+    records = [b'{"text": "planted", "weight": 1}', b'{"prompt": "planted", "response": "planted"}', b'["planted"]']
+    records += [
+        b'{"messages": [{"role": "planted", "content": "planted"}], "timestamp": "planted", "id": {"planted": 1}}'
+    ]
+    foreign = [b"\x00", b"\xff", b'"', b"\\", b"{", b"]", b"\n", b"planted", b"NaN"]
+    broken = [record[:at] for record in records for at in range(len(record))]
+    broken += [record[:at] + byte + record[at:] for record in records for at in range(len(record)) for byte in foreign]
+    details = []
+    for value in broken:
+        try:
+            parse_fields(value, 10_000)
+        except SampleError as error:
+            details.append(str(error))
+    assert len(details) > 500
+    assert not any("planted" in detail for detail in details)

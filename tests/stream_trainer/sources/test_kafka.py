@@ -19,6 +19,7 @@ from stream_trainer.sources import connection as kafka_connection
 from stream_trainer.sources import open_source
 from stream_trainer.sources.kafka import KafkaSource, probe
 from tests.helpers.brokers import (
+    ELSEWHERE,
     PASSWORD,
     USER,
     ApacheKafka,
@@ -29,7 +30,9 @@ from tests.helpers.brokers import (
     delete_records,
     delete_topic,
     publish,
+    why_no_apache_kafka,
 )
+from tests.helpers.brokers import apache_kafka as run_apache_kafka
 
 WAIT_S = 30.0  # patience of a test, never its measure
 
@@ -427,6 +430,42 @@ def secured(kafka: ApacheKafka) -> dict[str, Any]:
         "sasl_username": USER,
         "sasl_password": PASSWORD,
     }
+
+
+def test_advertised_addresses_that_lead_elsewhere_are_named(apache_kafka: ApacheKafka, topic: str) -> None:
+    create_topic(apache_kafka.bootstrap_servers, topic)
+    servers = apache_kafka.lost_servers
+    with pytest.raises(SourceError) as raised, started(servers, topic):
+        pass
+    with pytest.raises(SourceError) as probed:
+        probe(KafkaSettings(bootstrap_servers=servers, topic=topic))
+    for line in (str(raised.value), str(probed.value)):
+        assert f"bootstrap_servers={servers} answers, but the brokers call themselves {ELSEWHERE} (" in line
+        assert "correct advertised.listeners" in line
+
+
+def test_without_the_groups_coordinator_reading_goes_on(tmp_path: Path, topic: str) -> None:
+    """Three replicas of the group's offsets, which a lone broker cannot give: the coordinator is never there."""
+    if reason := why_no_apache_kafka():
+        pytest.skip(reason)
+    with run_apache_kafka(tmp_path, offsets_topic_replication_factor="3") as kafka:
+        servers = kafka.bootstrap_servers
+        create_topic(servers, topic)
+        publish(servers, topic, letters("abcdef"))
+        with started(servers, topic, {Partition(topic, 0): 2}) as source:
+            assert values(read(source, 4)) == letters("cdef")
+            for _ in range(2):  # the second is not tried: it would take time from reading
+                with pytest.raises(SourceError, match="commit"):
+                    source.commit({Partition(topic, 0): 6}, step=1)
+            publish(servers, topic, letters("g"))
+            assert values(read(source, 1)) == letters("g")
+            assert source.reachable
+        unknown = f"group_id=group-of-{topic}: where the group stands in .* is unknown, .* set source.kafka.group_id"
+        with pytest.raises(SourceError, match=unknown), started(servers, topic):
+            pass
+        with started(servers, topic, group_id=None) as source:
+            assert values(read(source, 7)) == letters("abcdefg")
+            source.commit({Partition(topic, 0): 7}, step=1)
 
 
 def test_a_group_with_members_of_its_own_cannot_be_committed_to(apache_kafka: ApacheKafka, topic: str) -> None:
