@@ -43,10 +43,11 @@ class Batch:
     def of(cls, values: "Batch | Mapping[str, Any]") -> "Batch":
         """A batch from the dict of a data collator: `input_ids`, `labels`, and `attention_mask` if anything is padded.
 
-        `weights` may say what each sample counts. Labels of padding are taken as -100. Raises ValueError for padding on
-        the left, missing or unknown names, and shapes that differ.
+        `weights` may say what each sample counts. Labels where the mask is 0 are taken as -100. Raises ValueError for
+        padding before a token, missing or unknown names, shapes that differ, and a `Batch` that `check_lengths` refuses.
         """
         if isinstance(values, Batch):
+            check_lengths(values)
             return values
         if unknown := sorted(values.keys() - FIELDS):
             raise ValueError(f"a batch of {', '.join(unknown)} is not understood; it holds {', '.join(sorted(FIELDS))}")
@@ -58,11 +59,17 @@ class Batch:
             shapes = ", ".join(str(tuple(part.shape)) for part in (ids, labels, mask))
             raise ValueError(f"input_ids, labels and attention_mask must be (N, T), not {shapes}")
         inside = mask.bool()
-        if bool((inside[:, 1:] & ~inside[:, :-1]).any()):
-            raise ValueError("samples must be padded on the right; set tokenizer.padding_side='right'")
+        gaps_NT = inside[:, 1:] & ~inside[:, :-1]
+        lengths, gaps = torch.stack([inside.sum(1), gaps_NT.sum(1)]).tolist()  # read back from a device once
+        if any(gaps):
+            sample, position = gaps_NT.nonzero()[0].tolist()
+            raise ValueError(
+                f"samples must be padded on the right, but position {position} of sample {sample} is padding before a "
+                "token; set tokenizer.padding_side='right'"
+            )
         weights = values.get("weights")
         stated = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-        return cls(ids, labels.masked_fill(~inside, IGNORE), tuple(inside.sum(1).tolist()), stated)
+        return cls(ids, labels.masked_fill(~inside, IGNORE), tuple(lengths), stated)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -78,11 +85,41 @@ class Batch:
         return Batch(self.input_ids_NT[kept, part], self.labels_NT[kept, part], lengths, weights_N)
 
     def samples(self) -> Iterator["Batch"]:
-        """Each sample as a batch of its own, without padding."""
+        """Each sample as a batch of its own, without padding. Raises ValueError as `check_lengths` does."""
+        check_lengths(self)
         for row, length in enumerate(self.lengths):
             part = slice(row, row + 1)
             weight = None if self.weights_N is None else self.weights_N[part]
             yield Batch(self.input_ids_NT[part, :length], self.labels_NT[part, :length], (length,), weight)
+
+
+def check_lengths(batch: Batch, *, labelled: bool = False) -> None:
+    """Refuse what gives another gradient than it seems to: a loss beyond the tokens that are counted.
+
+    `labelled`: every sample needs a label that something predicts, too. Raises ValueError, naming sample, position and
+    remedy. Cheap: nothing is looked at where nothing is padded, and one answer is read back from a device.
+    """
+    num_samples, num_tokens = batch.input_ids_NT.shape
+    if len(batch.lengths) != num_samples or max(batch.lengths, default=0) > num_tokens:
+        raise ValueError(
+            f"lengths={list(batch.lengths)} do not fit input_ids of {num_samples} samples by {num_tokens} tokens; "
+            "state for each sample how many of its tokens are no padding"
+        )
+    is_padded = min(batch.lengths, default=num_tokens) < num_tokens
+    if not (is_padded or labelled):
+        return
+    has_loss_NT = batch.labels_NT != IGNORE
+    lengths_N1 = torch.tensor(batch.lengths, device=has_loss_NT.device)[:, None]
+    beyond_NT = has_loss_NT & (torch.arange(num_tokens, device=has_loss_NT.device) >= lengths_N1)
+    beyond, all_labelled = torch.stack([beyond_NT.any(), has_loss_NT[:, 1:].any(1).all()]).tolist()
+    if beyond:
+        sample, position = beyond_NT.nonzero()[0].tolist()
+        raise ValueError(
+            f"sample {sample} has a label at position {position}, beyond its length of {batch.lengths[sample]} tokens; "
+            "pad on the right and give padding the label -100"
+        )
+    if labelled and not all_labelled:
+        raise ValueError("every sample needs at least one label after its first token")
 
 
 def join(batches: Sequence[Batch]) -> Batch:

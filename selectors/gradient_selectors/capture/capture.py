@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from gradient_selectors.capture.batch import Batch, mean_losses
+from gradient_selectors.capture.batch import Batch, check_lengths, mean_losses
 from gradient_selectors.capture.factors import Factor, LowRank, Written
 from gradient_selectors.capture.gradients import PoolGradients
 from gradient_selectors.capture.head import HeadBias, HeadWeight, head_forward_backward
@@ -170,7 +170,7 @@ class GradientCapture:
 
         `head_direction`: a direction of `head` along which products are to be cheap: they are taken during the pass.
         `keep`: what to keep of each factor, told as soon as there is one; all of it by default.
-        Raises ValueError if a sample has no label after its first token.
+        Raises ValueError if a sample has no label after its first token, or one beyond its length.
         """
         self._places.check()
         batch = checked(batch).to(self.device)
@@ -191,14 +191,15 @@ class GradientCapture:
             self._factors = defaultdict(list)
 
     def losses(self, batch: Batch) -> Tensor:
-        """Mean loss of each sample (nats per token), (N,) float32: a forward pass only."""
+        """Mean loss of each sample (nats per token), (N,) float32: a forward pass only. Raises as `check_lengths`."""
+        check_lengths(batch)
         return self.passes.losses(batch.to(self.device))
 
     def train(self, batch: Batch, weights_N: Tensor) -> Tensor:
         """Add the gradient of `sum_i w_i loss_i` to the parameters' `.grad`, as any trainer's backward pass would.
 
         Nothing is tapped and no factor is kept, so it costs what plain training costs. Returns the losses (nats per
-        token), (N,) float32. Raises ValueError if a sample has no label after its first token.
+        token), (N,) float32. Raises ValueError as `run` does.
         """
         self._places.check()
         head = {local_name: self.parameters[name] for local_name, name in self.head_parameters.items()}

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradient_selectors.capture.batch import IGNORE, Batch, mean_losses
+from gradient_selectors.capture.batch import Batch, check_lengths, mean_losses
 from gradient_selectors.capture.factors import Factor
 from gradient_selectors.capture.head import Head, HeadBias, HeadWeight, head_forward_backward, head_losses
 
 
 def checked(batch: Batch) -> Batch:
-    """The batch. Raises ValueError if a sample has no label after its first token."""
-    if not bool((batch.labels_NT[:, 1:] != IGNORE).any(dim=1).all()):
-        raise ValueError("every sample needs at least one label after its first token")
+    """The batch. Raises ValueError if a sample has no label after its first token, or one beyond its length."""
+    check_lengths(batch, labelled=True)
     return batch
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradient_selectors.capture.batch import Batch, loss_rows
+from gradient_selectors.capture.batch import Batch, check_lengths, loss_rows
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.head import CHUNK_ELEMENTS
 
@@ -48,11 +48,12 @@ def prior_gradient(
     """Gradient of the loss above on anchor samples, by parameter name, float32. `.grad` is left as it is.
 
     `base` is a frozen copy of the captured model as it was. Parameters that the loss does not touch are absent.
-    Raises ValueError without any sample.
+    Raises ValueError without any sample, and as `check_lengths` does.
     """
     total: dict[str, Tensor] = {}
     confidence = 0.0
     for batch in batches:
+        check_lengths(batch)
         batch = batch.to(capture.device)
         with torch.no_grad(), capture.passes.autocasting():
             base_rows = _rows(capture, base, batch)
