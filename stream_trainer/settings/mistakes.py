@@ -57,9 +57,15 @@ RENAMED = {
         "normalisation",
         "ridge",
         "max_coefficient",
-        "solver_time_limit_s",
     )
 }
+
+# Settings that are gone, and what takes their place.
+GONE = dict.fromkeys(
+    ("selection.solver_time_limit_s", "selection.filter_then_weight.solver_time_limit_s"),
+    "is gone, for a limit in seconds made results depend on the machine's load; leave it out, or limit iterations by "
+    "selection.filter_then_weight.solver_max_iterations",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,8 @@ def unknown_name(name: str, prefix: str, section: type[BaseModel], origin: str) 
     """The line for an unknown name, with the nearest right one: its neighbour, or the same word in another section."""
     if name in RENAMED:
         return f"setting {name} ({origin}) is now {RENAMED[name]}; rename it"
+    if name in GONE:
+        return f"setting {name} ({origin}) {GONE[name]}"
     first, _, rest = name[len(prefix) :].partition(".")
     near = difflib.get_close_matches(first, section.model_fields, n=1)
     suggestion = f"{prefix}{near[0]}{'.' + shown_name(rest) if rest else ''}" if near else None

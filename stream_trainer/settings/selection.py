@@ -138,12 +138,12 @@ class FilterThenWeightSettings(Section):
     min_gain: Share = 0.0
     """Minimum share of the update's utility that a sample must add; otherwise it is not selected."""
     ridge: NonNegative = 1e-3
-    """Ridge regularisation of the quadratic program, relative to the mean diagonal of the redundancy matrix K."""
+    """Ridge regularisation of the quadratic program, relative to each sample's own entry of the redundancy matrix K."""
     max_coefficient: Positive | None = None
     """Upper bound on a coefficient, in units of the mean of the positive coefficients without it."""
-    solver_time_limit_s: Positive = 1.0
-    """Time limit in seconds of the interior-point solver, which runs where active sets find no answer. If it is
-    exceeded, the fallback runs."""
+    solver_max_iterations: Count = 100
+    """Most iterations of the interior-point solver, which runs where active sets find no answer. It takes 10 to 30.
+    Beyond the limit the fallback runs, which is exact too."""
 
 
 class GreedySettings(Section):

@@ -133,7 +133,7 @@ def _filter_then_weight(settings: SelectionSettings) -> FilterThenWeight:
     return FilterThenWeight(
         batch_size=settings.batch_size,
         keep_ratio=method.keep_ratio,
-        solver=CoefficientSolver(method.solver_time_limit_s),
+        solver=CoefficientSolver(method.solver_max_iterations),
         ridge=method.ridge,
         cap=method.max_coefficient,
         filter=method.filter,

@@ -42,7 +42,6 @@ SELECTION: dict[str, Any] = {
     "pool_size": 8,
     "batch_size": 3,
     "preconditioner_warmup_steps": 2,
-    "filter_then_weight": {"solver_time_limit_s": 60.0},
 }
 ALL_ON: dict[str, Any] = {
     "draw": "cluster_ucb",
@@ -52,7 +51,6 @@ ALL_ON: dict[str, Any] = {
     "pool_size": 8,
     "batch_size": 3,
     "preconditioner_warmup_steps": 2,
-    "filter_then_weight": {"solver_time_limit_s": 60.0},
     "waiting": 24,
     "intake": 12,
     "cluster_ucb": {"clusters": 4},

@@ -56,6 +56,12 @@ MISTAKES = [
     in_file("bufer: {max_records: 5}", "bufer", "did you mean buffer?"),
     in_file("model: {lora: {rnak: 4}}", "model.lora.rnak", "did you mean model.lora.rank?"),
     option("--selection.chosen=4", "is now selection.batch_size; rename it"),
+    option("--selection.solver_time_limit_s=1", "is gone", "or limit iterations by"),
+    in_file(
+        "selection: {filter_then_weight: {solver_time_limit_s: 60.0}}",
+        "selection.filter_then_weight.solver_time_limit_s",
+        "is gone, for a limit in seconds made results depend on the machine's load; leave it out",
+    ),
     in_file("selection: {survivors: 2}", "selection.survivors", "is now selection.filter_then_weight.keep_ratio"),
     # Values
     option("--selection.weigh=uniform", "is now selection.draw=uniform with selection.weigh=equal"),

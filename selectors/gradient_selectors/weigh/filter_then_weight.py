@@ -56,7 +56,7 @@ class FilterThenWeight:
         keep_ratio: the filter keeps at most this many times `batch_size`; only these enter the quadratic term.
         min_gain: share of the utility that a selected sample must add, or it is not trained on.
         solver: solves for the coefficients.
-        ridge: regularisation relative to the mean of K's diagonal; gives duplicates equal coefficients.
+        ridge: regularisation relative to each sample's own K_ii; gives duplicates equal shares of the update.
         cap: bound on a coefficient, in units of the mean of those that are positive without it, or None.
         filter: `first_order` keeps the largest positive `c_i`; `cosine` ranks the positive ones by `c_i / sqrt(K_ii)`,
             so that long gradients (short samples) gain nothing, and needs K for all of them; `nn_omp` adds one
@@ -235,8 +235,8 @@ def line_search(quadratic: Interaction, utilities_N: Tensor, coefficients_N: Ten
 
 
 def with_ridge(gram: Matrix, ridge: float) -> Matrix:
-    """`K + rho I` with rho relative to the mean of K's diagonal."""
-    hessian: Matrix = gram + ridge * np.diag(gram).mean() * np.eye(len(gram))
+    """K with each entry of its diagonal raised by the share `ridge` of itself."""
+    hessian: Matrix = gram + np.diag(ridge * np.diag(gram))
     return hessian
 
 

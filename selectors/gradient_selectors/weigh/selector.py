@@ -12,7 +12,7 @@ from gradient_selectors.views.interaction import Interaction
 
 @dataclass(frozen=True)
 class SolverReport:
-    """How a quadratic program was solved: `optimal`, `fallback_failed` or `fallback_timeout`, and in what time."""
+    """How a quadratic program was solved: `optimal`, `fallback_failed` or `fallback_iterations`, and in what time."""
 
     status: str
     seconds: float

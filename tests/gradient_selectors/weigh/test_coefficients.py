@@ -6,6 +6,8 @@ import cvxpy as cp
 import numpy as np
 import pytest
 from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Vector
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import lsq_linear, nnls  # type: ignore[import-untyped]
 
 RIDGE = 1e-3
@@ -53,7 +55,7 @@ def by_scipy(hessian: Matrix, linear: Vector, cap: float | None) -> Vector:
 
 
 def with_ridge(gram: Matrix) -> Matrix:
-    hessian: Matrix = gram + RIDGE * np.diag(gram).mean() * np.eye(len(gram))
+    hessian: Matrix = gram + RIDGE * np.diag(np.diag(gram))
     return hessian
 
 
@@ -199,6 +201,41 @@ def test_scaling_a_gradient_scales_its_coefficient_back() -> None:
     np.testing.assert_allclose(again * scale, plain, rtol=1e-5, atol=1e-9)
 
 
+def test_one_long_gradient_costs_the_others_nothing() -> None:
+    """Of eight alike, one is 30 times longer: it gets a thirtieth, and what is reached is the same."""
+    gradients = np.random.default_rng(8).normal(size=(8, 20)) + 0.5
+    target, lengths = np.random.default_rng(9).normal(size=20) + 0.5, np.ones(8)
+    lengths[3] = 30.0
+    found = []
+    for rows in (gradients, gradients * lengths[:, None]):
+        weights = CoefficientSolver().solve(rows @ rows.T, rows @ target, RIDGE).coefficients
+        found.append((weights, utility(rows @ rows.T, rows @ target, weights)))
+    (once, reached), (again, then_reached) = found
+    np.testing.assert_allclose(again, once / lengths, rtol=1e-8, atol=1e-12)
+    assert then_reached == pytest.approx(reached, rel=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 12),
+    seed=st.integers(0, 10**6),
+    lengths=st.lists(st.floats(1e-3, 1e3), min_size=12, max_size=12),
+    ridge=st.sampled_from([1e-4, 1e-3, 1e-2, 0.3]),
+    cap=st.sampled_from([None, 1e9]),  # a cap is in natural units, so only one that binds nothing is left alone
+)
+def test_the_lengths_of_gradients_do_not_matter(
+    size: int, seed: int, lengths: list[float], ridge: float, cap: float | None
+) -> None:
+    """Over random K: coefficients follow each gradient's own length, and the utility that is reached stays."""
+    gram, linear = problem(np.random.default_rng(seed), size)
+    by = np.array(lengths[:size])
+    once = CoefficientSolver().solve(gram, linear, ridge, cap).coefficients
+    again = CoefficientSolver().solve(gram * np.outer(by, by), linear * by, ridge, cap).coefficients
+    units = np.sqrt(np.diag(gram))
+    np.testing.assert_allclose(again * by * units, once * units, rtol=1e-6, atol=1e-8 * (once * units).max())
+    assert utility(gram, linear, again * by) == pytest.approx(utility(gram, linear, once), rel=1e-8)
+
+
 def test_order_of_the_candidates_does_not_matter() -> None:
     gram, linear = problem(np.random.default_rng(4), 6)
     order = np.array([3, 0, 5, 1, 4, 2])
@@ -218,12 +255,12 @@ def test_a_cap_bounds_every_coefficient() -> None:
 
 
 @pytest.mark.parametrize("size", [6, 16])
-def test_a_time_limit_ends_in_the_fallback_with_the_same_answer(size: int) -> None:
+def test_a_limit_of_iterations_ends_in_the_fallback_with_the_same_answer(size: int) -> None:
     """Copies without a ridge need cvxpy."""
     gram, linear = with_copies(np.random.default_rng(size), size, 0.0)
-    fallback = CoefficientSolver(time_limit_s=1e-9).solve(gram, linear)
+    fallback = CoefficientSolver(max_iterations=1).solve(gram, linear)
     best = CoefficientSolver().solve(gram, linear)
-    assert fallback.status == "fallback_timeout"
+    assert fallback.status == "fallback_iterations"
     assert best.status == "optimal"
     np.testing.assert_allclose(fallback.coefficients, best.coefficients, rtol=1e-4, atol=1e-5 * best.coefficients.max())
 

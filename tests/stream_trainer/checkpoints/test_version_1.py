@@ -19,7 +19,7 @@ from stream_trainer.errors import SettingsError
 from stream_trainer.records import Sample
 from stream_trainer.service import serve
 from stream_trainer.settings.loading import load_settings
-from stream_trainer.settings.mistakes import RENAMED
+from stream_trainer.settings.mistakes import GONE, RENAMED
 from stream_trainer.training.step import StepReport
 
 KEPT = Path(__file__).parents[2] / "data" / "checkpoint-format-1"
@@ -63,14 +63,15 @@ def go_on(place: Path, last_step: int, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def assert_same(ours: Sequence[Decided], theirs: Sequence[Decided]) -> None:
-    """The last digits may differ: another processor adds up in another order, and coefficients that no producer's
-    weight changes are no longer scaled there and back. What a part forgot shows in the third digit or before.
+    """The last digits may differ: another processor adds up in another order, coefficients that no producer's weight
+    changes are no longer scaled there and back, and the ridge, a thousandth, is now one of each sample's own length.
+    What a part forgot shows in the second digit or before, or in which samples were selected.
     """
     for mine, its in zip(ours, theirs, strict=True):
         for name in ("step", "result", "ids", "selected"):
             assert mine[name] == its[name], (its["step"], name)
-        assert mine["coefficients"] == pytest.approx(its["coefficients"], abs=1e-3), its["step"]
-        assert mine["losses"] == pytest.approx(its["losses"], abs=1e-3), its["step"]
+        assert mine["coefficients"] == pytest.approx(its["coefficients"], abs=5e-3), its["step"]
+        assert mine["losses"] == pytest.approx(its["losses"], abs=5e-3), its["step"]
 
 
 @needs_mkl
@@ -114,9 +115,10 @@ def test_its_settings_are_refused_with_the_names_they_have_now() -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(KEPT / "settings.yaml", [])
     lines = str(caught.value).splitlines()
-    old = ["geometry", "chosen", "survivors", "settle_steps", "solver_time_limit_s", "dual_sft.lambda_answers"]
+    old = ["geometry", "chosen", "survivors", "settle_steps", "dual_sft.lambda_answers"]
     old += ["cluster_ucb.waiting", "cluster_ucb.intake"]
-    assert sorted(lines) == sorted(
+    gone = "selection.solver_time_limit_s"
+    assert sorted(lines) == sorted([
         f"setting selection.{name} ({KEPT / 'settings.yaml'}) is now {RENAMED[f'selection.{name}']}; rename it"
         for name in old
-    )
+    ] + [f"setting {gone} ({KEPT / 'settings.yaml'}) {GONE[gone]}"])

@@ -255,7 +255,7 @@ def test_the_targets_own_samples_have_a_utility_of_one(tmp_path: Path, scoring: 
 
 
 def test_natural_coefficients_are_applied_as_they_are(tmp_path: Path) -> None:
-    setup = setup_of(tmp_path, {"filter_then_weight": {"normalisation": "natural", "solver_time_limit_s": 60.0}})
+    setup = setup_of(tmp_path, {"filter_then_weight": {"normalisation": "natural"}})
     for seed in range(4):
         report = setup.step(make_samples(8, seed=seed))
         assert sum(report.coefficients) == pytest.approx(float(report.decision.coefficients_N.sum()), rel=1e-5)
