@@ -37,9 +37,17 @@ Metric = Literal["p_norm", "update", "greats"]
 Normalisation = Literal["mean_one", "natural", "simplex"]
 
 Indices = npt.NDArray[np.intp]
+Choice = tuple[list[int], Matrix, Vector, Solution]
+"""Samples that were chosen, their K and c, and their coefficients."""
+
+NOTHING = Solution(np.zeros(0), "optimal", 0.0, 0.0)
 
 PURSUIT_TOLERANCE = 1e-6  # of the first candidate's score
 JITTER = 1e-8  # of a candidate's own K_ii: copies have no inverse without a ridge
+
+
+class SolverError(Exception):
+    """A solver failed; what it raised is the cause."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +94,24 @@ class FilterThenWeight:
         return math.ceil(self.keep_ratio * self.batch_size - 1e-9)
 
     def decide(self, interaction: Interaction) -> Decision:
-        """Coefficients with a sum of 1 (or in natural scale); all zero if no candidate points towards the target."""
+        """Coefficients with a sum of 1 (or in natural scale); all zero if no candidate points towards the target.
+
+        If the solver fails, the best survivors get equal coefficients, and the report's status is `fallback_equal`.
+        Raises ValueError for views whose shapes do not go together.
+        """
         utilities_N, quadratic = self._views(interaction)
         positive = positive_samples(utilities_N)
         nothing = Decision(torch.zeros(len(utilities_N)), num_positive=len(positive))
         if not positive:
             return nothing
-        survivors, gram = sound(*self._filter(utilities_N, positive, quadratic))
-        if not survivors:
-            return nothing
-        linear = utilities_N[survivors].cpu().double().numpy()
-        kept, solution = self._weigh(gram, linear)
-        if linear[kept] @ solution.coefficients <= 0:
+        try:
+            kept, gram, linear, solution = self._choice(utilities_N, positive, quadratic)
+        except (SolverError, np.linalg.LinAlgError) as error:
+            kept, gram, linear, solution = self._alike(utilities_N, positive, quadratic, str(error))
+        if not kept or linear @ solution.coefficients <= 0:
             return nothing
         coefficients_N = torch.zeros(len(utilities_N), dtype=torch.float64)
-        coefficients_N[[survivors[i] for i in kept]] = torch.from_numpy(solution.coefficients)
+        coefficients_N[kept] = torch.from_numpy(solution.coefficients)
         if self.normalisation == "natural":
             coefficients_N *= line_search(quadratic, utilities_N, coefficients_N)
         else:
@@ -108,9 +119,25 @@ class FilterThenWeight:
         return Decision(
             coefficients_N.float(),
             len(positive),
-            redundancy(gram[np.ix_(kept, kept)], linear[kept], solution.coefficients),
-            SolverReport(solution.status, solution.seconds),
+            redundancy(gram, linear, solution.coefficients),
+            SolverReport(solution.status, solution.seconds, solution.reason),
         )
+
+    def _choice(self, utilities_N: Tensor, positive: list[int], quadratic: Interaction) -> Choice:
+        """Those that survive the filter and are not dispensable, weighed."""
+        survivors, gram = sound(*self._filter(utilities_N, positive, quadratic))
+        if not survivors:
+            return [], gram, np.zeros(0), NOTHING
+        linear = utilities_N[survivors].cpu().double().numpy()
+        kept, solution = self._weigh(gram, linear)
+        return [survivors[i] for i in kept], gram[np.ix_(kept, kept)], linear[kept], solution
+
+    def _alike(self, utilities_N: Tensor, positive: list[int], quadratic: Interaction, reason: str) -> Choice:
+        """The best by first order, all alike: what needs no solver."""
+        best = positive[: self.batch_size]
+        kept, gram = sound(best, _matrix(quadratic.gram(best)))
+        linear = utilities_N[kept].cpu().double().numpy()
+        return kept, gram, linear, Solution(np.ones(len(kept)), "fallback_equal", 0.0, math.nan, reason)
 
     def _views(self, interaction: Interaction) -> tuple[Tensor, Interaction]:
         """`c` of usable candidates, and the interaction whose Gram matrix is K."""
@@ -157,11 +184,27 @@ class FilterThenWeight:
         return on_simplex(hessian, linear) if self.normalisation == "simplex" else (hessian, linear)
 
     def _solve(self, hessian: Matrix, linear: Vector) -> Solution:
-        return self.solver.solve(hessian, linear, cap=self.cap)
+        return answer(self.solver, hessian, linear, self.cap)
+
+
+def answer(solver: CoefficientSolver, hessian: Matrix, linear: Vector, cap: float | None = None) -> Solution:
+    """What a solver says. Raises SolverError for whatever goes wrong in it."""
+    try:
+        solution = solver.solve(hessian, linear, cap=cap)
+    except Exception as error:
+        raise SolverError(f"{type(error).__name__}: {error}") from error
+    if not np.isfinite(solution.coefficients).all():
+        raise SolverError("the coefficients are not finite")
+    return solution
 
 
 def sound(samples: list[int], gram: Matrix) -> tuple[list[int], Matrix]:
-    """Without samples whose gradient is so long that its square overflows: c may be finite where K is not."""
+    """Without samples whose gradient is so long that its square overflows: c may be finite where K is not.
+
+    Raises ValueError if K is not that of the samples.
+    """
+    if gram.shape != (len(samples), len(samples)):
+        raise ValueError(f"K of shape {gram.shape} and c of {len(samples)} samples do not go together")
     kept = np.flatnonzero(np.isfinite(np.diag(gram)) & (np.diag(gram) > 0))
     return [samples[i] for i in kept], gram[np.ix_(kept, kept)]
 
@@ -186,7 +229,7 @@ def matching_pursuit(gram: Matrix, linear: Vector, size: int, solver: Coefficien
             break
         picked.append(best)
         free[best] = False
-        weights[picked] = solver.solve(gram[np.ix_(picked, picked)], linear[picked]).coefficients
+        weights[picked] = answer(solver, gram[np.ix_(picked, picked)], linear[picked]).coefficients
     return picked
 
 

@@ -12,10 +12,17 @@ from gradient_selectors.views.interaction import Interaction
 
 @dataclass(frozen=True)
 class SolverReport:
-    """How a quadratic program was solved: `optimal`, `fallback_failed` or `fallback_iterations`, and in what time."""
+    """How a quadratic program was solved, and in what time.
+
+    Attributes:
+        status: `optimal`; `fallback_failed` or `fallback_iterations`, where the solver found no answer and a slower
+            way did; `fallback_equal`, where none did and the best samples got equal coefficients.
+        reason: what went wrong, where the status is `fallback_equal`.
+    """
 
     status: str
     seconds: float
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
