@@ -20,7 +20,7 @@ from gradient_selectors.mask.masked_adamw import MaskChange, MaskedAdamW
 from gradient_selectors.preconditioner import optimizer_steps, preconditioner_of
 from gradient_selectors.route.gast import Gast
 from gradient_selectors.state import State, load_states, states_of
-from gradient_selectors.target import Target
+from gradient_selectors.target import Target, is_finite
 from gradient_selectors.views.again import SecondPass, second_pass_of
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.pieces import Budget, padding_of, score_pool
@@ -40,6 +40,7 @@ class PoolReport:
         losses_N: loss of each candidate before the update (nats per token): progressive validation for free.
         utilities_N: utility of each candidate relative to the target's own, float64, if it was asked for.
         target_refreshed: whether the target's gradient was computed for this pass.
+        target_refused: whether it was, but was not finite: the pass used the one before.
         mask_change: what a refresh of the mask changed, or None if there was none.
         seconds: time by phase: `target`, `score`, `weigh`, `update`; and `second_pass`, where samples were run again.
         pieces: passes that the pool was scored in.
@@ -50,6 +51,7 @@ class PoolReport:
     losses_N: Tensor
     utilities_N: Tensor | None = None
     target_refreshed: bool = False
+    target_refused: bool = False
     mask_change: MaskChange | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     pieces: int = 1
@@ -147,6 +149,9 @@ class SelectionEngine:
         `candidates`: `input_ids`, `labels` and `attention_mask`, (N, T) each, padded on the right. `weights` (N,) may
         state what each sample counts; coefficients are multiplied with these. Takes the place of `loss.backward()`:
         clipping and the optimizer's step are the caller's. Whatever was in `.grad` is overwritten.
+
+        A refresh of the target that is not finite is refused and reported in `last`; raises TargetError if it is the
+        first one.
         """
         if self._trains_plainly:
             return self.train(candidates)
@@ -167,7 +172,13 @@ class SelectionEngine:
         change = self._leave_gradient(pool, decision, direction)
         lap("update")
         self.last = PoolReport(
-            pool.losses_N, utilities_N, refreshed, change, clock.seconds, **self._passes(batch, pool)
+            pool.losses_N,
+            utilities_N,
+            refreshed,
+            target_refused=self.target is not None and self.target.refused,
+            mask_change=change,
+            seconds=clock.seconds,
+            **self._passes(batch, pool),
         )
         return decision
 
@@ -300,7 +311,7 @@ class SelectionEngine:
     def _finite_gradient(self) -> Gradient | None:
         """What is in `.grad`; None where it is not finite: it would spoil the mask's averages."""
         left = {name: p.grad for name, p in self.capture.parameters.items() if p.grad is not None}
-        return left if math.isfinite(float(torch.nn.utils.get_total_norm(left.values()))) else None
+        return left if is_finite(left) else None
 
 
 def restated(decision: Decision, weights_N: Tensor) -> Decision:

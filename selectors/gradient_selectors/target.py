@@ -1,7 +1,8 @@
 """The target set, whose gradient steers the selection; and means over any fixed set of samples."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from gradient_selectors.capture.gradients import Gradient
 from gradient_selectors.capture.pieces import add_weighted_gradient
 
 MICRO_BATCH = 16  # samples in one pass; bounds the memory, the result does not depend on it
+
+
+class TargetError(ValueError):
+    """The target's gradient is not finite, and there is no older one to go on with."""
 
 
 def mean_gradient(
@@ -46,13 +51,18 @@ class Target:
     utility within a few steps. So many small refreshes serve better than a few large ones: each takes the next
     `refresh_samples` of the set, and the gradient is their moving average, the plain mean of the first ones.
 
+    A refresh that is not finite is refused: nothing of it enters the average, the old gradient stays, and the next one
+    is due as if this one had been made.
+
     Attributes:
         samples: what the model should get better at, one a batch; never trained on.
         refresh_samples: samples of a refresh, taken in turn; all of them if there are no more.
         decay: of the moving average of the gradient, where a refresh takes fewer samples than there are.
         gradient: None before the first refresh.
         age: steps that used `gradient` since its last refresh.
-        refreshes: how many there were.
+        refreshes: how many there were, with those that were refused.
+        refusals: how many of them were refused.
+        refused: whether the last step's was.
     """
 
     samples: Sequence[Batch]
@@ -62,6 +72,8 @@ class Target:
     gradient: dict[str, Tensor] | None = None
     age: int = 0
     refreshes: int = 0
+    refusals: int = 0
+    refused: bool = field(default=False, init=False)
 
     @classmethod
     def of(cls, batches: "Iterable[Batch | Mapping[str, Any]]", **options: Any) -> "Target":
@@ -72,30 +84,55 @@ class Target:
         return cls(samples, **options)
 
     def current(self, capture: GradientCapture, micro_tokens: int | None = None) -> tuple[Gradient, bool]:
-        """The gradient for the next step, and whether it was refreshed: in passes of at most `micro_tokens`."""
-        refresh = self.gradient is None or self.age >= self.refresh_steps
-        if refresh or self.gradient is None:
-            self.gradient, self.age = self._refreshed(capture, micro_tokens), 0
-            self.refreshes += 1
-        self.age += 1
-        return self.gradient, refresh
+        """The gradient for the next step, and whether it was refreshed: in passes of at most `micro_tokens`.
 
-    def _refreshed(self, capture: GradientCapture, micro_tokens: int | None) -> dict[str, Tensor]:
-        count, total = self.refresh_samples, len(self.samples)
-        if count >= total:
-            return mean_gradient(capture, self.samples, micro_tokens)
-        first = self.refreshes * count
-        fresh = mean_gradient(capture, [self.samples[i % total] for i in range(first, first + count)], micro_tokens)
-        if self.gradient is None:
-            return fresh
-        share = max(1 - self.decay, 1 / (self.refreshes + 1))
-        return {name: values.lerp_(fresh[name], share) for name, values in self.gradient.items()}
+        Raises TargetError if it is not finite and there is no older one.
+        """
+        due, self.refused = self.gradient is None or self.age >= self.refresh_steps, False
+        if due:
+            self._refresh(capture, micro_tokens)
+        assert self.gradient is not None
+        self.age += 1
+        return self.gradient, due and not self.refused
+
+    def _refresh(self, capture: GradientCapture, micro_tokens: int | None) -> None:
+        count, total = min(self.refresh_samples, len(self.samples)), len(self.samples)
+        first = self.refreshes * count if count < total else 0
+        samples = [self.samples[i % total] for i in range(first, first + count)]
+        fresh = mean_gradient(capture, samples, micro_tokens)
+        self.refused = not is_finite(fresh)
+        if self.refused and self.gradient is None:
+            raise TargetError(_poisoned(capture, samples, first, total))
+        if self.refused:
+            self.refusals += 1
+        elif self.gradient is None or count == total:
+            self.gradient = fresh
+        else:
+            share = max(1 - self.decay, 1 / (self.refreshes - self.refusals + 1))
+            self.gradient = {name: values.lerp_(fresh[name], share) for name, values in self.gradient.items()}
+        self.refreshes, self.age = self.refreshes + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """The gradient, which shares memory with the live one, and the counters."""
         gradient = {} if self.gradient is None else self.gradient
-        return {"gradient": gradient, "age": self.age, "refreshes": self.refreshes}
+        counters = {"age": self.age, "refreshes": self.refreshes, "refusals": self.refusals}
+        return {"gradient": gradient} | counters
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.gradient = {name: values.clone() for name, values in state["gradient"].items()} or None
-        self.age, self.refreshes = state["age"], state["refreshes"]
+        """Take over a copy. A gradient that is not finite, as was once saved, is left out: the next step has a new one."""
+        gradient = {name: values.clone() for name, values in state["gradient"].items()}
+        self.gradient = gradient if gradient and is_finite(gradient) else None
+        self.age, self.refreshes, self.refusals = state["age"], state["refreshes"], state.get("refusals", 0)
+
+
+def is_finite(gradient: Gradient) -> bool:
+    """Whether a gradient is of a finite length: one answer is read back from a device."""
+    return math.isfinite(float(torch.nn.utils.get_total_norm(gradient.values())))
+
+
+def _poisoned(capture: GradientCapture, samples: Sequence[Batch], first: int, total: int) -> str:
+    """What is wrong with the samples of a refresh, in one line; `first`: the number of the first of them."""
+    losses = [mean_loss(capture, [sample]) for sample in samples]
+    found = next(((i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    which = "" if found is None else f": the loss of its sample {(first + found[0]) % total} is {found[1]}"
+    return f"the gradient of the target is not finite{which}; check that sample and the model's weights"

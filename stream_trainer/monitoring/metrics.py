@@ -181,6 +181,9 @@ class Metrics:
         for status in SOLVER_STATUSES:
             self.solver_runs.labels(status)
         self.target_refreshes = self._counter("target_refreshes_total", "Refreshes of the target gradient.")
+        self.target_refusals = self._counter(
+            "target_refreshes_refused_total", "Refreshes of the target gradient that were not finite and left out."
+        )
 
     def _stages(self) -> None:
         """Of what draws, routes and masks. Layers are known once the model is loaded."""

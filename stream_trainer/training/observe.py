@@ -40,6 +40,7 @@ def observe_step(
         metrics.learning_rate.set(report.learning_rate)
     metrics.selected_ratio.set(len(selected) / len(pool))
     metrics.target_refreshes.inc(int(report.target_refreshed))
+    metrics.target_refusals.inc(int(report.target_refused))
     _observe_ages(metrics, (*pool, *undrawn))
     _observe_decision(metrics, report)
 

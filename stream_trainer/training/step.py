@@ -9,7 +9,9 @@ import torch
 from gradient_selectors import Decision, SelectionEngine
 from gradient_selectors.mask.masked_adamw import MaskChange
 from gradient_selectors.preconditioner import optimizer_steps
+from gradient_selectors.target import TargetError
 
+from stream_trainer.errors import SettingsError
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import OptimizerSettings
@@ -29,6 +31,7 @@ class StepReport:
         decision: what the selector said.
         utilities: `Interaction.relative_utilities_N`, if the draw learns from them.
         gradient_norm: length of the gradient before clipping.
+        target_refused: whether a refresh of the target's gradient was not finite: the one before was used.
         mask_change: what a refresh of the mask changed, or None if there was none.
         seconds: time by phase.
     """
@@ -41,6 +44,7 @@ class StepReport:
     gradient_norm: float = math.nan
     learning_rate: float = math.nan
     target_refreshed: bool = False
+    target_refused: bool = False
     mask_change: MaskChange | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -60,10 +64,14 @@ def train_step(
 ) -> StepReport:
     """Score the pool, decide, update once; without `scores`, train on all of it. The pool is not empty.
 
-    A step whose gradient is not finite changes nothing and says so in the report.
+    A step whose gradient is not finite changes nothing and says so in the report. Raises SettingsError if that is the
+    target's own, and there is no older one.
     """
     batch = collate(pool, pad_id)
-    decision = engine.backward(batch) if scores else engine.train(batch)
+    try:
+        decision = engine.backward(batch) if scores else engine.train(batch)
+    except TargetError as error:
+        raise SettingsError(f"target.path: {error}") from error
     found = engine.last
     assert found is not None
     started = time.perf_counter()
@@ -82,6 +90,7 @@ def train_step(
         gradient_norm=update.gradient_norm,
         learning_rate=update.learning_rate,
         target_refreshed=found.target_refreshed,
+        target_refused=found.target_refused,
         mask_change=found.mask_change,
         seconds=seconds,
     )

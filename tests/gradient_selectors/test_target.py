@@ -1,10 +1,12 @@
 """The target's gradient: a mean over samples, refreshed in turn; and means over any fixed set."""
 
+from typing import Any
+
 import pytest
 import torch
 from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.capture import GradientCapture
-from gradient_selectors.target import Target, mean_gradient, mean_loss
+from gradient_selectors.target import Target, TargetError, mean_gradient, mean_loss
 
 from tests.helpers.oracle import dense, make_batch, make_model, relative_error
 
@@ -72,3 +74,77 @@ def test_a_target_takes_what_data_collators_make_and_must_hold_a_sample() -> Non
     assert target.refresh_samples == 3
     with pytest.raises(ValueError, match="the target holds no sample; give some dozens"):
         Target.of([])
+
+
+# What is not finite
+
+POISON = 299  # a token that the model has no finite embedding of
+
+
+def with_poison(model: Any, number: int, count: int = 4) -> list[Batch]:
+    """Samples of which one holds the token, and a model that it is poison to."""
+    samples = samples_of(count)
+    for sample in samples:
+        sample.input_ids_NT.masked_fill_(sample.input_ids_NT == POISON, 7)
+    samples[number].input_ids_NT[0, 2] = POISON
+    with torch.no_grad():
+        model.model.embed_tokens.weight[POISON] = torch.nan
+    return samples
+
+
+@pytest.mark.parametrize("refresh_samples", [1, 4])
+def test_a_refresh_that_is_not_finite_leaves_the_old_gradient(refresh_samples: int) -> None:
+    """Bit for bit; of all samples at once, and of a part in turn, after which the average goes on without it."""
+    model = make_model("llama")
+    samples = with_poison(model, 2)
+    capture = GradientCapture(model)
+    target = Target(samples, refresh_steps=1, refresh_samples=refresh_samples, decay=0.99)
+    if refresh_samples == 4:
+        target.gradient, target.age = mean_gradient(capture, samples[:2]), 1
+    found = []
+    for _ in range(4):
+        gradient, refreshed = target.current(capture)
+        found.append({name: values.clone() for name, values in gradient.items()})
+        assert refreshed != target.refused
+        assert target.refused == (refresh_samples == 4 or len(found) == 3)
+        assert all(bool(torch.isfinite(values).all()) for values in gradient.values())
+    assert all(torch.equal(values, found[1][name]) for name, values in found[2].items())
+    assert (target.refreshes, target.refusals) == (4, 4 if refresh_samples == 4 else 1)
+    if refresh_samples == 1:  # the plain mean of the three that were sound
+        for name, values in mean_gradient(capture, [samples[i] for i in (0, 1, 3)]).items():
+            torch.testing.assert_close(found[3][name], values, rtol=1e-4, atol=1e-6)
+
+
+def test_a_refused_refresh_is_not_tried_again_before_its_time() -> None:
+    model = make_model("llama")
+    samples = with_poison(model, 1)
+    target, capture = Target(samples, refresh_steps=3, refresh_samples=1), GradientCapture(model)
+    refused = []
+    for _ in range(8):
+        target.current(capture)
+        refused.append(target.refused)
+    assert refused == [False, False, False, True, False, False, False, False]
+    assert target.refreshes == 3
+
+
+def test_a_first_refresh_that_is_not_finite_names_the_sample() -> None:
+    model = make_model("llama")
+    samples = with_poison(model, 2)
+    with pytest.raises(TargetError, match=r"the loss of its sample 2 is nan; check that sample"):
+        Target(samples).current(GradientCapture(model))
+
+
+def test_an_old_state_that_is_not_finite_is_begun_afresh() -> None:
+    """As it was saved before refreshes were refused; a state from then counts no refusals."""
+    capture, samples = GradientCapture(make_model("llama")), samples_of(3)
+    target = Target(samples, refresh_samples=3)
+    target.current(capture)
+    state = target.state_dict()
+    state["gradient"] = {name: values.clone() for name, values in state["gradient"].items()}
+    del state["refusals"]
+    next(iter(state["gradient"].values())).view(-1)[0] = torch.nan
+    again = Target(samples, refresh_samples=3)
+    again.load_state_dict(state)
+    gradient, refreshed = again.current(capture)
+    assert refreshed
+    assert all(torch.equal(values, gradient[name]) for name, values in mean_gradient(capture, samples).items())

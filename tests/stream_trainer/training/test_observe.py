@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from stream_trainer.errors import SettingsError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.monitoring.metrics import WAYS, Metrics
 from stream_trainer.training.observe import expect_layers, layers_of, observe_stages, observe_step
@@ -83,3 +85,42 @@ def test_a_step_is_counted_with_its_pool_and_its_samples(tmp_path: Path) -> None
     assert value("target_refreshes_total") == 1
     assert value("effective_samples") == pytest.approx(report.decision.effective_samples)
     assert value("solver_runs_total", status="optimal") == 1
+
+
+def test_a_refused_refresh_of_the_target_is_counted_and_changes_no_decision(tmp_path: Path) -> None:
+    """One sample of the target becomes poison after the first refresh: steps go on with the gradient of that one."""
+    selection = {"weigh": "top_k", "draw": "all", "mask": "none", "route": "none"}
+    options = {"path": "none.jsonl", "refresh_steps": 2, "refresh_samples": 4}
+    poisoned, sound = (setup_of(tmp_path, selection, target=options) for _ in range(2))
+    metrics, pool, found = Metrics(), make_samples(8), []
+    for setup in (poisoned, sound):
+        for step in range(3):
+            if step == 1:
+                gradient = {name: values.clone() for name, values in (setup.target.gradient or {}).items()}
+                if setup is sound:
+                    setup.target.refresh_steps = 100
+                with torch.no_grad():
+                    setup.loaded.model.model.embed_tokens.weight[2] = torch.nan  # pools hold no token below 3
+                setup.target.samples[1].input_ids_NT[0, 0] = 2
+            report = setup.step(pool)
+            found.append((report.target_refused, report.target_refreshed, report.coefficients, report.losses))
+            if setup is poisoned:
+                observe_step(metrics, pool, (), report, 0.0, 0.1)
+        assert all(torch.equal(values, gradient[name]) for name, values in (setup.target.gradient or {}).items())
+    assert [refused for refused, *_ in found[:3]] == [False, False, True]
+    assert [rest for _, *rest in found[:3]] == [rest for _, *rest in found[3:]]
+    value = metrics.registry.get_sample_value
+    assert value("stream_trainer_target_refreshes_refused_total") == 1
+    assert value("stream_trainer_target_refreshes_total") == 1
+
+
+def test_a_target_that_is_poison_from_the_start_is_one_line(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path, {"weigh": "top_k"})
+    with torch.no_grad():
+        setup.loaded.model.model.embed_tokens.weight[2] = torch.nan
+    setup.target.samples[3].input_ids_NT[0, 0] = 2
+    with pytest.raises(SettingsError) as caught:
+        setup.step(make_samples(8))
+    assert "target.path" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "sample 3 is nan" in str(caught.value)
