@@ -8,6 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install lint docs test coverage test-lowest demo page \
+	crash-proof soak fuzz \
 	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-mask-refresh bench-learning bench-claims bench-fidelity bench-ingest
 
 help: ## Show this list
@@ -35,6 +36,22 @@ coverage: $(VENV)/.installed ## Run every test, and say which lines of the packa
 
 test-lowest: .venv-lowest/.installed ## Run the tests with the lowest versions that pyproject.toml promises
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/docs -W default
+
+# The short forms of these three are among the tests. Soak needs an Apache Kafka at KAFKA_HOME; so does PLACE=--kafka.
+SEEDS ?= 200
+MINUTES ?= 30
+RECORDS ?= 100000
+SUMMARY ?= build/crash-proof.json
+
+crash-proof: $(VENV)/.installed ## Kill the service at every point, SEEDS times each way; it must end as if nothing had happened
+	@mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.system.faults.crash_proof --seeds $(SEEDS) --summary $(SUMMARY) $(PLACE)
+
+soak: $(VENV)/.installed ## Train for MINUTES at full speed while the broker restarts; nothing may grow, or be lost
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.system.faults.soak --minutes $(MINUTES)
+
+fuzz: $(VENV)/.installed ## Feed RECORDS random records to the decoder and the service, and random trees to the settings
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.system.faults.fuzz --records $(RECORDS) --examples 2000
 
 demo: $(VENV)/.installed-demo ## Broker, stream, training and report on this machine
 	$(BIN)/stream-trainer demo

@@ -1,0 +1,79 @@
+"""What a run came to: its newest checkpoint, its steps, what was decided of each record, and how two runs differ."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from stream_trainer.ingest.dead_letters import read_dead_letters
+from tests.helpers.crashes import Place
+
+
+def newest(config: Mapping[str, Any]) -> Path:
+    """The checkpoint of the highest step. Raises ValueError if there is none."""
+    manifests = Path(config["checkpoint"]["dir"]).glob("step-*/manifest.json")
+    return max(manifests, key=lambda path: int(json.loads(path.read_text())["step"])).parent
+
+
+def differences(found: Path, expected: Path) -> Iterator[str]:
+    """What is not, to the bit, the same in two checkpoints."""
+    files = [sorted(str(p.relative_to(root)) for p in root.rglob("*.safetensors")) for root in (found, expected)]
+    if files[0] != files[1]:
+        yield f"files {files[0]} instead of {files[1]}"
+    for name in files[1]:
+        yield from (
+            f"{name}: {what}" for what in _tensor_differences(load_file(found / name), load_file(expected / name))
+        )
+    states = [json.loads((root / "trainer.json").read_text()) for root in (found, expected)]
+    yield from (f"trainer.json: {name}" for name in ("step", "cursor", "parts") if states[0][name] != states[1][name])
+
+
+def _tensor_differences(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    if found.keys() != expected.keys():
+        yield f"tensors {sorted(found.keys() ^ expected.keys())} are in one of them only"
+    for name in sorted(found.keys() & expected.keys()):
+        sides = found[name], expected[name]
+        if sides[0].dtype != sides[1].dtype or sides[0].shape != sides[1].shape:
+            yield f"{name} is of another kind"
+        elif not torch.equal(*(side.reshape(-1).view(torch.uint8) for side in sides)):
+            yield f"{name} differs"
+
+
+def steps_of(place: Place) -> Iterator[tuple[int, str]]:
+    """Every step that was ever made, those that a crash took back too."""
+    for line in place.trace.read_text().splitlines():
+        yield int(json.loads(line)["step"]), line
+
+
+def outcomes_of(place: Place) -> dict[str, set[str]]:
+    found = defaultdict[str, set[str]](set)
+    for line in place.ledger.read_text().splitlines():
+        position, _, outcome = line.rpartition(" ")
+        found[position].add(outcome)
+    return found
+
+
+def ledger_differences(config: Mapping[str, Any], place: Place, size: int) -> Iterator[str]:
+    """Where the ledger does not list every one of `size` records once."""
+    cursor = json.loads((newest(config) / "trainer.json").read_text())["cursor"]
+    outcomes = outcomes_of(place)
+    if twice := {at for at, kinds in outcomes.items() if len(kinds) > 1}:
+        yield f"{len(twice)} records have had two outcomes, {min(twice)} for one"
+    if len(outcomes) != size or sum(cursor["counts"].values()) != size:
+        yield f"{len(outcomes)} records decided and {cursor['counts']} counted instead of {size}"
+    if undecided := [name for name, log in cursor["partitions"].items() if log["decided"]]:
+        yield f"{undecided} hold intervals above the cursor although all is decided"
+    made = [json.loads(line) for line in dict(steps_of(place)).values()]
+    trained = [tuple(step["pool"][i]) for step in made for i in step["selected"]]
+    pools = [tuple(position) for step in made for position in step["pool"]]
+    if len(set(pools)) != len(pools) or len(trained) != cursor["counts"]["trained"]:
+        yield f"{len(trained)} samples trained on, {cursor['counts']['trained']} counted, {len(set(pools))} pooled once"
+
+
+def letters_of(config: Mapping[str, Any]) -> Counter[str]:
+    letters = read_dead_letters(Path(config["dead_letters"]["path"]))
+    return Counter(f"{letter.record.partition.number} {letter.record.offset}" for letter in letters)
