@@ -78,25 +78,44 @@ def why_no_apache_kafka() -> str | None:
 @contextmanager
 def apache_kafka(data_dir: Path, **overrides: str) -> Iterator[ApacheKafka]:
     """Run one broker, its own controller, with its data in `data_dir`. Overrides are properties, `_` for a dot."""
+    kafka = prepare_kafka(data_dir, **overrides)
+    with running(kafka):
+        yield kafka
+
+
+def prepare_kafka(data_dir: Path, **overrides: str) -> ApacheKafka:
+    """A broker that has an identity and a certificate, and is not started yet."""
     plain, secure, lost = free_port(), free_port(), free_port()
     ca_file = _make_certificate(data_dir)
     properties = data_dir / "server.properties"
     ports = {"plain": plain, "secure": secure, "lost": lost, "controller": free_port(), "elsewhere": ELSEWHERE}
     text = PROPERTIES.format(**ports, data=data_dir, user=USER, password=PASSWORD)
     properties.write_text(text + "".join(f"{name.replace('_', '.')}={value}\n" for name, value in overrides.items()))
-    log = data_dir / "broker.log"
-    java = ["java", "-Xmx512m", "-cp", f"{_libs()}/*"]
-    with log.open("wb") as output:
-        cluster = subprocess.run([*java, "kafka.tools.StorageTool", "random-uuid"], capture_output=True, check=True)
-        identity = cluster.stdout.decode().split()[-1]
-        storage_tool = [*java, "kafka.tools.StorageTool", "format", "--config", str(properties)]
-        subprocess.run([*storage_tool, "--cluster-id", identity], stdout=output, stderr=output, check=True)
-        process = subprocess.Popen([*java, "kafka.Kafka", str(properties)], stdout=output, stderr=output)
+    _run_tool("format", "--config", str(properties), "--cluster-id", _run_tool("random-uuid").split()[-1])
+    return ApacheKafka(f"127.0.0.1:{plain}", f"127.0.0.1:{secure}", f"127.0.0.1:{lost}", ca_file, data_dir)
+
+
+@contextmanager
+def running(kafka: ApacheKafka) -> Iterator[subprocess.Popen[bytes]]:
+    """The broker's process, which may be started as often as one likes: addresses and data stay the same."""
+    log = kafka.data_dir / "broker.log"
+    with log.open("ab") as output:
+        command = [*_java(), "kafka.Kafka", str(kafka.data_dir / "server.properties")]
+        process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
-        wait_for_port(plain, process, log)
-        yield ApacheKafka(f"127.0.0.1:{plain}", f"127.0.0.1:{secure}", f"127.0.0.1:{lost}", ca_file, data_dir)
+        wait_for_port(int(kafka.bootstrap_servers.rpartition(":")[2]), process, log)
+        yield process
     finally:
         stop(process)
+
+
+def _java() -> list[str]:
+    return ["java", "-Xmx512m", "-cp", f"{_libs()}/*"]
+
+
+def _run_tool(*arguments: str) -> str:
+    tool = [*_java(), "kafka.tools.StorageTool", *arguments]
+    return subprocess.run(tool, capture_output=True, check=True, text=True).stdout
 
 
 def _libs() -> Path:

@@ -261,3 +261,11 @@ def test_the_example_loads() -> None:
     settings = load_settings(example, [])
     assert settings.source.kafka.topic == "samples"
     assert settings.optimizer.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize("name", ["\\n", "a\\nb", "\\x1f", "\\e[31m"])
+def test_an_unknown_name_stays_on_its_line_whatever_it_holds(name: str, tmp_path: Path) -> None:
+    """In a terminal it would also change what is shown."""
+    (line,) = mistakes(write(tmp_path / "s.yaml", f'"{name}": 1'), *ENOUGH)
+    assert line.startswith("unknown setting '")
+    assert line.isprintable()

@@ -1,5 +1,6 @@
 """What a run came to: its newest checkpoint, its steps, what was decided of each record, and how two runs differ."""
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,21 @@ def newest(config: Mapping[str, Any]) -> Path:
     return max(manifests, key=lambda path: int(json.loads(path.read_text())["step"])).parent
 
 
+def trainer_of(checkpoint: Path) -> dict[str, Any]:
+    """Step, cursor and parts."""
+    state: dict[str, Any] = json.loads((checkpoint / "trainer.json").read_text())
+    return state
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file is there, with the contents that the manifest states, and no other."""
+    stated = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    found = {p.relative_to(checkpoint).as_posix(): p for p in checkpoint.rglob("*") if p.is_file()}
+    del found["manifest.json"]
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()}
+    return hashes == {name: file["sha256"] for name, file in stated.items()}
+
+
 def differences(found: Path, expected: Path) -> Iterator[str]:
     """What is not, to the bit, the same in two checkpoints."""
     files = [sorted(str(p.relative_to(root)) for p in root.rglob("*.safetensors")) for root in (found, expected)]
@@ -28,7 +44,7 @@ def differences(found: Path, expected: Path) -> Iterator[str]:
         yield from (
             f"{name}: {what}" for what in _tensor_differences(load_file(found / name), load_file(expected / name))
         )
-    states = [json.loads((root / "trainer.json").read_text()) for root in (found, expected)]
+    states = [trainer_of(root) for root in (found, expected)]
     yield from (f"trainer.json: {name}" for name in ("step", "cursor", "parts") if states[0][name] != states[1][name])
 
 
@@ -59,7 +75,7 @@ def outcomes_of(place: Place) -> dict[str, set[str]]:
 
 def ledger_differences(config: Mapping[str, Any], place: Place, size: int) -> Iterator[str]:
     """Where the ledger does not list every one of `size` records once."""
-    cursor = json.loads((newest(config) / "trainer.json").read_text())["cursor"]
+    cursor = trainer_of(newest(config))["cursor"]
     outcomes = outcomes_of(place)
     if twice := {at for at, kinds in outcomes.items() if len(kinds) > 1}:
         yield f"{len(twice)} records have had two outcomes, {min(twice)} for one"

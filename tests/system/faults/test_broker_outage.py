@@ -1,7 +1,5 @@
 """A broker that goes away while the service runs, and comes back with the same log at the same address."""
 
-import os
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
@@ -9,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from stream_trainer.demo.broker import embedded_broker, stop, wait_for_port
-from tests.helpers.brokers import apache_kafka, committed, create_topic, publish, why_no_apache_kafka
+from stream_trainer.demo.broker import embedded_broker
+from tests.helpers.brokers import (
+    ApacheKafka,
+    apache_kafka,
+    committed,
+    create_topic,
+    publish,
+    running,
+    why_no_apache_kafka,
+)
 from tests.helpers.service import (
     configuration,
     counts,
@@ -41,16 +47,8 @@ def start_apache(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def start_apache_again(folder: Path, servers: str) -> Iterator[str]:
-    classes = f"{os.environ['KAFKA_HOME']}/libs/*"
-    java = ["java", "-Xmx512m", "-cp", classes, "kafka.Kafka", str(folder / "server.properties")]
-    log = folder / "broker-again.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(java, stdout=output, stderr=output)
-    try:
-        wait_for_port(port_of(servers), process, log)
+    with running(ApacheKafka(servers, "", Path(), folder)):
         yield servers
-    finally:
-        stop(process)
 
 
 @contextmanager

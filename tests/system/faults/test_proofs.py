@@ -57,3 +57,11 @@ def test_random_records_are_the_same_for_the_same_seed() -> None:
 
 def test_any_tree_gives_settings_or_lines_that_say_what_is_wrong(tmp_path: Path) -> None:
     fuzz_settings(60, tmp_path)
+
+
+@pytest.mark.timeout(900)
+def test_nothing_grows_or_is_lost_while_the_broker_restarts() -> None:
+    """Too short to see a slow leak of memory; threads, descriptors and the ledger count in full."""
+    if reason := why_no_apache_kafka():
+        pytest.skip(reason)
+    run_proof("soak", "--minutes=0.5", "--restart-seconds=12", "--growth=0.15")
