@@ -244,7 +244,8 @@ COMMANDS_INTRO = """\
 | [`select dual-sft`](#select-dual-sft) | chooses parameters and samples of a file, once and offline |
 | [`select cluster-ucb`](#select-cluster-ucb) | chooses samples of a file, once and offline |
 | [`config`](#config) | shows, checks or describes the settings |
-| [`dead-letters`](#dead-letters) | shows records that could not be used, and why |
+| [`dead-letters inspect`](#dead-letters-inspect) | shows records that could not be used, and why |
+| [`dead-letters replay`](#dead-letters-replay) | publishes them again |
 
 `stream-trainer COMMAND --help` says the same.
 
@@ -286,9 +287,13 @@ WITH_OPTIONS = {
         "stream_trainer.commands.select_cluster_ucb",
         "Writes `subset.jsonl`, `scores.jsonl` and `rejected.jsonl` to `--out`.",
     ),
-    "dead-letters": (
+    "dead-letters inspect": (
         "stream_trainer.commands.dead_letters",
-        "Counts the records of a file of dead letters by reason, or writes their original values.",
+        "Counts dead letters by reason, or writes their original values.",
+    ),
+    "dead-letters replay": (
+        "stream_trainer.commands.replay_letters",
+        "Publishes the original records again, each once however often it is called.",
     ),
 }
 

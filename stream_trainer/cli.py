@@ -25,7 +25,7 @@ commands:
   demo          broker, stream, training and report on this machine, in minutes
   select        choose the best samples of a file, or parameters to train, once and offline
   config        show, check or describe the settings
-  dead-letters  what could not be used and why, and the records themselves
+  dead-letters  what could not be used and why; publish it again
 
 examples:
   stream-trainer demo
@@ -66,7 +66,7 @@ examples:
   stream-trainer run --config stream-trainer.yaml --source.kind=jsonl --source.jsonl.path=- < samples.jsonl
 
 SIGTERM and Ctrl-C end the run with a checkpoint; the next run with the same checkpoint.dir goes on from there.
-Exit codes: 0 done, 2 settings, 3 stream, 4 data loss, 5 checkpoint.
+Exit codes: 0 done, 2 settings, 3 stream, 4 data loss, 5 checkpoint, 8 too many dead letters.
 """
 
 
@@ -236,11 +236,17 @@ def _config(arguments: Sequence[str]) -> int:
 
 
 def _dead_letters(arguments: Sequence[str]) -> int:
-    from stream_trainer.commands.dead_letters import EXAMPLES, add_arguments, run
-
-    parser = _parser("stream-trainer dead-letters", "Show what could not be used, and why.", EXAMPLES)
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
+    parser = _parser("stream-trainer dead-letters", "Show what could not be used, or publish it again.")
+    parser.add_argument("action", choices=("inspect", "replay"), metavar="ACTION", help="inspect or replay")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the action")
+    known = parser.parse_args(arguments)
+    if known.action == "inspect":
+        from stream_trainer.commands.dead_letters import EXAMPLES, add_arguments, run
+    else:
+        from stream_trainer.commands.replay_letters import EXAMPLES, add_arguments, run
+    action = _parser(f"stream-trainer dead-letters {known.action}", parser.description or "", EXAMPLES)
+    add_arguments(action)
+    return run(action.parse_args(known.arguments))
 
 
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -5,6 +5,7 @@ StreamTrainerError            exit code 1
 ├── SourceError               exit code 3   the stream cannot be read
 │   └── DataLossError         exit code 4   records that were never decided are gone from the stream
 ├── CheckpointError           exit code 5   a checkpoint cannot be written, or none can be trusted
+├── PoisonError               exit code 8   too many records of the stream cannot be used
 └── SampleError               (never fatal) one record cannot become a sample: it is dead-lettered
 """
 
@@ -37,6 +38,12 @@ class CheckpointError(StreamTrainerError):
     """A checkpoint cannot be written, or none that exists can be trusted."""
 
     exit_code = 5
+
+
+class PoisonError(StreamTrainerError):
+    """So many records cannot be used that something is wrong with the stream or the settings, not with a record."""
+
+    exit_code = 8
 
 
 class SampleError(StreamTrainerError):

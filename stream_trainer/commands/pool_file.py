@@ -9,7 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +17,7 @@ from typing import BinaryIO
 from gradient_selectors import Batch
 
 from stream_trainer.errors import SampleError, SettingsError
-from stream_trainer.ingest.dead_letters import FileDeadLetters
+from stream_trainer.ingest.letter import DeadLetter, to_json
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.samples.decoder import Decoder
@@ -99,7 +99,7 @@ def read_pool(path: Path, decoder: Decoder, pad_id: int, rejected: Path, progres
     """
     pool = PoolFile(path, decoder, pad_id, [], [], [], [], [], Counter())
     rejected.unlink(missing_ok=True)
-    with closing(FileDeadLetters(rejected)) as rejects:
+    with open(rejected, "wb", opener=_owners_only) as rejects:
         for numbers, records in _chunks(path):
             for number, record, result in zip(numbers, records, decoder.decode_batch(records), strict=True):
                 if isinstance(result, Sample):
@@ -110,7 +110,7 @@ def read_pool(path: Path, decoder: Decoder, pad_id: int, rejected: Path, progres
                     pool.lengths.append(result.num_tokens)
                 else:
                     error = result or SampleError("empty", "the line has no bytes")
-                    rejects.send(record, error.reason, str(error))
+                    rejects.write(to_json(DeadLetter(record, error.reason, str(error))))
                     pool.rejected[error.reason] += 1
             progress(records[-1].next_offset - records[0].offset)
     if not len(pool):
@@ -118,6 +118,10 @@ def read_pool(path: Path, decoder: Decoder, pad_id: int, rejected: Path, progres
             f"--pool={path} holds no samples ({pool.rejected.total()} lines rejected); correct the file"
         )
     return pool
+
+
+def _owners_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def size_of(path: Path) -> int:

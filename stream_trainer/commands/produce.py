@@ -1,10 +1,13 @@
 """Publish JSON lines to a topic, mixed as asked: for demos, load tests and backfills.
 
 Each line becomes a record with its original bytes, no key and the current time. Records go to the partitions in turn,
-so the same arguments give the same topic.
+so the same arguments give the same topic. A run that was interrupted is gone on with when the same command is given
+again: no line is published twice, and none is left out.
 """
 
 import argparse
+import hashlib
+import json
 import math
 import os
 import random
@@ -14,23 +17,21 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from kafka import KafkaAdminClient, KafkaProducer
+from kafka import KafkaAdminClient
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from stream_trainer.commands.publish import COMMIT_S, Publisher
 from stream_trainer.errors import SettingsError, SourceError
 from stream_trainer.settings.schema import ENVIRONMENT_PREFIX
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.connection import Topic, connect, describe_topic
 
-IN_FLIGHT_RECORDS = 2_000  # the client has no memory limit of its own, so wait for acknowledgements this often
-IN_FLIGHT_BYTES = 16 * 1024 * 1024
-LINGER_MS = 5
-FLUSH_TIMEOUT_S = 60
+FIRST_BYTES = 4096  # of a file's first line, which tell it from another of its name
 
 EXAMPLES = """\
 examples:
@@ -41,6 +42,11 @@ examples:
       until a file runs out, so that the mixture stays as stated
   stream-trainer produce math.jsonl tools.jsonl --topic samples --count 1000 --seed 1
       without shares the files are interleaved in proportion to their length
+
+A command that was interrupted goes on where it was when it is given again, and one that was finished publishes what its
+files have gained at their ends, or nothing; --again publishes all from the start. The brokers remember this as long as
+they keep the offsets of a group (offsets.retention.minutes, 7 days by default). Read the topic with
+isolation.level=read_committed, as `run` does.
 
 Whatever an option leaves out comes from the same environment variables as for `run`, such as
 STREAM_TRAINER_SOURCE__KAFKA__BOOTSTRAP_SERVERS; the password comes from there only
@@ -53,7 +59,9 @@ class ProduceReport:
     """What was published.
 
     Attributes:
-        records, bytes: acknowledged by the brokers; bytes of the values.
+        records, bytes: acknowledged by the brokers in this run; bytes of the values.
+        before: records that earlier runs of the same have published.
+        exact: whether an interruption and a new start would publish nothing twice.
         seconds: from the first record to the last acknowledgement.
         per_file: records of each file, in the order the files were given.
         ended_by: why it stopped there.
@@ -61,6 +69,8 @@ class ProduceReport:
 
     records: int
     bytes: int
+    before: int
+    exact: bool
     seconds: float
     per_file: tuple[tuple[Path, int], ...]
     ended_by: str
@@ -75,51 +85,96 @@ def produce(
     count: int | None = None,
     seed: int = 0,
     partitions: int = 1,
+    again: bool = False,
+    exact: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ProduceReport:
     """Publish the lines of `files` to `settings.topic`, which is created with `partitions` if missing.
 
     With `shares` (positive, any scale) each record is drawn from a file with that probability and publishing ends when
     a drawn file has no line left; without, it ends with the last line of all. `count` ends it earlier, `rate` limits
-    the records per second. `progress(sent, total)` is called after each record; `total` is an estimate with `shares`.
+    the records per second. What an earlier run with the same files, shares and seed has published is passed over,
+    unless `again`, or the files begin otherwise now. `exact=False` does without transactions, and so without this.
+    `progress(done, total)` is called after each record; `total` is an estimate with `shares`.
     Raises SettingsError for files or shares that cannot be used, SourceError if the brokers cannot take the records.
     """
     with ExitStack() as stack:
-        rng = random.Random(seed)  # noqa: S311 - a mixture, no secret
-        mixture = _Mixture([stack.enter_context(_open(path)) for path in files], shares, rng)
+        opened = [stack.enter_context(_open(path)) for path in files]
+        mixture = _Mixture(opened, shares, seed)
+        topic = _ensure_topic(settings, partitions)
+        job = _job_of(topic, files, opened, shares, seed) if exact else None
+        publisher = Publisher(settings, topic.name, job)
+        stack.callback(publisher.close)
+        digest = hashlib.sha256()
+        if not again and not _pass_over(mixture, *publisher.stored, digest):
+            digest, mixture = hashlib.sha256(), _Mixture(opened, shares, seed)
+        before, drawn_before, begun = mixture.total, mixture.drawn(), time.monotonic()
         total = mixture.expected_records() if count is None else min(count, mixture.expected_records())
-        numbers = _ensure_topic(settings, partitions).partitions
-        sender = _Sender(connect(KafkaProducer, settings, "stream-trainer-produce", acks="all", linger_ms=LINGER_MS))
-        stack.callback(sender.close)
-        begun = time.monotonic()
-        while count is None or sender.records < count:
+        while count is None or mixture.total < count:
             line = mixture.next_line()
             if line is None:
                 break
-            if rate is not None:
-                time.sleep(max(0.0, begun + sender.records / rate - time.monotonic()))
-            sender.send(settings.topic, numbers[sender.records % len(numbers)], line)
+            if rate is not None and (wait := begun + publisher.records / rate - time.monotonic()) > 0:
+                if wait > COMMIT_S:
+                    publisher.commit(mixture.total - 1, digest.hexdigest())
+                time.sleep(wait)
+            publisher.send(line, topic.partitions[(mixture.total - 1) % len(topic.partitions)])
+            _extend(digest, line)
+            if publisher.due:
+                publisher.commit(mixture.total, digest.hexdigest())
             if progress is not None:
-                progress(sender.records, total)
-        sender.flush()
+                progress(mixture.total, total)
+        publisher.commit(mixture.total, digest.hexdigest())
         return ProduceReport(
-            records=sender.records,
-            bytes=sender.bytes,
+            records=publisher.records,
+            bytes=publisher.bytes,
+            before=before,
+            exact=publisher.exact,
             seconds=time.monotonic() - begun,
-            per_file=tuple(zip(files, mixture.drawn(), strict=True)),
+            per_file=tuple(
+                (path, now - then) for path, now, then in zip(files, mixture.drawn(), drawn_before, strict=True)
+            ),
             ended_by=mixture.ended_by or f"count={count} reached",
         )
+
+
+def _job_of(
+    topic: Topic, files: Sequence[Path], opened: Sequence[BinaryIO], shares: Sequence[float] | None, seed: int
+) -> str:
+    """A name for what is published: the same for the same topic, files and mixture."""
+    firsts = [hashlib.sha256(file.readline(FIRST_BYTES)).hexdigest() for file in opened]
+    lines = [_count_lines(file) for file in opened] if shares is None and len(opened) > 1 else []  # these set the order
+    paths = [str(path.resolve()) for path in files]
+    parts = json.dumps([topic.name, topic.id, topic.partitions, paths, firsts, lines, shares, seed])
+    for file in opened:
+        file.seek(0)
+    return f"stream-trainer-produce-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+
+
+def _pass_over(mixture: "_Mixture", number: int, note: str, digest: "hashlib._Hash") -> bool:
+    """Draw the records that were published before. Returns whether they are the same, by the digest noted with them."""
+    while mixture.total < number:
+        line = mixture.next_line()
+        if line is None:
+            return False
+        _extend(digest, line)
+    return number == 0 or digest.hexdigest() == note
+
+
+def _extend(digest: "hashlib._Hash", line: bytes) -> None:
+    digest.update(b"%d:" % len(line) + line)
 
 
 class _Mixture:
     """Lines drawn from several files at random, each file's own in order."""
 
-    def __init__(self, files: Sequence[BinaryIO], shares: Sequence[float] | None, rng: random.Random) -> None:
+    def __init__(self, files: Sequence[BinaryIO], shares: Sequence[float] | None, seed: int) -> None:
         self._files = files
         self._lines = [_count_lines(file) for file in files]
         self._shares = shares
-        self._rng = rng
+        self._rng = random.Random(seed)  # noqa: S311 - a mixture, no secret
         self._taken = [0] * len(files)
+        self.total = 0
         self.ended_by = ""
 
     def expected_records(self) -> int:
@@ -141,57 +196,12 @@ class _Mixture:
             self.ended_by = f"{self._files[index].name} ran out"
             return None
         self._taken[index] += 1
+        self.total += 1
         return self._files[index].readline().removesuffix(b"\n")
 
     def drawn(self) -> list[int]:
         """Lines taken of each file."""
         return list(self._taken)
-
-
-class _Sender:
-    """A producer whose failures are raised by the next call, and that never holds much."""
-
-    def __init__(self, producer: Any) -> None:
-        self._producer = producer
-        self._failure: BaseException | None = None
-        self._waiting_records = 0
-        self._waiting_bytes = 0
-        self.records = 0
-        self.bytes = 0
-
-    def send(self, topic: str | None, partition: int, value: bytes) -> None:
-        try:
-            self._producer.send(topic, value=value, partition=partition).add_errback(self._note_failure)
-        except KafkaError as error:
-            raise SourceError(
-                f"record {self.records + 1} of {len(value)} bytes cannot be published ({error}); "
-                "check the topic's max.message.bytes"
-            ) from error
-        self.records += 1
-        self.bytes += len(value)
-        self._waiting_records += 1
-        self._waiting_bytes += len(value)
-        if self._waiting_records >= IN_FLIGHT_RECORDS or self._waiting_bytes >= IN_FLIGHT_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Wait until the brokers have acknowledged everything. Raises SourceError if they did not."""
-        try:
-            self._producer.flush(timeout=FLUSH_TIMEOUT_S)
-        except KafkaError as error:
-            self._note_failure(error)
-        if self._failure is not None:
-            raise SourceError(
-                f"of {self.records} records sent the last {self._waiting_records} may be missing ({self._failure}); "
-                "check the brokers and publish again"
-            ) from self._failure
-        self._waiting_records = self._waiting_bytes = 0
-
-    def close(self) -> None:
-        self._producer.close(timeout=0)
-
-    def _note_failure(self, error: BaseException) -> None:
-        self._failure = self._failure or error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -204,6 +214,7 @@ def _open(path: Path) -> BinaryIO:
 def _count_lines(file: BinaryIO) -> int:
     """Lines of a file, the last with or without its newline; leaves it at its beginning."""
     lines, last = 0, b"\n"
+    file.seek(0)
     while chunk := file.read(1024 * 1024):
         lines += chunk.count(b"\n")
         last = chunk[-1:]
@@ -239,11 +250,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("files", nargs="+", metavar="FILE[:SHARE]", help="JSONL file, and its share of the mixture")
     parser.add_argument("--topic", help="topic to publish to; created if missing")
-    parser.add_argument("--bootstrap-servers", metavar="HOST:PORT,...", help="brokers (default localhost:9092)")
     parser.add_argument("--rate", type=float, metavar="N", help="records per second (default: as fast as possible)")
     parser.add_argument("--count", type=int, metavar="N", help="records to publish at most (default: until files end)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the mixture (default 0)")
     parser.add_argument("--partitions", type=int, default=1, metavar="N", help="partitions of a new topic (default 1)")
+    parser.add_argument("--again", action="store_true", help="publish from the start what was published before")
+    add_connection_arguments(parser)
+
+
+def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to reach the brokers: what is left out comes from the environment."""
+    parser.add_argument("--bootstrap-servers", metavar="HOST:PORT,...", help="brokers (default localhost:9092)")
     parser.add_argument("--security-protocol", choices=["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"])
     parser.add_argument("--sasl-mechanism", choices=["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"])
     parser.add_argument("--sasl-username", metavar="NAME")
@@ -259,7 +276,9 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and not (math.isfinite(value) and value > 0):
             raise SettingsError(f"{name} {value:g} is not above zero; correct it")
     files, shares = parse_files(args.files)
-    settings = _settings_of(args)
+    settings = kafka_settings(args)
+    if settings.topic is None:
+        raise SettingsError("--topic is missing; name the topic to publish to")
     columns = (TextColumn("publishing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("publishing")
@@ -271,12 +290,17 @@ def run(args: argparse.Namespace) -> int:
             count=args.count,
             seed=args.seed,
             partitions=args.partitions,
+            again=args.again,
             progress=lambda sent, total: bar.update(task, completed=sent, total=max(sent, total)),
         )
     print(
         f"published {report.records} records, {report.bytes} bytes, to {settings.topic} in {report.seconds:.1f} s; "
         f"{report.ended_by}"
     )
+    if report.before:
+        print(f"  {report.before:>8}  published before; --again publishes them again")
+    if not report.exact:
+        print("the brokers have no transactions: an interrupted run would publish some lines twice")
     for path, records in report.per_file:
         print(f"  {records:>8}  {path}")
     return 0
@@ -311,7 +335,7 @@ def _parse_share(argument: str, text: str) -> float:
     return share
 
 
-def _settings_of(args: argparse.Namespace) -> KafkaSettings:
+def kafka_settings(args: argparse.Namespace) -> KafkaSettings:
     """Options first, then the environment of `source.kafka`, then the defaults."""
     values: dict[str, str] = {}
     for name in KafkaSettings.model_fields:
@@ -319,11 +343,8 @@ def _settings_of(args: argparse.Namespace) -> KafkaSettings:
         if value is not None:
             values[name] = value
     try:
-        settings = KafkaSettings.model_validate(values)
+        return KafkaSettings.model_validate(values)
     except ValidationError as error:
         problem = error.errors(include_input=False, include_url=False)[0]
         field = ".".join(("source.kafka", *map(str, problem["loc"])))
         raise SettingsError(f"{field}: {problem['msg'].removeprefix('Value error, ')}") from None
-    if settings.topic is None:
-        raise SettingsError("--topic is missing; name the topic to publish to")
-    return settings

@@ -1,7 +1,7 @@
 """The ingest thread: it alone calls the source, and turns what it reads into samples, dead letters and decisions.
 
 Every record is noted by the cursor first, then ends in the buffer, or is dead-lettered or filtered, which decides it.
-A dead letter is sent before its record counts as decided, and whatever goes wrong in this thread is raised by the
+A dead letter is kept before its record counts as decided, and whatever goes wrong in this thread is raised by the
 trainer's next `Buffer.take`: nothing vanishes, and nothing fails unseen.
 """
 
@@ -10,14 +10,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from stream_trainer.errors import SampleError
+from stream_trainer.errors import PoisonError, SampleError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters
+from stream_trainer.ingest.letter import DeadLetter
+from stream_trainer.ingest.poison import PoisonWatch
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Outcome, Partition, Record, Sample
 from stream_trainer.samples.decoder import Decoder
+from stream_trainer.settings.schema import DeadLetterSettings
 from stream_trainer.sources.base import Source
 
 POLL_TIMEOUT_S = 0.1
@@ -28,6 +33,20 @@ CHUNK_RECORDS = 64
 CHUNK_BYTES = 256 * 1024
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is decided at one moment, and what must be stored with it.
+
+    Attributes:
+        cursor, counts: of the cursor.
+        parts: states of the dead letters and of the watch on them, by the names they have in a checkpoint.
+    """
+
+    cursor: dict[str, Any]
+    counts: Mapping[Outcome, int]
+    parts: dict[str, Any]
 
 
 class Ingest:
@@ -45,6 +64,7 @@ class Ingest:
         cursor: Cursor,
         buffer: Buffer,
         metrics: Metrics,
+        limits: DeadLetterSettings | None = None,
     ) -> None:
         self._source = source
         self._decoder = decoder
@@ -52,6 +72,8 @@ class Ingest:
         self._cursor = cursor
         self._buffer = buffer
         self._metrics = metrics
+        self._watch = PoisonWatch(limits or DeadLetterSettings())
+        self._letters_lock = threading.RLock()  # what is kept and what is decided change together
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._reading_ends = threading.Event()
@@ -98,6 +120,24 @@ class Ingest:
         with self._commit_lock:
             self._commit_request = (positions, step)
 
+    def snapshot(self) -> Snapshot:
+        """What is decided now; letters that were sent just now are given a few seconds to be kept.
+
+        Raises SourceError if a letter cannot be kept for good.
+        """
+        self._dead_letters.wait()
+        with self._letters_lock:
+            self._settle()
+            cursor, counts = self._cursor.state_dict(), self._cursor.counts
+            positions = {Partition.parse(name): log["next"] for name, log in cursor["partitions"].items()}
+            parts = {"dead_letters": self._dead_letters.state_dict(), "poison": self._watch.state_dict(positions)}
+        return Snapshot(cursor, counts, parts)
+
+    @property
+    def parts(self) -> dict[str, object]:
+        """Whatever takes back the `parts` of a snapshot, by name."""
+        return {"dead_letters": self._dead_letters, "poison": self._watch}
+
     @property
     def identity(self) -> Mapping[str, str]:
         """What tells the stream that is read from another of its name; stored beside the cursor."""
@@ -105,7 +145,7 @@ class Ingest:
 
     @property
     def paused(self) -> bool:
-        """Whether reading is paused because the buffer is full."""
+        """Whether reading is paused because the buffer is full, or too many dead letters are held."""
         return self._paused
 
     @property
@@ -146,8 +186,9 @@ class Ingest:
         if time.monotonic() >= self._lag_due:
             self._observe_lag()
             self._lag_due = time.monotonic() + LAG_INTERVAL_S
+        self._settle()
         self._pause_or_resume()
-        if self._pending and not self._buffer.full:
+        if self._pending and not self._is_full():
             self._process(self._next_chunk())
         elif self._buffer.ended:
             self._stopping.wait(POLL_TIMEOUT_S)
@@ -159,16 +200,19 @@ class Ingest:
         # A paused source is polled too: it sees to what is due, new partitions for example.
         records = self._source.poll(POLL_TIMEOUT_S)
         self._pending.extend(records)
-        if not self._pending and self._source.exhausted:
+        if not self._pending and not self._dead_letters.held and self._source.exhausted:
             self._buffer.end()
 
     def _pause_or_resume(self) -> None:
-        if self._paused and self._buffer.low:
+        if self._paused and self._buffer.low and not self._dead_letters.full:
             self._source.resume()
             self._paused = False
-        elif not self._paused and self._buffer.full:
+        elif not self._paused and self._is_full():
             self._source.pause()
             self._paused = True
+
+    def _is_full(self) -> bool:
+        return self._buffer.full or self._dead_letters.full
 
     def _next_chunk(self) -> list[Record]:
         chunk: list[Record] = []
@@ -182,21 +226,43 @@ class Ingest:
     def _process(self, chunk: Sequence[Record]) -> None:
         self._metrics.records_read.inc(len(chunk))
         self._metrics.bytes_read.inc(sum(len(record.value or b"") for record in chunk))
-        fresh = [r for r in chunk if self._cursor.fetched(r.partition, r.offset, r.next_offset)]
+        fresh = [self._cursor.fetched(r.partition, r.offset, r.next_offset) for r in chunk]
+        results = iter(self._decoder.decode_batch([r for r, is_fresh in zip(chunk, fresh, strict=True) if is_fresh]))
         samples = []
-        for record, result in zip(fresh, self._decoder.decode_batch(fresh), strict=True):
+        for record, is_fresh in zip(chunk, fresh, strict=True):
+            result = next(results) if is_fresh else None
+            if isinstance(result, SampleError):
+                self._dead_letter(record, result)
+                continue
             if isinstance(result, Sample):
                 samples.append(result)
-            elif isinstance(result, SampleError):
-                self._dead_letter(record, result)
-            else:
+            elif is_fresh:
                 self._decide(record, Outcome.FILTERED)
+            self._note_usable(record, is_fresh)
         self._buffer.put(*samples)
+        self._metrics.unusable_ratio.set(self._watch.ratio)
+
+    def _note_usable(self, record: Record, is_fresh: bool) -> None:
+        with self._letters_lock:
+            if is_fresh:
+                self._watch.note(record.partition, record.offset, None)
+            else:
+                self._watch.note_again(record.partition, record.offset)
+
+    def _settle(self) -> None:
+        """Decide the records whose letters are kept."""
+        with self._letters_lock:
+            for letter in self._dead_letters.settled():
+                self._decide(letter.record, Outcome.DEAD_LETTERED)
+                self._metrics.dead_letters.labels(letter.reason).inc()
+        self._metrics.dead_letters_held.set(self._dead_letters.held)
 
     def _dead_letter(self, record: Record, error: SampleError) -> None:
-        self._dead_letters.send(record, error.reason, str(error))
-        self._decide(record, Outcome.DEAD_LETTERED)
-        self._metrics.dead_letters.labels(error.reason).inc()
+        with self._letters_lock:
+            self._watch.note(record.partition, record.offset, error.reason)
+            self._dead_letters.send(DeadLetter(record, error.reason, str(error)))
+            self._settle()
+        self._end_if_poisoned()
         if error.reason not in self._reasons_seen:
             self._reasons_seen.add(error.reason)
             logger.warning(
@@ -206,6 +272,16 @@ class Ingest:
                 error.reason,
                 error,
             )
+
+    def _end_if_poisoned(self) -> None:
+        """Read nothing more; the thread goes on, for the commit of the last checkpoint."""
+        if self._reading_ends.is_set():
+            return
+        try:
+            self._watch.check()
+        except PoisonError as error:
+            self._buffer.fail(error)
+            self._reading_ends.set()
 
     def _decide(self, record: Record, outcome: Outcome) -> None:
         self._cursor.resolve(record.partition, record.offset, outcome)

@@ -112,6 +112,12 @@ class Metrics:
         self.dead_letters = self._counter(
             "dead_letters_total", "Records that could not be used, by reason.", ("reason",)
         )
+        self.dead_letters_held = self._gauge(
+            "dead_letters_held", "Dead letters that could not be kept yet; their records are undecided."
+        )
+        self.unusable_ratio = self._gauge(
+            "unusable_ratio", "Share of unusable records among the last ones read of each partition."
+        )
         self.records_lost = self._counter(
             "records_lost_total", "Undecided records that were gone from the log and skipped."
         )

@@ -51,6 +51,25 @@ class DeadLetterSettings(Section):
     """File to append to when `kind` is `file`."""
     topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] | None = None
     """Topic to publish to when `kind` is `topic`. When unset: the source's topic with `.dead-letters` appended."""
+    max_bytes: Count | None = None
+    """Size at which the file is put aside as `path.1`, `path.2` and so on, and a new one is begun. When unset, it grows
+    without bound."""
+    keep: Count = 10
+    """Number of files put aside that are kept. The oldest are deleted."""
+    max_ratio: Annotated[float, Field(gt=0, le=1)] | None = 0.9
+    """Largest share of unusable records among the last `window` records of each partition, all partitions taken
+    together. If it is more, the run ends with exit code 8. Needs at least `window` records. `null`: no limit."""
+    max_in_a_row: Count | None = 1000
+    """Number of unusable records in a row that ends the run, with exit code 8. It is counted for each partition, and
+    added up. `null`: no limit."""
+    window: Count = 1000
+    """Number of each partition's last records that these two limits look at."""
+
+    @model_validator(mode="after")
+    def _row_fits_the_window(self) -> Self:
+        if self.max_in_a_row is not None and self.max_in_a_row > self.window:
+            raise ValueError(f"max_in_a_row={self.max_in_a_row} is more than window={self.window}; raise window")
+        return self
 
 
 class LoraSettings(Section):

@@ -16,11 +16,11 @@ from gradient_selectors.target import mean_loss
 
 from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import TrainerState, save_checkpoint
-from stream_trainer.errors import CheckpointError, SourceError
+from stream_trainer.errors import CheckpointError, PoisonError, SourceError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters
-from stream_trainer.ingest.thread import Ingest
+from stream_trainer.ingest.thread import Ingest, Snapshot
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Partition, Sample
@@ -81,7 +81,7 @@ class Trainer:
         self.evaluate()
         try:
             self._loop()
-        except SourceError:
+        except (SourceError, PoisonError):
             # The stream failed between two steps: what was learned is whole, and is kept.
             try:
                 self._drain()
@@ -95,7 +95,7 @@ class Trainer:
     def _drain(self) -> None:
         self.enter(State.DRAINING)
         self.ingest.stop_reading()  # else a record could be dead-lettered after the snapshot, and again after a restart
-        if self._has_news():
+        if self._has_news() or self.dead_letters.held:
             self.checkpoint()
 
     def _loop(self) -> None:
@@ -140,7 +140,10 @@ class Trainer:
 
     @property
     def _parts(self) -> dict[str, object]:
-        """Whatever has state beside model, optimizer and cursor, by the name it has in a checkpoint."""
+        """Whatever has state beside model, optimizer and cursor, by the name it has in a checkpoint.
+
+        The ingest thread's parts change while a checkpoint is made: a snapshot holds their state.
+        """
         return {"engine": self.engine, "sampler": self.sampler}
 
     def enter(self, state: State) -> None:
@@ -185,10 +188,10 @@ class Trainer:
     def checkpoint(self) -> None:
         """Make everything durable, then tell the stream how far we are.
 
-        Dead letters are flushed after the snapshot: each of those it counts as decided was sent before.
+        Dead letters are flushed after the snapshot: each of those it counts as decided was kept before.
         """
         started = time.perf_counter()
-        snapshot, counts = self.cursor.state_dict(), self.cursor.counts
+        snapshot = self.ingest.snapshot()
         try:
             self.dead_letters.flush()
             saved = save_checkpoint(
@@ -202,21 +205,21 @@ class Trainer:
             self.metrics.checkpoint_failures.inc()
             raise
         seconds = time.perf_counter() - started
-        self._last_checkpoint_time, self._durable = time.monotonic(), (saved.step, counts)
+        self._last_checkpoint_time, self._durable = time.monotonic(), (saved.step, snapshot.counts)
         self.metrics.checkpoint_seconds.observe(seconds)
         self.metrics.phase_seconds.labels("checkpoint").inc(seconds)
         self.metrics.durable(saved.step, time.time(), saved.bytes)
         logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, seconds)
-        positions = {Partition.parse(name): log["next"] for name, log in snapshot["partitions"].items()}
+        positions = {Partition.parse(name): log["next"] for name, log in snapshot.cursor["partitions"].items()}
         self.ingest.request_commit(positions, saved.step)
 
-    def _trainer_state(self, snapshot: dict[str, object]) -> TrainerState:
+    def _trainer_state(self, snapshot: Snapshot) -> TrainerState:
         return TrainerState(
             step=self.step,
-            cursor=snapshot,
+            cursor=snapshot.cursor,
             source_identity=dict(self.ingest.identity),
             version=__version__,
-            parts=states_of(self._parts),
+            parts={**states_of(self._parts), **snapshot.parts},
         )
 
     def restore(self, state: TrainerState) -> None:
@@ -226,7 +229,7 @@ class Trainer:
         """
         self.step = state.step
         try:
-            load_states(self._parts, state.parts)
+            load_states({**self._parts, **self.ingest.parts}, state.parts)
         except (ValueError, KeyError) as error:  # a name that is missing is that of another selector's state
             raise CheckpointError(
                 f"the state of the selection does not fit ({error}); restore the settings it was made with, "

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from gradient_selectors import Decision
 
+from stream_trainer.ingest.letter import DeadLetter
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.training.step import APPLIED, StepReport
 
@@ -122,18 +124,47 @@ class ListSource:
 
 @dataclass
 class ListDeadLetters:
-    """Dead letters in memory; see `dead_letters.DeadLetters`."""
+    """Dead letters in memory; see `dead_letters.DeadLetters`.
 
-    sent: list[tuple[Record, str, str]] = field(default_factory=list)
+    Attributes:
+        sent: all that were sent; `waiting` those of them that are held.
+        refusing: whether what is sent is held.
+        full: whether too much is held.
+    """
+
+    sent: list[DeadLetter] = field(default_factory=list)
+    waiting: list[DeadLetter] = field(default_factory=list)
+    refusing: bool = False
+    full: bool = False
     fail_with: BaseException | None = None
 
-    def send(self, record: Record, reason: str, detail: str) -> None:
+    def send(self, letter: DeadLetter) -> None:
         if self.fail_with is not None:
             raise self.fail_with
-        self.sent.append((record, reason, detail))
+        self.sent.append(letter)
+        self.waiting.append(letter)
+
+    def settled(self) -> list[DeadLetter]:
+        if self.refusing:
+            return []
+        kept, self.waiting = self.waiting, []
+        return kept
+
+    def wait(self) -> None:
+        pass
 
     def flush(self) -> None:
         pass
+
+    @property
+    def held(self) -> int:
+        return len(self.waiting)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sent": len(self.sent)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        del self.sent[state["sent"] :]
 
     def close(self) -> None:
         pass

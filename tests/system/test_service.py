@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stream_trainer import service
 from stream_trainer.errors import CheckpointError, SourceError
-from stream_trainer.ingest.dead_letters import FileDeadLetters, read_dead_letters
+from stream_trainer.ingest.letter import read_dead_letters
+from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.samples.decoder import Decoder, read_samples
 from stream_trainer.service import serve

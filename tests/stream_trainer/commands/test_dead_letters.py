@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from stream_trainer.cli import main
-from stream_trainer.ingest.dead_letters import FileDeadLetters
+from stream_trainer.ingest.letter import DeadLetter
+from stream_trainer.ingest.letter_file import FileDeadLetters
 from tests.helpers.fakes import records_of
 
 VALUES = [b"{'a': 1}", b'{\n "text": "\xc3\xa9"}', b"no\nJSON", None, b"\xff\x00"]
@@ -19,7 +20,7 @@ def letters(tmp_path: Path) -> Path:
     file = FileDeadLetters(path)
     records = records_of(VALUES)
     for record, reason in [*zip(records, REASONS, strict=True), (records[0], REASONS[0])]:
-        file.send(record, reason, f"detail of {record.offset}")
+        file.send(DeadLetter(record, reason, f"detail of {record.offset}"))
     file.close()
     return path
 

@@ -1,10 +1,17 @@
 """Publishing JSON lines: original bytes, in the stated mixture, with every failure told."""
 
 import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from kafka import KafkaConsumer, TopicPartition
 
 from stream_trainer.commands.produce import ProduceReport, add_arguments, parse_files, produce, run
 from stream_trainer.demo.broker import free_port
@@ -12,7 +19,13 @@ from stream_trainer.errors import SettingsError, SourceError
 from stream_trainer.records import Record
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.kafka import KafkaSource
-from tests.helpers.brokers import ApacheKafka, create_topic
+from tests.helpers.brokers import (
+    ApacheKafka,
+    apache_kafka,
+    running,
+    create_topic,
+    why_no_apache_kafka,
+)
 
 
 def settings_of(servers: str, topic: str) -> KafkaSettings:
@@ -127,7 +140,7 @@ def test_a_record_that_is_refused_on_arrival_ends_it(apache_kafka: ApacheKafka, 
     create_topic(apache_kafka.bootstrap_servers, topic, configs={"max.message.bytes": "100"})
     file = tmp_path / "large.jsonl"
     file.write_bytes(b"x" * 10_000 + b"\n")
-    with pytest.raises(SourceError, match=r"of 1 records sent the last 1 may be missing .*MessageSizeTooLarge"):
+    with pytest.raises(SourceError, match=r"of 1 records sent the last 1 are not published .*MessageSizeTooLarge"):
         produce([file], None, settings_of(apache_kafka.bootstrap_servers, topic))
 
 
@@ -202,3 +215,88 @@ def test_a_file_name_may_contain_a_colon(tmp_path: Path) -> None:
     file = write(tmp_path, "math:0.5", 1)
     assert parse_files([str(file)]) == ([file], None)
     assert parse_files([f"{file}:0.25"]) == ([file], [0.25])
+
+
+LONG_S = 400.0
+PRODUCE = "import sys; from stream_trainer.cli import main; sys.exit(main())"
+
+
+def start(file: Path, servers: str, topic: str, *options: str) -> subprocess.Popen[bytes]:
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    arguments = ["produce", str(file), "--topic", topic, "--bootstrap-servers", servers, *options]
+    return subprocess.Popen([sys.executable, "-c", PRODUCE, *arguments], env=os.environ | paths)
+
+
+def wait_for_records(servers: str, topic: str, count: int) -> None:
+    """Until so many are in the topic, committed or not."""
+    consumer = KafkaConsumer(bootstrap_servers=servers)
+    partition = TopicPartition(topic, 0)
+    deadline = time.monotonic() + LONG_S
+    try:
+        while consumer.end_offsets([partition])[partition] < count:
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.01)
+    finally:
+        consumer.close()
+
+
+def test_a_run_that_is_killed_and_started_again_publishes_every_line_once(
+    apache_kafka: ApacheKafka, topic: str, tmp_path: Path
+) -> None:
+    servers = apache_kafka.bootstrap_servers
+    create_topic(servers, topic)
+    file = write(tmp_path, "math", 20_000)
+    for least in (1, 5_000, 12_000):
+        process = start(file, servers, topic, "--rate", "8000")
+        wait_for_records(servers, topic, least)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    report = produce([file], None, settings_of(servers, topic))
+    assert report.before + report.records == 20_000
+    assert (report.exact, report.before > 0, report.records > 0) == (True, True, True)
+    assert [r.value for r in read_topic(settings_of(servers, topic))] == [b"math-%d" % i for i in range(20_000)]
+
+
+def test_what_was_published_is_passed_over_unless_it_is_wanted_again(
+    apache_kafka: ApacheKafka, topic: str, tmp_path: Path
+) -> None:
+    settings = settings_of(apache_kafka.bootstrap_servers, topic)
+    files = [write(tmp_path, "math", 20), write(tmp_path, "tools", 40)]
+
+    def again(shares: list[float] | None = None, **options: Any) -> tuple[int, int]:
+        report = produce(files[: 1 if shares is None else 2], shares, settings, **options)
+        return report.before, report.records
+
+    assert again(count=5) == (0, 5)
+    assert again() == (5, 15)
+    assert again() == (20, 0)
+    with files[0].open("ab") as file:
+        file.write(b"math-20\n")
+    assert again() == (20, 1)  # what a file gains is published
+    assert again(again=True) == (0, 21)
+    assert again() == (21, 0)
+    files[0].write_bytes(files[0].read_bytes().replace(b"math-7\n", b"other\n"))
+    assert again() == (0, 21)  # another file of that name
+    assert again([1, 1], count=10) == (0, 10)  # a mixture is another thing to publish
+    before, _ = again([1, 1])
+    assert before == 10
+    values = [r.value for r in read_topic(settings)]
+    assert values[:21] == [b"math-%d" % i for i in range(21)] == values[21:42]
+
+
+def test_a_broker_that_is_killed_in_the_middle_changes_nothing(topic: str, tmp_path: Path) -> None:
+    if reason := why_no_apache_kafka():
+        pytest.skip(reason)
+    file = write(tmp_path, "math", 20_000)
+    with apache_kafka(tmp_path) as broker:
+        servers = broker.bootstrap_servers
+        create_topic(servers, topic)
+    with running(broker) as process:
+        producer = start(file, servers, topic, "--rate", "4000")
+        wait_for_records(servers, topic, 3_000)
+        process.kill()
+        process.wait()
+    with running(broker):
+        assert producer.wait(LONG_S) in (0, 3)  # 3: the brokers were away too long, and a new start goes on
+        produce([file], None, settings_of(servers, topic))
+        assert [r.value for r in read_topic(settings_of(servers, topic))] == [b"math-%d" % i for i in range(20_000)]

@@ -11,7 +11,7 @@ import torch
 
 from stream_trainer.commands import select_cluster_ucb
 from stream_trainer.errors import SettingsError
-from stream_trainer.ingest.dead_letters import read_dead_letters
+from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.models.loading import load_model
 from stream_trainer.models.saving import save_model
 from stream_trainer.records import Sample

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from stream_trainer.cli import _Parser
 from stream_trainer.commands.select_dual_sft import add_arguments, run
 from stream_trainer.errors import SettingsError
-from stream_trainer.ingest.dead_letters import read_dead_letters
+from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.models.loading import load_model
 from stream_trainer.models.saving import save_model
 from stream_trainer.samples.collate import collate

@@ -1,6 +1,7 @@
 """Dead letters: the original bytes come back, from the file and from the topic, and none goes missing on the way."""
 
 import json
+import os
 import stat
 import threading
 import uuid
@@ -13,7 +14,9 @@ from kafka.admin import NewTopic
 
 from stream_trainer import __version__
 from stream_trainer.errors import SettingsError, SourceError
-from stream_trainer.ingest.dead_letters import FileDeadLetters, TopicDeadLetters, open_dead_letters, read_dead_letters
+from stream_trainer.ingest.dead_letters import DeadLetters, open_dead_letters
+from stream_trainer.ingest.letter import DeadLetter, read_dead_letters
+from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.records import Partition, Record
 from stream_trainer.settings.schema import Settings
 from tests.helpers.brokers import ApacheKafka
@@ -40,11 +43,20 @@ def settings_for(path: Path, servers: str = "localhost:1", topic: str | None = N
     )
 
 
+def keep(letters: DeadLetters) -> list[int]:
+    """Make durable what was sent. Returns the offsets of what is kept."""
+    letters.wait()
+    kept = sorted(letter.record.offset for letter in letters.settled())
+    letters.flush()
+    assert letters.held == 0
+    return kept
+
+
 def test_the_file_gives_back_every_record_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "new" / "dead.jsonl"
     letters = open_dead_letters(settings_for(path))
     for record in RECORDS:
-        letters.send(record, "bad_json", "at character 9")
+        letters.send(DeadLetter(record, "bad_json", "at character 9"))
     letters.close()
     letters.close()
     kept = list(read_dead_letters(path))
@@ -63,7 +75,7 @@ def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
 def test_a_line_is_in_the_file_as_soon_as_it_is_sent(tmp_path: Path) -> None:
     path = tmp_path / "dead.jsonl"
     letters = FileDeadLetters(path)
-    letters.send(RECORDS[0], "bad_json", "")
+    letters.send(DeadLetter(RECORDS[0], "bad_json", ""))
     assert len(list(read_dead_letters(path))) == 1
     letters.close()
 
@@ -71,7 +83,7 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_sent(tmp_path: Path) -> None:
 def test_the_detail_is_cut_to_200_characters(tmp_path: Path) -> None:
     path = tmp_path / "dead.jsonl"
     letters = FileDeadLetters(path)
-    letters.send(RECORDS[0], "unexpected", "x" * 1000)
+    letters.send(DeadLetter(RECORDS[0], "unexpected", "x" * 1000))
     letters.close()
     (letter,) = read_dead_letters(path)
     assert letter.detail == "x" * 200
@@ -81,7 +93,7 @@ def test_a_second_run_appends_and_drops_a_torn_line(tmp_path: Path, caplog: pyte
     path = tmp_path / "dead.jsonl"
     for record in RECORDS[:2]:
         letters = FileDeadLetters(path)
-        letters.send(record, "empty", "")
+        letters.send(DeadLetter(record, "empty", ""))
         letters.close()
         with path.open("ab") as file:
             file.write(b'{"topic": "to')
@@ -96,7 +108,7 @@ def test_sending_from_two_threads_keeps_lines_whole(tmp_path: Path) -> None:
 
     def send(first: int) -> None:
         for offset in range(first, first + 200):
-            letters.send(Record(LOG, offset, offset + 1, bytes(1000)), "empty", "")
+            letters.send(DeadLetter(Record(LOG, offset, offset + 1, bytes(1000)), "empty", ""))
 
     threads = [threading.Thread(target=send, args=(first,)) for first in (0, 200)]
     for thread in threads:
@@ -112,11 +124,43 @@ def test_a_file_that_cannot_be_opened_is_a_wrong_setting(tmp_path: Path) -> None
         FileDeadLetters(tmp_path)
 
 
-def test_a_full_disk_is_an_error_and_not_a_lost_record() -> None:
+def test_a_full_disk_holds_letters_until_it_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    path = tmp_path / "dead.jsonl"
+    letters = FileDeadLetters(path)
+    write, room = os.write, [0]
+
+    def write_little(descriptor: int, data: bytes) -> int:
+        written = write(descriptor, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr("stream_trainer.ingest.letter_file.os.write", write_little)
+    monkeypatch.setattr("stream_trainer.ingest.letter_file.RETRY_S", 0.0)
+    for room[0] in (0, 10):
+        letters.send(DeadLetter(RECORDS[0], "empty", ""))
+        assert (letters.settled(), path.read_bytes()) == ([], b"")
+    assert letters.held == 2
+    room[0] = 1_000_000
+    assert len(letters.settled()) == len(list(read_dead_letters(path))) == 2
+    assert (letters.held, letters.settled()) == (0, [])
+    letters.close()
+    assert [record.message.partition("dead.jsonl")[2] for record in caplog.records] == [
+        " cannot be written for now ([Errno 28] No space left on device); trying on",
+        " can be written again",
+    ]
+
+
+def test_too_many_held_letters_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream_trainer.ingest.letter_file.MAX_HELD", 3)
     letters = FileDeadLetters(Path("/dev/full"))
-    with pytest.raises(SourceError, match=r"dead_letters\.path=/dev/full cannot be written \(No space left"):
-        letters.send(RECORDS[0], "empty", "")
-    with pytest.raises(SourceError):  # such a device cannot be synced either
+    for _ in range(3):
+        assert not letters.full
+        letters.send(DeadLetter(RECORDS[0], "empty", ""))
+    assert letters.full
+    with pytest.raises(SourceError, match=r"^dead_letters.path=/dev/full cannot be made durable"):
         letters.close()
     letters.close()
 
@@ -143,8 +187,8 @@ def test_the_topic_gets_key_value_and_headers_as_they_were(embedded_broker: str,
     topic = f"dead-{uuid.uuid4().hex}"
     letters = open_dead_letters(settings_for(tmp_path / "unused.jsonl", embedded_broker, topic))
     for record in RECORDS:
-        letters.send(record, "bad_json", "at character 9")
-    letters.flush()
+        letters.send(DeadLetter(record, "bad_json", "at character 9"))
+    assert keep(letters) == [5, 9, 12, 14]
     messages = sorted(published(embedded_broker, topic, len(RECORDS)), key=lambda message: message.offset)
     letters.close()
     letters.close()
@@ -179,10 +223,10 @@ def test_what_the_brokers_refuse_as_too_large_goes_to_the_file(
     letters = open_dead_letters(settings_for(path, apache_kafka.bootstrap_servers, topic))
     values = [b"small", b"\x00" * 20_000, b"small too"]
     for offset, value in enumerate(values):
-        letters.send(Record(LOG, offset, offset + 1, value), "too_large", "")
-    letters.flush()
-    letters.send(Record(LOG, 3, 4, b"later"), "bad_json", "")
-    letters.flush()
+        letters.send(DeadLetter(Record(LOG, offset, offset + 1, value), "too_large", ""))
+    assert keep(letters) == [0, 1, 2]
+    letters.send(DeadLetter(Record(LOG, 3, 4, b"later"), "bad_json", ""))
+    assert keep(letters) == [3]
     published_values = [message.value for message in published(apache_kafka.bootstrap_servers, topic, 3)]
     assert sorted(published_values) == [b"later", b"small", b"small too"]
     assert [letter.record.value for letter in read_dead_letters(path)] == [values[1]]
@@ -193,11 +237,12 @@ def test_what_the_brokers_refuse_as_too_large_goes_to_the_file(
 def test_what_the_client_refuses_as_too_large_goes_to_the_file(
     embedded_broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stream_trainer.ingest.dead_letters.MAX_REQUEST_BYTES", 1000)
+    monkeypatch.setattr("stream_trainer.ingest.letter_topic.MAX_REQUEST_BYTES", 1000)
     path = tmp_path / "dead.jsonl"
     letters = open_dead_letters(settings_for(path, embedded_broker, f"dead-{uuid.uuid4().hex}"))
     record = Record(LOG, 0, 1, bytes(2000))
-    letters.send(record, "too_large", "2000 bytes are more than 1000")
+    letters.send(DeadLetter(record, "too_large", "2000 bytes are more than 1000"))
+    assert keep(letters) == [0]
     letters.close()
     assert [letter.record for letter in read_dead_letters(path)] == [record]
 
@@ -206,13 +251,13 @@ def test_a_topic_that_is_not_there_and_is_not_created_is_a_wrong_setting(
     apache_kafka: ApacheKafka, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match=r"dead_letters\.topic=not-there-\w+ cannot be written"):
-        TopicDeadLetters(settings_for(tmp_path, apache_kafka.bootstrap_servers, f"not-there-{uuid.uuid4().hex}"))
+        open_dead_letters(settings_for(tmp_path, apache_kafka.bootstrap_servers, f"not-there-{uuid.uuid4().hex}"))
 
 
 def test_json_lines_are_readable_by_other_tools(tmp_path: Path) -> None:
     path = tmp_path / "dead.jsonl"
     letters = FileDeadLetters(path)
-    letters.send(RECORDS[1], "empty", "the value has no bytes")
+    letters.send(DeadLetter(RECORDS[1], "empty", "the value has no bytes"))
     letters.close()
     assert json.loads(path.read_text()) == {
         "topic": "users:eu",
@@ -226,4 +271,5 @@ def test_json_lines_are_readable_by_other_tools(tmp_path: Path) -> None:
         "reason": "empty",
         "detail": "the value has no bytes",
         "trainer_version": __version__,
+        "trainer": "",
     }

@@ -7,22 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from gradient_selectors.state import load_states
 
-from stream_trainer.errors import SourceError
+from stream_trainer.errors import PoisonError, SourceError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
-from stream_trainer.ingest.dead_letters import FileDeadLetters, read_dead_letters
+from stream_trainer.ingest.letter import read_dead_letters
+from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Outcome, Partition, Record, Sample
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.samples.decoder import REASONS, Decoder
-from stream_trainer.settings.schema import BufferSettings, SampleSettings
+from stream_trainer.settings.schema import BufferSettings, DeadLetterSettings, SampleSettings
 from tests.helpers.fakes import LOG, ListDeadLetters, ListSource, records_of
 from tests.helpers.malformed import malformed, malformed_values
 
 DECODER = Decoder(byte_tokenizer(), SampleSettings(max_tokens=64, max_bytes=5000))
 LONG_S = 60.0
+UNLIMITED = DeadLetterSettings(max_ratio=None, max_in_a_row=None)
 
 
 class Service:
@@ -34,6 +37,7 @@ class Service:
         cursor: Cursor | None = None,
         dead_letters: ListDeadLetters | FileDeadLetters | None = None,
         max_records: int = 512,
+        limits: DeadLetterSettings | None = None,
     ) -> None:
         self.source = source
         self.cursor = cursor or Cursor()
@@ -41,7 +45,7 @@ class Service:
         self.buffer = Buffer(BufferSettings(max_records=max_records))
         self.metrics = Metrics(REASONS)
         self.metrics.count_outcomes(lambda: self.cursor.counts)
-        self.ingest = Ingest(source, DECODER, self.dead_letters, self.cursor, self.buffer, self.metrics)
+        self.ingest = Ingest(source, DECODER, self.dead_letters, self.cursor, self.buffer, self.metrics, limits)
 
     def take(self, n: int) -> list[Sample]:
         return self.buffer.take(n, LONG_S, lambda: False)
@@ -284,7 +288,7 @@ class SlowSource(ListSource):
 def test_nothing_is_decided_after_reading_has_stopped() -> None:
     """A snapshot taken then is the last word: no record is dead-lettered again after a restart."""
     source, letters = SlowSource(records_of([b"{"] * 5000), batch=10, finite=False), ListDeadLetters()
-    with running(Service(source, dead_letters=letters)) as service:
+    with running(Service(source, dead_letters=letters, limits=UNLIMITED)) as service:
         wait_for(lambda: service.cursor.counts[Outcome.DEAD_LETTERED] > 0)
         service.ingest.stop_reading()
         counts, sent = dict(service.cursor.counts), len(letters.sent)
@@ -292,3 +296,71 @@ def test_nothing_is_decided_after_reading_has_stopped() -> None:
         wait_for(lambda: bool(source.commits))
         assert dict(service.cursor.counts) == counts
         assert len(letters.sent) == sent < 5000
+
+
+def test_a_letter_that_is_held_leaves_its_record_undecided_and_the_stream_open() -> None:
+    letters = ListDeadLetters(refusing=True)
+    with running(Service(ListSource(records_of([good(0), b"{", good(2)])), dead_letters=letters)) as service:
+        assert [sample.id for sample in service.take(2)] == ["0", "2"]
+        for offset in (0, 2):
+            service.cursor.resolve(LOG, offset, Outcome.TRAINED)
+        snapshot = service.ingest.snapshot()
+        assert snapshot.cursor["partitions"]["log:0"] == {"next": 1, "decided": [[2, 3]]}
+        assert snapshot.counts[Outcome.DEAD_LETTERED] == 0
+        wait_for(lambda: service.metric("dead_letters_held") == 1)
+        assert not service.buffer.ended
+        letters.refusing = False
+        wait_for(lambda: service.buffer.ended)
+        assert service.metric("dead_letters_held") == 0
+    assert service.cursor.positions() == {LOG: 3}
+    assert service.metric("dead_letters_total", reason="bad_json") == 1
+
+
+def test_reading_pauses_while_too_many_letters_are_held() -> None:
+    letters = ListDeadLetters(full=True)
+    with running(Service(ListSource(records_of([good(0)])), dead_letters=letters)) as service:
+        wait_for(lambda: service.metric("reading_paused") == 1)
+        assert service.buffer.records == 0
+        letters.full = False
+        assert [sample.id for sample in service.take_all()] == ["0"]
+
+
+def test_a_snapshot_agrees_with_the_file_while_letters_are_written(tmp_path: Path) -> None:
+    """Letters that the cursor counts are in the file below the stored length, and no others are."""
+    path = tmp_path / "dead.jsonl"
+    letters = FileDeadLetters(path)
+    source = SlowSource(records_of([b"{"] * 2000), batch=20, finite=False)
+    service = Service(source, dead_letters=letters, limits=UNLIMITED)
+    with running(service):
+        seen = 0
+        while seen < 1500:
+            snapshot = service.ingest.snapshot()
+            seen = snapshot.counts[Outcome.DEAD_LETTERED]
+            kept = path.read_bytes()[: snapshot.parts["dead_letters"]["length"]].splitlines()
+            assert len(kept) == seen
+            last = snapshot.parts["dead_letters"]["last"]
+            assert last == (f"log:0:{seen - 1}" if seen else None)
+    letters.close()
+
+
+def test_a_poisoned_stream_ends_the_run_and_can_still_be_committed() -> None:
+    source = ListSource(records_of([good(0), *[b"{"] * 3000]))
+    with running(Service(source)) as service:
+        with pytest.raises(PoisonError, match="999 of the last 1000 records cannot be used, 999 of them for bad_json"):
+            service.take(2)
+        service.ingest.stop_reading()
+        snapshot = service.ingest.snapshot()
+        assert 1000 <= snapshot.counts[Outcome.DEAD_LETTERED] <= 1064
+        service.ingest.request_commit({LOG: 0}, step=1)
+        wait_for(lambda: bool(source.commits))
+
+
+def test_the_watch_is_restored_with_the_cursor() -> None:
+    values: list[bytes | None] = [b"{"] * 999
+    with running(Service(ListSource(records_of(values)))) as first:
+        assert first.take_all() == []
+        snapshot = first.ingest.snapshot()
+    again = Service(ListSource(records_of([*values, b"{"])), Cursor.restore(snapshot.cursor))
+    load_states(again.ingest.parts, snapshot.parts)
+    with running(again), pytest.raises(PoisonError, match="1000 records in a row"):
+        again.take(1)
