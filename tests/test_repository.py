@@ -75,7 +75,8 @@ SERVICE_ROOMS = {
 
 KAFKA = {
     "stream_trainer/commands/produce.py",
-    "stream_trainer/ingest/dead_letters.py",
+    "stream_trainer/commands/publish.py",
+    "stream_trainer/ingest/letter_topic.py",
     "stream_trainer/sources/connection.py",
     "stream_trainer/sources/group.py",
     "stream_trainer/sources/kafka.py",

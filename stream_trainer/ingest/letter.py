@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stream_trainer import __version__
 from stream_trainer.errors import SettingsError
@@ -97,9 +96,7 @@ def from_json(line: bytes) -> DeadLetter:
         headers=tuple((name, _decoded(value)) for name, value in fields["headers"]),
         timestamp=fields["timestamp"],
     )
-    return DeadLetter(
-        record, fields["reason"], fields["detail"], fields["trainer_version"], fields.get("trainer", "")
-    )
+    return DeadLetter(record, fields["reason"], fields["detail"], fields["trainer_version"], fields.get("trainer", ""))
 
 
 def to_message(letter: DeadLetter) -> tuple[bytes, list[tuple[str, bytes]]]:

@@ -1,7 +1,7 @@
 """Dead letters in a topic at the source's brokers, acknowledged by all replicas.
 
 A letter that the brokers have not acknowledged is held and tried again; nobody waits for it, and its record stays
-undecided. So brokers that are away, or a topic without a leader, cost a restart nothing but reading a few records again.
+undecided. So if the brokers are away, or the topic has no leader, a restart reads a few records again, and that is all.
 """
 
 import logging
@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +90,8 @@ class TopicDeadLetters:
         """Until every letter is acknowledged, or was sent more than `SETTLE_S` seconds ago."""
         with self._lock:
             newest = self._held[-1].since if self._held else 0.0
-        try:
+        with suppress(KafkaTimeoutError):  # they stay held
             self._producer.flush(timeout=max(0.0, newest + SETTLE_S - time.monotonic()))
-        except KafkaTimeoutError:
-            pass  # they stay held
 
     def flush(self) -> None:
         """Make durable what went to the file: acknowledged is durable already."""
@@ -177,7 +176,7 @@ class TopicDeadLetters:
             else:
                 held.future = None
                 self._note_failure(error)
-        if kept and self._failing:
+        if self._failing and not self._held:
             logger.info("dead_letters.topic=%s takes records again", self._topic)
             self._failing = False
         return kept

@@ -175,5 +175,3 @@ def test_a_state_that_is_none_is_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="is no place in a file of dead letters"):
         letters.load_state_dict({"length": 3})
     letters.close()
-
-

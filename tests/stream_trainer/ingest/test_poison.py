@@ -37,10 +37,11 @@ def test_a_stream_of_poison_alone_ends_after_a_thousand() -> None:
 
 def test_partitions_are_counted_together() -> None:
     watch = PoisonWatch(limits(max_in_a_row=30, window=30))
-    seen = [read(watch, ["bad_json"], LOGS[i % 3], i) and i for i in range(29)]
-    assert len(seen) == 29
+    for offset in range(29):
+        read(watch, ["bad_json"], LOGS[offset % 3], offset)
+    watch.check()
+    watch.note(LOGS[2], 29, "bad_json")
     with pytest.raises(PoisonError, match=r"^dead_letters.max_in_a_row=30: 30 records in a row cannot be used"):
-        watch.note(LOGS[2], 29, "bad_json")
         watch.check()
 
 
@@ -58,8 +59,8 @@ def test_one_poisoned_partition_among_good_ones_is_found() -> None:
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.8])
 def test_noise_never_stops_a_run(share: float) -> None:
     rng = random.Random(5)
-    reasons = ["bad_json" if rng.random() < share else None for _ in range(50_000)]
-    assert read(PoisonWatch(DeadLetterSettings()), reasons) == 50_000
+    reasons = ["bad_json" if rng.random() < share else None for _ in range(20_000)]
+    assert read(PoisonWatch(DeadLetterSettings()), reasons) == 20_000
 
 
 def test_too_large_a_share_stops_it_once_the_window_is_full() -> None:

@@ -1,0 +1,124 @@
+"""Dead letters when things go wrong: a kill, a topic that takes none, a stream of nothing else."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from kafka.admin import ConfigResource, ConfigResourceType
+
+from stream_trainer.errors import PoisonError
+from stream_trainer.ingest.letter import read_dead_letters
+from tests.helpers.brokers import ApacheKafka, admin, create_topic, publish
+from tests.helpers.service import (
+    checkpoints,
+    configuration,
+    counts,
+    decided,
+    goods,
+    interrupt_command,
+    jsonl,
+    kafka,
+    metrics,
+    on_free_port,
+    run_and_terminate,
+    run_command,
+    run_main,
+    serve_until,
+    trainer_json,
+    write_lines,
+)
+
+GOOD, BAD = 400, 200
+
+
+def offsets_of(path: Path) -> list[int]:
+    return [letter.record.offset for letter in read_dead_letters(path)]
+
+
+def mixed(path: Path) -> None:
+    """After every two good samples one that cannot be used."""
+    good = goods(GOOD)
+    write_lines(path, [line for pair in range(0, GOOD, 2) for line in (*good[pair : pair + 2], b"not JSON")])
+
+
+@pytest.mark.parametrize("max_bytes", [None, 3000], ids=["one file", "put aside"])
+def test_letters_are_in_the_file_once_after_a_kill(max_bytes: int | None, tmp_path: Path) -> None:
+    mixed(tmp_path / "samples.jsonl")
+    config = configuration(
+        tmp_path,
+        jsonl(tmp_path / "samples.jsonl"),
+        buffer={"max_records": 16, "wait_s": 60.0},
+        checkpoint={"dir": str(tmp_path / "checkpoints"), "every_steps": 10},
+        dead_letters={"path": str(tmp_path / "dead.jsonl"), "max_bytes": max_bytes, "keep": 1000},
+    )
+    assert interrupt_command(tmp_path, config, signal.SIGKILL, step=17) == -signal.SIGKILL
+    stored = trainer_json(config)["cursor"]["counts"]["dead_lettered"]
+    written = [offset for path in tmp_path.glob("dead.jsonl*") for offset in offsets_of(path)]
+    assert len(written) > stored  # else there would be nothing to cut
+    assert run_command(tmp_path, config) == 0
+    found = [offset for path in tmp_path.glob("dead.jsonl*") for offset in offsets_of(path)]
+    assert len(found) == len(set(found)) == counts(config)["dead_lettered"] == BAD
+    assert sum(counts(config).values()) == GOOD + BAD
+
+
+def test_a_stream_of_poison_ends_the_run_and_can_be_read_past(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "samples.jsonl", [*goods(8), *[b"not JSON"] * 3000])
+    config = configuration(tmp_path, jsonl(tmp_path / "samples.jsonl"))
+    for _ in range(2):  # a restart stops again, at the next bad record
+        assert run_main(tmp_path, config) == 8
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: dead_letters.max_")
+        assert "of them for bad_json (write one JSON object a record)" in error
+    stopped = counts(config)["dead_lettered"]
+    assert 900 < stopped < 1200
+    assert offsets_of(tmp_path / "dead-letters.jsonl") == sorted(set(offsets_of(tmp_path / "dead-letters.jsonl")))
+    assert len(offsets_of(tmp_path / "dead-letters.jsonl")) == stopped
+    config["dead_letters"] |= {"max_ratio": None, "max_in_a_row": None}
+    serve_until(config)
+    assert counts(config)["dead_lettered"] == len(offsets_of(tmp_path / "dead-letters.jsonl")) == 3000
+    config["dead_letters"] |= {"max_ratio": 0.9}
+    write_lines(tmp_path / "samples.jsonl", [*goods(8), *[b"not JSON"] * 3001])
+    with pytest.raises(PoisonError):  # what was read past is remembered
+        serve_until(config)
+
+
+def test_sigterm_while_the_topic_takes_no_letters(apache_kafka: ApacheKafka, topic: str, tmp_path: Path) -> None:
+    """Their records stay undecided, and are sent when the topic takes them: the run ends at once, and whole."""
+    servers, dead = apache_kafka.bootstrap_servers, f"{topic}.dead-letters"
+    create_topic(servers, topic)
+    create_topic(servers, dead, configs={"min.insync.replicas": "2"})  # of one: nothing is acknowledged
+    values = [line for number, line in enumerate(goods(40)) for line in ([b"not JSON", line] if number < 5 else [line])]
+    publish(servers, topic, values)
+    config = on_free_port(
+        configuration(
+            tmp_path,
+            kafka(servers, topic, stop_at_end=False),
+            dead_letters={"kind": "topic"},
+            buffer={"wait_s": 1.0},
+        )
+    )
+    told: list[float] = []
+
+    def ready() -> bool:
+        held = metrics(config).get("dead_letters_held") == 5 and decided(config) == 40
+        if held:
+            told.append(time.monotonic())
+        return held
+
+    assert run_and_terminate(config, ready) == 0
+    assert time.monotonic() - told[-1] < 60  # it was over 100
+    assert len(checkpoints(config)) == 1
+    assert counts(config)["dead_lettered"] == 0
+    assert sum(counts(config).values()) == 40
+    assert trainer_json(config)["cursor"]["partitions"][f"{topic}:0"]["next"] == 0
+    with admin(servers) as client:
+        client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, dead, {"min.insync.replicas": "1"})])
+    config["source"]["kafka"]["stop_at_end"] = True
+    serve_until(config)
+    assert counts(config)["dead_lettered"] == 5
+    assert sum(counts(config).values()) == 45
+    cursor = trainer_json(config)["cursor"]["partitions"][f"{topic}:0"]
+    assert cursor == {"next": 45, "decided": []}
