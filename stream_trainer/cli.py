@@ -66,7 +66,8 @@ examples:
   stream-trainer run --config stream-trainer.yaml --source.kind=jsonl --source.jsonl.path=- < samples.jsonl
 
 SIGTERM and Ctrl-C end the run with a checkpoint; the next run with the same checkpoint.dir goes on from there.
-Exit codes: 0 done, 2 settings, 3 stream, 4 data loss, 5 checkpoint, 8 too many dead letters.
+Exit codes: 0 done, 2 settings, 3 stream, 4 data loss, 5 checkpoint, 6 taken over by another trainer,
+8 too many dead letters.
 """
 
 

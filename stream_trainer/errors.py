@@ -5,6 +5,8 @@ StreamTrainerError            exit code 1
 ├── SourceError               exit code 3   the stream cannot be read
 │   └── DataLossError         exit code 4   records that were never decided are gone from the stream
 ├── CheckpointError           exit code 5   a checkpoint cannot be written, or none can be trusted
+│   └── NotFiniteError        exit code 5   the model is spoilt: what would be written is not finite
+├── FencedError               exit code 6   another trainer has the checkpoint directory
 ├── PoisonError               exit code 8   too many records of the stream cannot be used
 └── SampleError               (never fatal) one record cannot become a sample: it is dead-lettered
 """
@@ -38,6 +40,16 @@ class CheckpointError(StreamTrainerError):
     """A checkpoint cannot be written, or none that exists can be trusted."""
 
     exit_code = 5
+
+
+class NotFiniteError(CheckpointError):
+    """Weights or optimizer state are not finite, so they are not written: every checkpoint that is kept is sound."""
+
+
+class FencedError(StreamTrainerError):
+    """Another trainer has the checkpoint directory, or has taken it over. Nothing more is written."""
+
+    exit_code = 6
 
 
 class PoisonError(StreamTrainerError):

@@ -4,12 +4,14 @@ Truth about where to read on, in this order: the checkpoint, the group's committ
 """
 
 import logging
+import random
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -17,6 +19,9 @@ import transformers
 
 from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import load_latest, restore
+from stream_trainer.checkpoints.fingerprint import check_resume, consumed, fingerprint_of
+from stream_trainer.checkpoints.ownership import claim, locked
+from stream_trainer.checkpoints.trouble import try_out
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import open_dead_letters
@@ -79,6 +84,7 @@ def serve(
     if settings.training.threads is not None:
         torch.set_num_threads(settings.training.threads)
     with ExitStack() as stack:
+        _take_directory(settings.checkpoint.dir, stack)
         if settings.server.enabled:
             server = Server(settings.server, metrics.registry, status.health, status.report)
             host, port = server.start()
@@ -98,6 +104,13 @@ def serve(
         return Summary(trainer.step, counts, trainer.losses)
 
 
+def _take_directory(directory: Path, stack: ExitStack) -> None:
+    """Keep other trainers of this machine away until the end, and see whether checkpoints can be written at all."""
+    stack.enter_context(locked(directory))
+    if not try_out(directory):
+        logger.warning("checkpoint.dir=%s is on a mount that cannot flush directories", directory)
+
+
 def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: ExitStack) -> Trainer:
     """Load model, samples and checkpoint, and begin to read. What must be closed goes onto `stack`."""
     metrics.state.state(State.LOADING.value)
@@ -109,6 +122,8 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
     engine = make_engine(settings, loaded, optimizer, sets["target"], _anchors(settings, decoder))
     buffer = Buffer(settings.buffer)
     sampler = make_sampler(settings, buffer, loaded, engine, sets["target"])
+    fingerprint = fingerprint_of(settings, loaded, __version__)
+    owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
     checkpoint = load_latest(settings.checkpoint.dir)
     state = restore(checkpoint, loaded, optimizer) if checkpoint is not None else None
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
@@ -129,9 +144,15 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         ingest=ingest,
         dead_letters=dead_letters,
         metrics=metrics,
+        owner=owner,
+        fingerprint=fingerprint,
+        jitter=random.SystemRandom(),
         stopped=stop.is_set,
     )
     if checkpoint is not None and state is not None:
+        now = fingerprint | consumed(settings.source, state.cursor)
+        trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
+        metrics.resumed_otherwise(trainer.changed)
         trainer.restore(state)
         metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
         logger.info("resumed from %s at step %d", checkpoint.path, state.step)

@@ -48,7 +48,7 @@ SERVICE_ROOMS = {
     "sources": ("settings", "records", "errors"),
     "samples": ("settings", "records", "errors"),
     "models": ("samples", "settings", "errors"),
-    "checkpoints": ("models", "errors"),
+    "checkpoints": ("models", "settings", "records", "errors"),
     "monitoring": ("settings", "records", "errors"),
     "ingest": (
         *("monitoring", "checkpoints", "samples", "sources"),

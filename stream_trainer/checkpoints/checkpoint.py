@@ -1,24 +1,24 @@
 """The durable truth: weights, optimizer, random states and cursor in one directory that exists whole or not at all.
 
-    <checkpoint.dir>/step-00000042/
+    <checkpoint.dir>/step-00000042.e3/
         model/                  a plain transformers checkpoint, adapters merged in; or these alone, as `saving` says
         adapter.safetensors     with LoRA: the adapters' weights by parameter name
         optimizer.safetensors   `<parameter name>.<field>`, for example `lm_head.weight.exp_avg`
         state.safetensors       tensors of whatever else has state, by path: `engine/target/gradient/lm_head.weight`
-        trainer.json            step, cursor, identity of the source, and the rest of that state
+        trainer.json            step, cursor, identity of the source, the rest of that state, and what it was made with
         manifest.json           written last: size and SHA-256 of every other file, and of itself
 
-A checkpoint is written to a temporary directory, made durable, and renamed. A crash at any point leaves either the old
-or the new one. On resume the newest that verifies is used; a damaged one is reported and passed over. No pickle.
+A checkpoint is written to a temporary directory, made durable, and renamed, if its writer still owns the place. A crash
+at any point leaves it whole or not at all. On resume the newest that verifies is used, by epoch and step (see
+`directory`); a damaged one is reported and passed over. No pickle.
 """
 
 import json
 import logging
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,9 +27,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stream_trainer.checkpoints.manifest import DamagedError, format_of, sync, verify, write_manifest, written
+from stream_trainer.checkpoints.directory import (
+    checkpoints_in,
+    make_temporary,
+    prune,
+    put_in_place,
+    remove_leftovers,
+)
+from stream_trainer.checkpoints.manifest import DamagedError, format_of, verify, write_manifest, written
+from stream_trainer.checkpoints.trouble import remedy_of
 from stream_trainer.checkpoints.version_1 import read_tensors, read_version_1
-from stream_trainer.errors import CheckpointError
+from stream_trainer.errors import CheckpointError, FencedError, NotFiniteError
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.models.saving import (
     check_base,
@@ -47,11 +55,6 @@ ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.safetensors"
 TRAINER = "trainer.json"
-
-# A checkpoint that is being replaced keeps its old self under the first prefix until the new one is in place.
-CHECKPOINT_NAME = re.compile(r"(\.replaced-)?step-(\d{8,})")
-TEMPORARY_PREFIX = ".tmp-"
-REPLACED_PREFIX = ".replaced-"
 
 
 class NamedOptimizer(Protocol):
@@ -76,6 +79,7 @@ class TrainerState:
         source_identity: JSON that tells the stream apart from another of the same name.
         version: of the package that wrote it.
         parts: states by part: nested dictionaries of tensors and JSON values. Tensors are read back on the CPU.
+        fingerprint: what the run was made with (see `fingerprint`); empty in checkpoints from before there was one.
     """
 
     step: int
@@ -83,6 +87,7 @@ class TrainerState:
     source_identity: dict[str, Any]
     version: str
     parts: Mapping[str, Any]
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,28 +115,41 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    directory: Path, loaded: LoadedModel, optimizer: NamedOptimizer, state: TrainerState, keep: int
+    directory: Path,
+    loaded: LoadedModel,
+    optimizer: NamedOptimizer,
+    state: TrainerState,
+    keep: int,
+    epoch: int = 0,
+    confirm: Callable[[], None] = lambda: None,
 ) -> SavedCheckpoint:
-    """Write a checkpoint of `state.step` durably, then delete all but the `keep` newest up to that step.
+    """Write a checkpoint of `state.step` durably, then delete all but the `keep` newest up to that epoch and step.
 
-    Raises CheckpointError if it cannot be written; every earlier checkpoint is then as it was.
+    `confirm` raises FencedError if another trainer has taken over from `epoch`. It is asked once all files are durable,
+    before they get their place, and again after. Raises NotFiniteError before anything is written, and CheckpointError
+    if it cannot be written; every earlier checkpoint is then as it was.
     """
-    name = f"step-{state.step:08d}"
-    final, temporary = directory / name, directory / f"{TEMPORARY_PREFIX}{name}"
+    _require_finite(loaded, optimizer)
     with _stage("the directory", directory):
         directory.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(directory)
-        temporary.mkdir()
+        remove_leftovers(directory, epoch)
+        temporary = make_temporary(directory, epoch, f"step-{state.step:08d}")
     try:
         _write_files(temporary, loaded, optimizer, state)
         with _stage("the manifest", temporary):
             size = write_manifest(temporary, state.step)
-        with _stage("the rename", final):
-            _put_in_place(temporary, final)
-    except BaseException:
+        confirm()
+        with _stage("the rename", directory):
+            final = put_in_place(temporary, directory, epoch, state.step)
+    except FencedError:
+        raise  # nothing there is ours to delete any more
+    except BaseException as error:
+        if isinstance(error, CheckpointError):
+            confirm()  # a successor takes away what we were writing, which then cannot be written
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _prune(directory, state.step, keep)
+    prune(directory, epoch, state.step, keep, confirm)
+    confirm()
     return SavedCheckpoint(final, state.step, size)
 
 
@@ -142,10 +160,10 @@ def load_latest(directory: Path) -> Checkpoint | None:
     would apply records twice, so that is for the user to decide.
     """
     try:
-        found = _list(directory)
+        found = checkpoints_in(directory)
     except OSError as error:
-        raise CheckpointError(f"checkpoint.dir={directory} cannot be read ({error}); mend its permissions") from error
-    for step, path in found:
+        raise CheckpointError(f"checkpoint.dir={directory} cannot be read ({error}); {remedy_of(error)}") from error
+    for _, step, _, path in found:
         try:
             verify(path, step)
         except (OSError, DamagedError) as error:
@@ -184,13 +202,24 @@ def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: NamedOptimiz
     return TrainerState(**{**trainer, "parts": unflatten(read_tensors(path / STATE), trainer["parts"])})
 
 
+def _require_finite(loaded: LoadedModel, optimizer: NamedOptimizer) -> None:
+    tensors = {name: weight for name, weight in loaded.model.named_parameters() if weight.requires_grad}
+    for name, tensor in [*tensors.items(), *optimizer.state_dict().items()]:
+        # A sum is one pass without memory. Only if that is not finite, which great numbers may do, each is looked at.
+        if not tensor.detach().sum().isfinite() and not tensor.detach().isfinite().all():
+            raise NotFiniteError(
+                f"checkpoint.dir: {name} is not finite, so nothing is written; lower optimizer.learning_rate and start "
+                "again, the run goes on from the checkpoint before"
+            )
+
+
 @contextmanager
 def _stage(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"checkpoint.dir: writing {what} to {path} failed ({error}); free space or mend its permissions"
+            f"checkpoint.dir: writing {what} to {path} failed ({error}); {remedy_of(error)}"
         ) from error
 
 
@@ -212,6 +241,7 @@ def _write_files(directory: Path, loaded: LoadedModel, optimizer: NamedOptimizer
             "cursor": state.cursor,
             "source_identity": state.source_identity,
             "version": state.version,
+            "fingerprint": dict(state.fingerprint),
             "parts": rest,
         }
         (directory / TRAINER).write_text(json.dumps(trainer, indent=2))
@@ -229,50 +259,3 @@ def _restore_optimizer(path: Path, optimizer: NamedOptimizer) -> None:
             f"checkpoint {path} does not fit: {error}; restore the settings it was made with, or set another "
             "checkpoint.dir"
         ) from error
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename durably. Where a checkpoint of the same step exists, one of the two is readable at every moment."""
-    if final.exists():
-        replaced = final.with_name(f"{REPLACED_PREFIX}{final.name}")
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        final.rename(replaced)
-    temporary.rename(final)
-    sync(final.parent)
-
-
-def _list(directory: Path) -> list[tuple[int, Path]]:
-    """Steps and paths of all checkpoints, newest first, one being replaced after the one that replaces it."""
-    if not directory.exists():
-        return []
-    matches = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
-    found = [(int(match[2]), match[1] is None, path) for match, path in matches if match]
-    return [(step, path) for step, _, path in sorted(found, reverse=True)]
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Delete what a crash left half written or half deleted."""
-    for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):
-        try:
-            shutil.rmtree(leftover)
-        except OSError as error:
-            logger.warning("%s cannot be deleted: %s", leftover, error)
-
-
-def _prune(directory: Path, step: int, keep: int) -> None:
-    """Delete what is not among the `keep` newest up to `step`.
-
-    Later ones were passed over when the run resumed from an older one: what they hold is being done again.
-    """
-    try:
-        found = [path for _, path in _list(directory) if not path.name.startswith(REPLACED_PREFIX)]
-        kept = [path for path in found if int(path.name.removeprefix("step-")) <= step][:keep]
-        for path in [path for _, path in _list(directory) if path not in kept]:
-            # Renamed first, so that a crash half way leaves nothing that looks like a damaged checkpoint.
-            doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
-            logger.info("deleted checkpoint %s", path)
-    except OSError as error:
-        logger.warning("old checkpoints in %s cannot be deleted: %s", directory, error)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from stream_trainer.checkpoints.trouble import sync, sync_directory
 from stream_trainer.errors import CheckpointError
 
 FORMAT_VERSION = 2
@@ -22,7 +22,10 @@ class DamagedError(Exception):
 
 
 def write_manifest(directory: Path, step: int) -> int:
-    """Make every file durable, then the manifest, then the directories. Return the bytes of all files."""
+    """Make every file durable, then the manifest, then the directories. Return the bytes of all files.
+
+    `directory` is to be one that only its writer knows: the manifest lists what is there.
+    """
     files: dict[str, dict[str, int | str]] = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         sync(path)
@@ -38,8 +41,8 @@ def write_manifest(directory: Path, step: int) -> int:
     manifest.write_text(_manifest_text(content))
     sync(manifest)
     for path in [path for path in directory.rglob("*") if path.is_dir()]:
-        sync(path)
-    sync(directory)
+        sync_directory(path)
+    sync_directory(directory)
     return _size(directory)
 
 
@@ -59,13 +62,13 @@ def _size(directory: Path) -> int:
 
 
 def verify(path: Path, step: int) -> None:
-    """Raise DamagedError or OSError unless every file is as the manifest says."""
+    """Raise DamagedError or OSError unless every file is as the manifest says, and no other is there."""
     text = (path / MANIFEST).read_bytes().decode(errors="replace")
     try:
         content = json.loads(text)
         del content["sha256"]
         intact = text == _manifest_text(content) and content["step"] == step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise DamagedError(f"{MANIFEST} is not as it was written")
@@ -75,6 +78,9 @@ def verify(path: Path, step: int) -> None:
             f"{FORMAT_VERSION}; "
             f"use the version of stream-trainer that wrote it, or set another checkpoint.dir"
         )
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
+    if foreign := sorted(there - {MANIFEST, *content["files"]}):
+        raise DamagedError(f"{foreign[0]} is not of its files")  # it could change what is loaded
     for name, expected in content["files"].items():
         size = (path / name).stat().st_size
         if size != expected["size"]:
@@ -92,12 +98,3 @@ def _manifest_text(content: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

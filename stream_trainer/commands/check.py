@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from stream_trainer.checkpoints.trouble import try_out
 from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.monitoring.server import listen_problem
 from stream_trainer.settings.schema import ModelSettings, Settings
@@ -120,6 +121,7 @@ def _directories(settings: Settings) -> Iterator[Check]:
     yield writable
     if writable.ok:
         yield _room(settings)
+        yield _mount(directory)
     # Also beside a topic: records that are too large for it go to the file.
     path = settings.dead_letters.path
     if path.is_dir():
@@ -138,6 +140,15 @@ def _writable(name: str, path: Path, directory: Path) -> Check:
     if not os.access(nearest, os.W_OK | os.X_OK):
         return Check(name, False, f"{name}={path} cannot be written, {nearest} is read-only for us; name another place")
     return Check(name, True, str(path))
+
+
+def _mount(directory: Path) -> Check:
+    try:
+        flushes = try_out(directory)
+    except SettingsError as error:
+        return Check("checkpoint mount", False, str(error))
+    detail = "renames directories" + ("" if flushes else ", but cannot flush them: a power cut may undo a checkpoint")
+    return Check("checkpoint mount", True, detail)
 
 
 def _nearest(path: Path) -> Path:

@@ -18,7 +18,7 @@ from gradient_selectors import MaskRule, UnsupportedParameterError, select_dual_
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stream_trainer.checkpoints.manifest import sync
+from stream_trainer.checkpoints.trouble import sync
 from stream_trainer.commands.options import (
     add_common_options,
     load_inputs,

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stream_trainer.checkpoints.manifest import sync
+from stream_trainer.checkpoints.trouble import sync_directory
 from stream_trainer.errors import SettingsError, SourceError
 from stream_trainer.ingest.letter import DeadLetter, to_json
 from stream_trainer.ingest.letter_mark import Mark, aside, cut_back, mark_at_end, rotated
@@ -129,7 +129,7 @@ class FileDeadLetters:
 
     def _open(self) -> int:
         descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        sync(self._path.parent)  # a new file's name
+        sync_directory(self._path.parent)  # a new file's name
         return descriptor
 
     def _reopen(self, generation: int = 1) -> None:

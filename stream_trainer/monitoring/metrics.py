@@ -32,6 +32,11 @@ SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 PHASES = ("wait", "target", "score", "weigh", "train", "update", "second_pass", "evaluate", "checkpoint")
 WAYS = ("learned", "scored", "rival", "uniform")
 STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps")
+DEGRADED_CAUSES = ("checkpoint",)
+RESUME_KINDS = (
+    *("model", "target", "selection", "optimizer", "training", "memory", "samples", "buffer"),
+    *("source", "processor", "versions"),
+)
 SOLVER_STATUSES = ("optimal", "fallback_failed", "fallback_iterations", "fallback_equal")
 
 
@@ -90,6 +95,11 @@ class Metrics:
         self.checkpoint_step.set(step)
         self.checkpoint_time.set(time)
         self.checkpoint_bytes.set(size)
+
+    def resumed_otherwise(self, names: Iterable[str]) -> None:
+        """Show what has changed since the checkpoint was made; a name begins with its kind, `optimizer.eps`."""
+        for name in names:
+            self.resume_differences.labels(name.partition(".")[0]).inc()
 
     def count_outcomes(self, counts: Callable[[], Mapping[Outcome, int]]) -> None:
         """Show these counts of decided records, which somebody else keeps."""
@@ -232,3 +242,15 @@ class Metrics:
         self.commit_failures = self._counter(
             "commit_failures_total", "Advisory offset commits that failed; nothing is lost by one."
         )
+        self.degraded = self._gauge(
+            "degraded", "1 while the service works on although something fails, by what fails.", ("cause",)
+        )
+        for cause in DEGRADED_CAUSES:
+            self.degraded.labels(cause)
+        self.resume_differences = self._gauge(
+            "resume_differences",
+            "Settings, contents and versions that the resumed checkpoint had other, by kind.",
+            ("kind",),
+        )
+        for kind in RESUME_KINDS:
+            self.resume_differences.labels(kind)

@@ -236,6 +236,11 @@ class CheckpointSettings(Section):
     """Seconds between checkpoints. Whichever of the two limits comes first counts."""
     keep: Annotated[int, Field(ge=2)] = 3
     """Number of checkpoints to keep. At least 2, because the newest may be damaged."""
+    max_failing_s: NonNegative = 900.0
+    """Seconds that training goes on while checkpoints cannot be written. They are tried again all the while."""
+    on_mismatch: Literal["fail", "accept"] = "fail"
+    """If a checkpoint was made with another model, another tokenizer, or another file in the place of the stream: stop
+    with the reason (`fail`), or go on from it all the same (`accept`)."""
 
 
 class ServerSettings(Section):

@@ -22,6 +22,9 @@ class KafkaSettings(Section):
     run without a checkpoint begins at `start`."""
     start: Literal["earliest", "latest"] = "earliest"
     """Where to begin in a partition for which neither a checkpoint nor the group has an offset."""
+    on_lost_checkpoint: Literal["fail", "continue", "start_over"] = "fail"
+    """If the group's offset was committed at a later step, but there is no checkpoint: stop (`fail`), read on from that
+    offset with the model as it is (`continue`), or begin where `start` says (`start_over`)."""
     on_data_loss: Literal["fail", "skip"] = "fail"
     """If undecided records are gone from the log: stop with the reason (`fail`), or `skip` and count them as lost."""
     stop_at_end: bool = False

@@ -34,12 +34,12 @@ class Group:
             group = {"group_id": settings.group_id, "enable_auto_commit": False}
             self._client = connect(KafkaConsumer, settings, f"{client_id}-group", **group)
 
-    def committed(self, partition: Partition) -> int | None:
-        """The group's offset, None if it has none. Raises SourceError if it cannot be known."""
+    def committed(self, partition: Partition) -> OffsetAndMetadata | None:
+        """The group's offset and what was said with it, None if it has none. Raises SourceError if it cannot be known."""
         if self._client is None:
             return None
         try:
-            found: int | None = self._client.committed(_to_kafka(partition), timeout_ms=TIMEOUT_MS)
+            found = self._client.committed(_to_kafka(partition), metadata=True, timeout_ms=TIMEOUT_MS)
         except KafkaError as error:
             if not error.retriable:
                 raise

@@ -28,6 +28,7 @@ from stream_trainer.records import Partition, Record
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.connection import connect, describe_topic, require_codecs, require_topic
 from stream_trainer.sources.group import Group
+from stream_trainer.sources.lost_checkpoint import may_begin
 
 REQUEST_TIMEOUT_MS = 5_000  # look-ups and commits that run between polls: an outage must not hold the thread longer
 CLOSE_TIMEOUT_MS = 2_000
@@ -231,8 +232,9 @@ class KafkaSource:
             return self._within_log(p, cursor[p], begin, end, "the cursor")
         if cursor:
             return begin
-        committed = self._group.committed(p) if self._group is not None else None
-        if committed is not None:
+        found = self._group.committed(p) if self._group is not None else None
+        if found is not None and may_begin(self._settings, p, found.offset, found.metadata):
+            committed = found.offset
             if committed > begin:
                 logger.warning(
                     "partition %d: there is no checkpoint, so reading begins at %d, where group %s stands, and leaves "

@@ -43,7 +43,11 @@ class Status:
             detail = f"no progress for {age:.0f} s, server.stall_s={limit:.0f}"
         elif silence > limit:
             detail = f"reading hangs since {silence:.0f} s, server.stall_s={limit:.0f}"
-        return Health(trainer.state.value, ok=not detail, ready=trainer.state in READY, detail=detail)
+        state, ready, failing = trainer.state.value, trainer.state in READY, trainer.failing
+        if failing is not None and not detail:
+            failed_s = time.monotonic() - failing.since
+            return Health("degraded", ok=True, ready=ready, detail=f"fails for {failed_s:.0f} s: {failing.error}")
+        return Health(state, ok=not detail, ready=ready, detail=detail)
 
     def report(self) -> dict[str, Any]:
         """The service in a page: state, step, losses, records by outcome, what waits."""
@@ -63,6 +67,7 @@ class Status:
             "evaluation_loss": dict(trainer.losses),
             "records": {outcome.value: trainer.cursor.counts[outcome] for outcome in Outcome},
             "buffer_records": trainer.buffer.records,
+            "resumed_otherwise": list(trainer.changed),
         }
         if last is not None:
             report |= {

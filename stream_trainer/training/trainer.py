@@ -5,8 +5,10 @@ random states durable together. What happened since the last checkpoint is recom
 """
 
 import logging
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +18,9 @@ from gradient_selectors.target import mean_loss
 
 from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import TrainerState, save_checkpoint
-from stream_trainer.errors import CheckpointError, PoisonError, SourceError
+from stream_trainer.checkpoints.fingerprint import consumed
+from stream_trainer.checkpoints.ownership import Owner
+from stream_trainer.errors import CheckpointError, NotFiniteError, PoisonError, SourceError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters
@@ -26,12 +30,15 @@ from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Partition, Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
+from stream_trainer.training.failing import Failing, failed_again
 from stream_trainer.training.observe import expect_layers, observe_stages, observe_step
 from stream_trainer.training.optimizer import NamedAdamW
 from stream_trainer.training.pools import PoolSampler
 from stream_trainer.training.step import StepReport, train_step
 
 logger = logging.getLogger(__name__)
+
+OWNER_LOOK_S = 5.0  # between looks whether another trainer has taken over
 
 OnStep = Callable[[int, Sequence[Sample], StepReport], None]
 OnEvaluation = Callable[[int, Mapping[str, float], float], None]
@@ -43,11 +50,16 @@ class Trainer:
 
     Attributes:
         evaluation_sets: fixed samples by name (`target`, `retention`) whose loss is watched.
+        owner: of the directory of checkpoints.
+        fingerprint: what the run is made with, for its checkpoints.
+        jitter: source of what pauses between tries vary by.
         stopped: turns true when the service is told to stop.
         on_step: told of every step, for progress displays.
         on_evaluation: told of every evaluation: step, loss by set, and the seconds it took.
         step: steps made over the life of the model, skipped ones included.
         losses: the last loss of each evaluation set, measured at `evaluated_step`.
+        failing: while checkpoints cannot be written, since when and why.
+        changed: what the resumed checkpoint was made with and is other now, by name.
     """
 
     settings: Settings
@@ -61,6 +73,9 @@ class Trainer:
     ingest: Ingest
     dead_letters: DeadLetters
     metrics: Metrics
+    owner: Owner
+    fingerprint: dict[str, object]
+    jitter: random.Random
     stopped: Callable[[], bool]
     on_step: OnStep | None = None
     on_evaluation: OnEvaluation | None = None
@@ -70,13 +85,17 @@ class Trainer:
     evaluated_step: int | None = None
     last_progress: float = field(default_factory=time.monotonic)
     last_report: StepReport | None = None
+    failing: Failing | None = None
+    changed: Sequence[str] = ()
 
     def run(self) -> None:
         """Train until stopped, until `training.max_steps`, or until a finite stream ends; then checkpoint.
 
-        Raises what the ingest thread failed with, after a last checkpoint of what was learned before.
+        Raises what the ingest thread failed with, after a last checkpoint of what was learned before; FencedError,
+        without one, if another trainer has taken over; CheckpointError if checkpoints fail for too long, or at the end.
         """
         self._last_checkpoint_time, self._durable = time.monotonic(), (self.step, self.cursor.counts)
+        self._owner_seen = time.monotonic()
         expect_layers(self.metrics, self.engine)
         self.evaluate()
         try:
@@ -107,7 +126,7 @@ class Trainer:
             if not pool:
                 if self.stopped() or not self._idle_checkpoint_is_due():
                     return
-                self.checkpoint()
+                self._checkpoint_or_retry()
                 continue
             scores, rates = self.sampler.scores, self.settings.optimizer
             report = train_step(self.engine, pool, self._pad_id, rates, scores=scores)
@@ -118,15 +137,23 @@ class Trainer:
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()
             if self._checkpoint_is_due():
-                self.checkpoint()
+                self._checkpoint_or_retry()
 
     def _next_pool(self) -> list[Sample]:
         """Empty only when there is nothing left to do, or a checkpoint became due while none came."""
         if self.buffer.records + self.sampler.waiting == 0:
             self.enter(State.IDLE)
-        pool = self.sampler.next(lambda: self.stopped() or self._idle_checkpoint_is_due())
+        pool = self.sampler.next(self._is_interrupted)
         self.enter(State.CATCHING_UP if self.ingest.paused else State.TRAINING)
         return pool
+
+    def _is_interrupted(self) -> bool:
+        """Whether to wait no longer for samples. Raises FencedError as soon as it is known."""
+        if time.monotonic() - self._owner_seen >= OWNER_LOOK_S:
+            self._owner_seen = time.monotonic()
+            with suppress(CheckpointError):  # the next checkpoint tells
+                self.owner.confirm()
+        return self.stopped() or self._idle_checkpoint_is_due()
 
     def _resolve(self, pool: Sequence[Sample], undrawn: Sequence[Sample], report: StepReport) -> None:
         selected = set(report.selected)
@@ -172,27 +199,46 @@ class Trainer:
             self.on_evaluation(self.step, dict(self.losses), time.perf_counter() - began)
 
     def _checkpoint_is_due(self) -> bool:
-        return self.step % self.settings.checkpoint.every_steps == 0 or self._checkpoint_is_old()
+        by_steps = self.failing is None and self.step % self.settings.checkpoint.every_steps == 0
+        return by_steps or self._checkpoint_is_old()
 
     def _idle_checkpoint_is_due(self) -> bool:
         """Whether what is decided waits to be made durable although no step is made: after the last of a burst."""
         return self._checkpoint_is_old() and self._has_news()
 
     def _checkpoint_is_old(self) -> bool:
+        if self.failing is not None:
+            return time.monotonic() >= self.failing.retry_at
         return time.monotonic() - self._last_checkpoint_time >= self.settings.checkpoint.every_seconds
 
     def _has_news(self) -> bool:
         """Whether anything happened since the last checkpoint."""
         return (self.step, self.cursor.counts) != self._durable
 
+    def _checkpoint_or_retry(self) -> None:
+        """Checkpoint; if that fails train on and try again later, for `checkpoint.max_failing_s` seconds."""
+        try:
+            self.checkpoint()
+        except NotFiniteError:
+            raise  # the disk is well, and time mends nothing
+        except CheckpointError as error:
+            now, limit = time.monotonic(), self.settings.checkpoint.max_failing_s
+            self.failing = failed_again(self.failing, error, now, self.jitter)
+            self.metrics.degraded.labels("checkpoint").set(1)
+            if now - self.failing.since >= limit:
+                raise CheckpointError(f"{error}; this lasts longer than checkpoint.max_failing_s={limit:g}") from error
+            logger.error("%s; training goes on, next try in %.0f s", error, self.failing.retry_at - now)
+
     def checkpoint(self) -> None:
         """Make everything durable, then tell the stream how far we are.
 
-        Dead letters are flushed after the snapshot: each of those it counts as decided was kept before.
+        Dead letters are flushed after the snapshot: each of those it counts as decided was kept before. Raises
+        CheckpointError if it cannot be written, FencedError if another trainer has taken over.
         """
         started = time.perf_counter()
         snapshot = self.ingest.snapshot()
         try:
+            self.owner.confirm()
             self.dead_letters.flush()
             saved = save_checkpoint(
                 self.settings.checkpoint.dir,
@@ -200,10 +246,16 @@ class Trainer:
                 self.optimizer,
                 self._trainer_state(snapshot),
                 self.settings.checkpoint.keep,
+                self.owner.epoch,
+                self.owner.confirm,
             )
         except CheckpointError:
             self.metrics.checkpoint_failures.inc()
             raise
+        if self.failing is not None:
+            logger.info("checkpoints can be written again, after %.0f s", time.monotonic() - self.failing.since)
+            self.failing = None
+        self.metrics.degraded.labels("checkpoint").set(0)
         seconds = time.perf_counter() - started
         self._last_checkpoint_time, self._durable = time.monotonic(), (saved.step, snapshot.counts)
         self.metrics.checkpoint_seconds.observe(seconds)
@@ -219,6 +271,7 @@ class Trainer:
             cursor=snapshot.cursor,
             source_identity=dict(self.ingest.identity),
             version=__version__,
+            fingerprint=self.fingerprint | consumed(self.settings.source, snapshot.cursor),
             parts={**states_of(self._parts), **snapshot.parts},
         )
 

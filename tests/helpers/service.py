@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from stream_trainer.checkpoints.directory import checkpoints_in
 from stream_trainer.cli import main
 from stream_trainer.demo.broker import free_port
 from stream_trainer.records import Sample
@@ -266,7 +267,7 @@ def state_of(config: dict[str, Any]) -> str | None:
 
 def checkpoints(config: dict[str, Any]) -> list[Path]:
     """Oldest first."""
-    return sorted(Path(config["checkpoint"]["dir"]).glob("step-*"))
+    return [found.path for found in reversed(checkpoints_in(Path(config["checkpoint"]["dir"])))]
 
 
 def trainer_json(config: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_what_is_written_next_is_of_todays_format_and_goes_on(place: Path, monke
     expected = json.loads((KEPT / "continuation.json").read_text())
     assert format_of(CHECKPOINT) == 1
     first = go_on(place, 14, monkeypatch)
-    assert format_of(place / "checkpoints" / "step-00000014") == 2
+    assert format_of(place / "checkpoints" / "step-00000014.e1") == 2
     assert_same([*first, *go_on(place, 19, monkeypatch)], expected)
 
 

@@ -34,7 +34,9 @@ def test_health_tells_of_steps_and_of_reading_that_do_not_come(
     """With `stall_s` 600 and `buffer.wait_s` 60."""
     status, now = Status(settings_of(tmp_path), Metrics()), time.monotonic()
     ingest = SimpleNamespace(alive=alive, last_turn=now - silent_s)
-    status.trainer = cast(Trainer, SimpleNamespace(state=state, last_progress=now - idle_s, ingest=ingest))
+    status.trainer = cast(
+        Trainer, SimpleNamespace(state=state, last_progress=now - idle_s, ingest=ingest, failing=None)
+    )
     health = status.health()
     assert health.ok == (not detail)
     assert health.detail.startswith(detail)

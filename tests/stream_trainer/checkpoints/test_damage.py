@@ -1,0 +1,113 @@
+"""Each file of the newest checkpoint damaged in each way: the one before is used, and the log says what was wrong."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from stream_trainer.checkpoints.checkpoint import load_latest, save_checkpoint
+from tests.stream_trainer.checkpoints.test_checkpoint import LORA, fresh, latest_step, state_at, train
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_a_link(path: Path) -> None:
+    """To something of the same size and with other contents."""
+    (path.parents[2] / "elsewhere").write_bytes(bytes(path.stat().st_size))
+    path.unlink()
+    path.symlink_to(path.parents[2] / "elsewhere")
+
+
+OF_A_FILE: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "lengthened": lambda path: path.write_bytes(path.read_bytes() + b" "),
+    "flipped": flip,
+    "removed": Path.unlink,
+    "a directory": make_directory,
+    "a link": replace_by_a_link,
+    "of another": lambda path: path.write_bytes((path.parents[2] / "other").read_bytes()),
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the checkpoints of steps 1 and 2."""
+    directory = tmp_path_factory.mktemp("run")
+    made = fresh(lora=LORA)
+    train(*made, 1, torch.Generator())
+    for step in (1, 2):
+        save_checkpoint(directory, *made, state_at(step), keep=2, epoch=step)
+    (directory / "other").write_bytes(b"{}")
+    return directory
+
+
+@pytest.fixture
+def copied(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "run"))
+
+
+def newest_of(directory: Path) -> Path:
+    found = load_latest(directory)
+    assert found is not None
+    return found.path
+
+
+@pytest.mark.parametrize("damage", OF_A_FILE)
+def test_damage_to_any_file_falls_back_to_the_checkpoint_before(
+    damage: str, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = newest_of(copied)
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    names = {"manifest.json", "trainer.json", "adapter.safetensors", "optimizer.safetensors", "state.safetensors"}
+    assert names | {"model.safetensors", "config.json"} <= {path.name for path in files}
+    backup = newest.with_name("backup")
+    for path in files:
+        shutil.copytree(newest, backup)
+        OF_A_FILE[damage](path)
+        caplog.clear()
+        assert latest_step(copied) == 1, path
+        (record,) = [record for record in caplog.records if record.name == "stream_trainer.checkpoints.checkpoint"]
+        assert record.levelno == logging.ERROR
+        assert str(newest) in record.getMessage()
+        assert path.name in record.getMessage()
+        shutil.rmtree(newest)
+        backup.rename(newest)
+    assert latest_step(copied) == 2
+
+
+@pytest.mark.parametrize("where", ["pytorch_model.bin", "model/model.safetensors.index.json", "more/file"])
+def test_a_file_that_is_not_of_the_checkpoint(where: str, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It could be loaded in the place of another."""
+    foreign = newest_of(copied) / where
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_text("{}")
+    assert latest_step(copied) == 1
+    assert f"{where} is not of its files" in caplog.text
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("by", ["a file", "nothing", "an empty directory", "a link to nowhere"])
+def test_a_directory_replaced(by: str, whole: bool, copied: Path) -> None:
+    newest = newest_of(copied)
+    directory = newest if whole else newest / "model"
+    shutil.rmtree(directory)
+    if by == "a file":
+        directory.write_bytes(b"")
+    elif by == "an empty directory":
+        directory.mkdir()
+    elif by == "a link to nowhere":
+        directory.symlink_to("nowhere")
+    assert latest_step(copied) == 1
