@@ -144,7 +144,7 @@ def save_checkpoint(
     except FencedError:
         raise  # nothing there is ours to delete any more
     except BaseException as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, Exception):
             confirm()  # a successor takes away what we were writing, which then cannot be written
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -38,7 +38,6 @@ OF_A_FILE: dict[str, Callable[[Path], object]] = {
     "removed": Path.unlink,
     "a directory": make_directory,
     "a link": replace_by_a_link,
-    "of another": lambda path: path.write_bytes((path.parents[2] / "other").read_bytes()),
 }
 
 
@@ -50,7 +49,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(*made, 1, torch.Generator())
     for step in (1, 2):
         save_checkpoint(directory, *made, state_at(step), keep=2, epoch=step)
-    (directory / "other").write_bytes(b"{}")
     return directory
 
 
