@@ -1,0 +1,142 @@
+"""A disk that fails at a checkpoint: training goes on, it is tried again, and the last one stays as it was."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stream_trainer.errors import CheckpointError
+from stream_trainer.service import serve
+from stream_trainer.settings.schema import Settings
+from stream_trainer.training import failing
+from tests.helpers.service import (
+    checkpoints,
+    configuration,
+    counts,
+    get,
+    goods,
+    hashes,
+    jsonl,
+    metrics,
+    on_free_port,
+    run_main,
+    write_lines,
+)
+
+TEMPORARY = ".tmp-"
+
+
+class Disk:
+    """Refuses to make the directory of a checkpoint for as long as `number` is set."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.number: int | None = None
+        self._mkdir = os.mkdir
+        patch.setattr(os, "mkdir", self.mkdir)
+
+    def mkdir(self, path: Any, *others: Any, **options: Any) -> None:
+        if self.number is not None and TEMPORARY in str(path):
+            raise OSError(self.number, os.strerror(self.number), str(path))
+        self._mkdir(path, *others, **options)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    monkeypatch.setattr(failing, "FIRST_PAUSE_S", 0.0)
+    return Disk(monkeypatch)
+
+
+def config_of(folder: Path, **checkpoint: Any) -> dict[str, Any]:
+    folder.mkdir()
+    write_lines(folder / "samples.jsonl", goods(80))
+    sections = {"dir": str(folder / "checkpoints"), "every_steps": 2} | checkpoint
+    return on_free_port(configuration(folder, jsonl(folder / "samples.jsonl"), checkpoint=sections))
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EIO, "check the disk"),
+        (errno.ENOSPC, "free space"),
+        (errno.EACCES, "mend its permissions"),
+        (errno.EMFILE, "raise the limit of open files"),
+    ],
+)
+def test_a_disk_that_fails_for_a_while_degrades_the_run_and_no_more(
+    number: int, remedy: str, disk: Disk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, seen = config_of(tmp_path / "failing"), dict[int, tuple[str, int, float]]()
+
+    def on_step(step: int, *_: object) -> None:
+        seen[step] = (
+            get(config, "/healthz")[1],
+            get(config, "/readyz")[0],
+            metrics(config)['degraded{cause="checkpoint"}'],
+        )
+        disk.number = number if 3 <= step < 6 else None
+        if step == 5:
+            assert [path.name for path in checkpoints(config)] == ["step-00000002.e1"]
+
+    with caplog.at_level("INFO"):
+        summary = serve(Settings(**config), threading.Event(), on_step)
+    assert [degraded for _, _, degraded in seen.values()] == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]
+    assert '"degraded"' in seen[5][0]
+    assert remedy in seen[5][0]
+    assert {ready for _, ready, _ in seen.values()} == {200}
+    assert remedy in caplog.text
+    assert caplog.text.count("can be written again") == 1
+    assert summary.counts == counts(config)
+    disk.number = None
+    whole = config_of(tmp_path / "whole")
+    serve(Settings(**whole), threading.Event())
+    assert hashes(checkpoints(config)[-1]) == hashes(checkpoints(whole)[-1])
+
+
+def test_a_disk_that_fails_for_too_long_ends_the_run(disk: Disk, tmp_path: Path) -> None:
+    config, steps = config_of(tmp_path / "run", max_failing_s=0.0), list[int]()
+
+    def on_step(step: int, *_: object) -> None:
+        steps.append(step)
+        disk.number = errno.ENOSPC if step >= 3 else None
+
+    with pytest.raises(CheckpointError, match=r"free space; this lasts longer than checkpoint.max_failing_s=0$"):
+        serve(Settings(**config), threading.Event(), on_step)
+    assert steps[-1] == 4
+    assert [path.name for path in checkpoints(config)] == ["step-00000002.e1"]
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_told_to_stop_while_the_disk_fails_it_tries_once_more(mended: bool, disk: Disk, tmp_path: Path) -> None:
+    config, stop = config_of(tmp_path / "run"), threading.Event()
+    failures = list[float]()
+
+    def on_step(step: int, *_: object) -> None:
+        disk.number = errno.EIO if step >= 3 else None
+        if step == 5:
+            failures.append(metrics(config)["checkpoint_failures_total"])
+            disk.number = None if mended else errno.EIO
+            stop.set()
+
+    if mended:
+        assert serve(Settings(**config), stop, on_step).step == 5
+        assert checkpoints(config)[-1].name == "step-00000005.e1"
+    else:
+        with pytest.raises(CheckpointError, match="check the disk"):
+            serve(Settings(**config), stop, on_step)
+        assert [path.name for path in checkpoints(config)] == ["step-00000002.e1"]
+    assert failures == [1]
+
+
+def test_a_model_that_is_not_finite_is_never_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A learning rate that spoils the model in one step; the checkpoint before it stays the newest."""
+    config = config_of(tmp_path / "run") | {"training": {"max_steps": 2}, "server": {"enabled": False}}
+    serve(Settings(**config), threading.Event())
+    (kept,) = checkpoints(config)
+    broken = config | {"training": {}, "optimizer": {"learning_rate": 1e38, "clip_norm": None}}
+    capsys.readouterr()
+    assert run_main(tmp_path, broken) == 5
+    assert capsys.readouterr().err.splitlines()[-1].endswith("the run goes on from the checkpoint before")
+    assert checkpoints(config) == [kept]
