@@ -12,7 +12,7 @@ from kafka import KafkaConsumer, KafkaProducer
 
 from stream_trainer.demo.broker import embedded_broker as run_embedded_broker
 from stream_trainer.demo.broker import free_port
-from stream_trainer.errors import DataLossError, SettingsError, SourceError
+from stream_trainer.errors import CheckpointError, DataLossError, SettingsError, SourceError
 from stream_trainer.records import Partition, Record
 from stream_trainer.settings.source import KafkaSettings, SourceSettings
 from stream_trainer.sources import connection as kafka_connection
@@ -140,6 +140,28 @@ def test_committing_tells_the_group_the_position_and_the_step(broker: str, topic
         source.commit({Partition(topic, 0): 2}, step=7)
         assert source.end_positions() == {Partition(topic, 0): 3}
     assert committed(broker, f"group-of-{topic}", topic) == (2, "step=7")
+
+
+def test_where_the_group_tells_of_steps_that_no_checkpoint_has(broker: str, topic: str) -> None:
+    """A fresh model in the middle of the topic would never have seen what lies before."""
+    create_topic(broker, topic)
+    publish(broker, topic, letters("abcdef"))
+    with started(broker, topic) as source:
+        source.commit({Partition(topic, 0): 2}, step=0)
+    with started(broker, topic) as source:
+        assert source.positions() == {Partition(topic, 0): 2}, "no step was made, so nothing is lost"
+        source.commit({Partition(topic, 0): 4}, step=7)
+    message = (
+        rf"^source.kafka.group_id=group-of-{topic} stands at offset 4 of partition 0, put there at step 7, but .*"
+        r"on_lost_checkpoint to continue .* or start_over$"
+    )
+    with pytest.raises(CheckpointError, match=message), started(broker, topic):
+        pass
+    for policy, position in (("continue", 4), ("start_over", 0)):
+        with started(broker, topic, on_lost_checkpoint=policy) as source:
+            assert source.positions() == {Partition(topic, 0): position}
+    with started(broker, topic, {Partition(topic, 0): 1}) as source:
+        assert source.positions() == {Partition(topic, 0): 1}
 
 
 def test_order_holds_within_each_partition(broker: str, topic: str) -> None:

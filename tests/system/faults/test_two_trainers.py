@@ -1,0 +1,122 @@
+"""Two trainers on one directory, on one machine and on two: one survives, and what it leaves is no mixture.
+
+STREAM_TRAINER_STARTS=50 makes as many starts of each kind as that; without it there are few.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stream_trainer.checkpoints.ownership import claim
+from tests.helpers.service import (
+    LONG_S,
+    MAIN,
+    checkpoints,
+    configuration,
+    counts,
+    goods,
+    hashes,
+    jsonl,
+    serve_until,
+    wait_for,
+    write_lines,
+)
+
+STARTS = int(os.environ.get("STREAM_TRAINER_STARTS", "4"))
+RECORDS = 1600
+
+# Machines apart do not see each other's locks.
+APART = f"""
+import errno, fcntl, os
+def flock(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+fcntl.flock = flock
+{MAIN}
+"""
+
+
+def start(folder: Path, name: str, config: dict[str, Any], program: str) -> subprocess.Popen[bytes]:
+    settings = folder / f"{name}.yaml"
+    settings.write_text(yaml.safe_dump(config))
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with (folder / f"{name}.log").open("wb") as log:
+        arguments = [sys.executable, "-c", program, "run", f"--config={settings}"]
+        return subprocess.Popen(arguments, env=os.environ | paths, stdin=subprocess.DEVNULL, stderr=log)
+
+
+def last_line(folder: Path, name: str) -> str:
+    return (folder / f"{name}.log").read_text().splitlines()[-1]
+
+
+def config_of(folder: Path, follow: bool = False, **checkpoint: Any) -> dict[str, Any]:
+    folder.mkdir()
+    write_lines(folder / "samples.jsonl", goods(RECORDS))
+    sections = {"dir": str(folder / "checkpoints"), "every_steps": 5} | checkpoint
+    return configuration(folder, jsonl(folder / "samples.jsonl", follow=follow), checkpoint=sections)
+
+
+@pytest.mark.parametrize("program", [MAIN, APART], ids=["one machine", "two machines"])
+def test_of_two_trainers_one_survives_and_nothing_is_mixed(program: str, tmp_path: Path) -> None:
+    whole = config_of(tmp_path / "whole")
+    serve_until(whole)
+    delays, losers = random.Random(program), 0
+    for number in range(STARTS // 2):
+        folder = tmp_path / str(number)
+        config = config_of(folder)
+        processes = {"first": start(folder, "first", config, program)}
+        time.sleep(delays.uniform(0, 2))
+        processes["second"] = start(folder, "second", config, program)
+        codes = {name: process.wait(LONG_S) for name, process in processes.items()}
+        # One that comes when the other has ended finds nothing to do.
+        assert sorted(codes.values()) in ([0, 6], [0, 0]), [last_line(folder, name) for name in codes]
+        for loser in [name for name, code in codes.items() if code == 6]:
+            losers += 1
+            winner = next(process for name, process in processes.items() if name != loser)
+            assert last_line(folder, loser).startswith(f"error: checkpoint.dir={folder}/checkpoints ")
+            assert f" pid {winner.pid} on " in last_line(folder, loser)
+        assert sum(counts(config).values()) == RECORDS
+        assert hashes(checkpoints(config)[-1]) == hashes(checkpoints(whole)[-1])
+        assert not list((folder / "checkpoints").glob(".tmp-*"))
+    assert losers > 0
+
+
+def test_a_trainer_that_is_woken_after_a_takeover_ends_and_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = config_of(folder, follow=True)
+    directory = folder / "checkpoints"
+    process = start(folder, "old", config, APART)
+    try:
+        wait_for(lambda: bool(checkpoints(config)) or process.poll() is not None)
+        process.send_signal(signal.SIGSTOP)
+        claim(directory)
+        left = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(LONG_S) == 6
+    finally:
+        process.kill()
+    found = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    assert {path: content for path, content in found.items() if ".tmp-" not in str(path)} == left
+    assert last_line(folder, "old").startswith(
+        f"error: checkpoint.dir={directory} was taken over by pid {os.getpid()} on "
+    )
+
+
+def test_a_trainer_that_died_leaves_no_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = config_of(folder)
+    process = start(folder, "old", config, MAIN)
+    try:
+        wait_for(lambda: bool(checkpoints(config)) or process.poll() is not None)
+    finally:
+        process.kill()
+        process.wait(LONG_S)
+    serve_until(config)
+    assert sum(counts(config).values()) == RECORDS
