@@ -22,8 +22,9 @@ import torch
 from gradient_selectors import Interaction, RankOne, SelectionEngine, Sketched
 from gradient_selectors.capture.gradients import Gradient
 from gradient_selectors.preconditioner import preconditioner_of
-from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Vector
+from gradient_selectors.weigh.coefficients import CoefficientSolver
 from gradient_selectors.weigh.filter_then_weight import positive_samples, usable_utilities, with_ridge
+from gradient_selectors.weigh.program import Matrix, Vector
 from torch import Tensor
 
 from benchmarks.common.reporting import OneLineParser, at_least_one, say, writable_file, write_result

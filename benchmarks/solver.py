@@ -22,8 +22,9 @@ from platform import python_version
 from typing import Any
 
 import numpy as np
-from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Vector
+from gradient_selectors.weigh.coefficients import CoefficientSolver
 from gradient_selectors.weigh.filter_then_weight import FilterThenWeight, with_ridge
+from gradient_selectors.weigh.program import Matrix, Vector
 from scipy.optimize import lsq_linear, nnls  # type: ignore[import-untyped]
 
 from benchmarks.common.reporting import (

@@ -41,6 +41,8 @@ class Record:
         offset: Kafka offset; for a file the byte at which the line starts.
         next_offset: where reading goes on after this record: `offset + 1`, or the byte after the newline.
         timestamp: seconds since the epoch, or None where the stream carries none.
+        mark: tells this record from another one at the same offset of a log that was replaced; empty if unknown.
+        damage: why its bytes could not be decoded, empty for a sound record; `value` is then what was found instead.
     """
 
     partition: Partition
@@ -50,6 +52,8 @@ class Record:
     key: bytes | None = None
     headers: tuple[tuple[str, bytes | None], ...] = ()
     timestamp: float | None = None
+    mark: str = ""
+    damage: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,10 +77,13 @@ KAFKA = {
     "stream_trainer/commands/produce.py",
     "stream_trainer/commands/publish.py",
     "stream_trainer/ingest/letter_topic.py",
+    "stream_trainer/sources/batches.py",
+    "stream_trainer/sources/beginning.py",
     "stream_trainer/sources/connection.py",
     "stream_trainer/sources/group.py",
     "stream_trainer/sources/kafka.py",
     "stream_trainer/sources/security.py",
+    "stream_trainer/sources/topic_log.py",
 }
 
 MAX_SIDE_BY_SIDE, MAX_LINES, MAX_FUNCTION, P90_FUNCTION = 14, 400, 60, 25

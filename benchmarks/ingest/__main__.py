@@ -112,7 +112,7 @@ def stopwatch() -> Callable[[], Spent]:
 def read(bench: Bench, use: Callable[[Sequence[Record]], object]) -> Spent:
     """Time from the first poll to the last record, with each chunk of records given to `use`."""
     source = open_source(bench.source)
-    source.start({}, {})
+    source.start({}, {}, {})
     try:
         spent = stopwatch()
         while not source.exhausted:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from benchmarks.ingest.stream import MALFORMED_EVERY, open_stream, write_records
 from stream_trainer.demo.broker import HOST, free_port

@@ -122,12 +122,14 @@ def save_checkpoint(
     keep: int,
     epoch: int = 0,
     confirm: Callable[[], None] = lambda: None,
+    before_rename: Callable[[], None] = lambda: None,
 ) -> SavedCheckpoint:
     """Write a checkpoint of `state.step` durably, then delete all but the `keep` newest up to that epoch and step.
 
     `confirm` raises FencedError if another trainer has taken over from `epoch`. It is asked once all files are durable,
-    before they get their place, and again after. Raises NotFiniteError before anything is written, and CheckpointError
-    if it cannot be written; every earlier checkpoint is then as it was.
+    before they get their place, and again after. `before_rename` is called once, when nothing is published yet; what it
+    raises leaves all as it was. Raises NotFiniteError before anything is written, and CheckpointError if it cannot be
+    written; every earlier checkpoint is then as it was.
     """
     _require_finite(loaded, optimizer)
     with _stage("the directory", directory):
@@ -139,6 +141,7 @@ def save_checkpoint(
         with _stage("the manifest", temporary):
             size = write_manifest(temporary, state.step)
         confirm()
+        before_rename()
         with _stage("the rename", directory):
             final = put_in_place(temporary, directory, epoch, state.step)
     except FencedError:

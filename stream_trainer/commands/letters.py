@@ -55,9 +55,9 @@ def _from_file(path: Path) -> Iterator[DeadLetter]:
 
 def _from_topic(settings: KafkaSettings) -> Iterator[DeadLetter]:
     """Up to where the topic ends now."""
-    reading = settings.model_copy(update={"group_id": GROUP, "stop_at_end": True, "start": "earliest"})
+    reading = settings.model_copy(update={"group_id": None, "stop_at_end": True, "start": "earliest"})
     with closing(KafkaSource(reading, GROUP)) as source:
-        source.start({}, {})
+        source.start({}, {}, {})
         while not source.exhausted:
             for message in source.poll(POLL_S):
                 try:

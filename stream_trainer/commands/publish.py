@@ -147,6 +147,7 @@ class Publisher:
 def _has_transactions(settings: KafkaSettings) -> bool:
     admin = connect(KafkaAdminClient, settings, "stream-trainer-produce-admin", request_timeout_ms=REQUEST_TIMEOUT_MS)
     try:
-        return {ApiKey.InitProducerId, ApiKey.AddOffsetsToTxn, ApiKey.TxnOffsetCommit} <= admin.api_versions().keys()
+        needed = {ApiKey.InitProducerId, ApiKey.AddOffsetsToTxn, ApiKey.TxnOffsetCommit}
+        return needed <= set(admin.api_versions())
     finally:
         admin.close()

@@ -22,6 +22,7 @@ class Buffer:
         self._tokens = 0
         self._ended = False
         self._error: BaseException | None = None
+        self._ended_by: BaseException | None = None
         self._starved = False
 
     def put(self, *samples: Sample) -> None:
@@ -36,16 +37,18 @@ class Buffer:
     def take(self, n: int, wait_s: float, stopped: Callable[[], bool], *, or_none: bool = False) -> list[Sample]:
         """The oldest `n` samples.
 
-        Fewer only if the stream has ended, if no more fit in, or if `wait_s` seconds have passed since there was one
-        to take. Empty only if `stopped()` turned true, or the stream has ended and all is taken. With `or_none` the
-        taker can do without: the wait begins at once, and what came by its end is enough, even nothing. Raises what
-        `fail` was given.
+        Fewer only if the stream has ended, if fewer reach a limit of the buffer, or if `wait_s` seconds have passed
+        since there was one to take. Empty only if `stopped()` turned true, or the stream has ended and all is taken.
+        With `or_none` the taker can do without: the wait begins at once, and what came by its end is enough, even
+        nothing. Raises what `fail` was given, and what `end` was given once all is taken that came before.
         """
         with self._changed:
             deadline = time.monotonic() + wait_s if or_none else None
             while not stopped():
                 if self._error is not None:
                     raise self._error
+                if self._ended_by is not None and not self._samples and not or_none:
+                    raise self._ended_by
                 now = time.monotonic()
                 if deadline is None and self._samples:
                     deadline = now + wait_s
@@ -56,16 +59,22 @@ class Buffer:
             return []
 
     def _pop(self, n: int) -> list[Sample]:
+        """Up to `n` samples, and no more than reach a limit: how many came by now must not change what a step gets."""
         self._starved = False
-        taken = [self._samples.popleft() for _ in range(min(n, len(self._samples)))]
-        self._bytes -= sum(sample.size for sample in taken)
-        self._tokens -= sum(sample.num_tokens for sample in taken)
+        taken: list[Sample] = []
+        size = tokens = 0
+        while self._samples and len(taken) < n and not self._exceeds(len(taken), size, tokens):
+            taken.append(self._samples.popleft())
+            size += taken[-1].size
+            tokens += taken[-1].num_tokens
+        self._bytes -= size
+        self._tokens -= tokens
         return taken
 
-    def end(self) -> None:
-        """Note that no sample will follow."""
+    def end(self, error: BaseException | None = None) -> None:
+        """Note that no sample will follow, because of `error` if one is given: `take` then ends in it."""
         with self._changed:
-            self._ended = True
+            self._ended, self._ended_by = True, error
             self._changed.notify()
 
     def fail(self, error: BaseException) -> None:
@@ -75,12 +84,11 @@ class Buffer:
             self._changed.notify()
 
     def _is_full(self) -> bool:
+        return self._exceeds(len(self._samples), self._bytes, self._tokens)
+
+    def _exceeds(self, records: int, size: int, tokens: int) -> bool:
         limits = self._settings
-        return (
-            len(self._samples) >= limits.max_records
-            or self._bytes >= limits.max_bytes
-            or self._tokens >= limits.max_tokens
-        )
+        return records >= limits.max_records or size >= limits.max_bytes or tokens >= limits.max_tokens
 
     @property
     def full(self) -> bool:

@@ -4,6 +4,10 @@ A partition's position is its lowest undecided one. Records above it may be deci
 any order; the state keeps those as intervals, and after a restart they are skipped when they are read again.
 Offsets rise within a partition but have gaps (compaction, transactions, byte offsets), so an interval ends where the
 record after it may begin, and no offset is ever counted on to exist.
+
+The cursor also knows in which order records of several partitions arrived. The state holds the order of those that wait
+for their decision, and the partition that came last: after a restart they are read again in this order, and the turn
+goes on where it was. Within a partition the order is that of the offsets, so it is a list of partitions.
 """
 
 import threading
@@ -22,6 +26,8 @@ class _Entry:
     offset: int
     next_offset: int
     decided: bool
+    arrival: int
+    mark: str
 
 
 @dataclass(slots=True)
@@ -33,12 +39,16 @@ class _Log:
         entries: records from the lowest undecided one to `read_to`, in order.
         undecided: those of `entries` that are undecided, by offset.
         restored: intervals `[start, end)` above `read_to` that were decided before a restart, in order.
+        reread_to: what lies below it was read before a restart, and its order is known.
+        last_decided: offset and mark of the highest record that is decided, in this run or before; None if unknown.
     """
 
     read_to: int
     entries: deque[_Entry] = field(default_factory=deque)
     undecided: dict[int, _Entry] = field(default_factory=dict)
     restored: deque[tuple[int, int]] = field(default_factory=deque)
+    reread_to: int = 0
+    last_decided: tuple[int, str] | None = None
 
     @property
     def position(self) -> int:
@@ -49,6 +59,19 @@ class _Log:
         while self.restored and self.restored[0][1] <= offset:
             self.restored.popleft()
         return bool(self.restored) and self.restored[0][0] <= offset
+
+    def decide(self, offset: int) -> None:
+        entry = self.undecided.pop(offset)
+        entry.decided = True
+        if entry.mark and (self.last_decided is None or offset > self.last_decided[0]):
+            self.last_decided = offset, entry.mark
+        self.drop_decided()
+
+    def forget_from(self, offset: int) -> None:
+        """What was decided from `offset` on was in another log."""
+        self.restored = deque((start, min(end, offset)) for start, end in self.restored if start < offset)
+        self.reread_to = min(self.reread_to, offset)
+        self.last_decided = None
 
     def drop_decided(self) -> None:
         while self.entries and self.entries[0].decided:
@@ -77,34 +100,55 @@ class Cursor:
         self._lock = threading.Lock()
         self._logs: dict[Partition, _Log] = {}
         self._counts: Counter[Outcome] = Counter()
+        self._arrivals = 0
+        self._last: Partition | None = None
+        self._to_reread: deque[Partition] = deque()
 
-    def begin(self, positions: Mapping[Partition, int]) -> None:
+    def begin(self, positions: Mapping[Partition, int], replaced: Mapping[Partition, int] | None = None) -> None:
         """Agree with the source on where reading begins; to be called once, before the first `fetched`.
 
-        A partition that begins below the cursor has been made anew, so what was decided above it says nothing. One
-        that is not read any more is forgotten.
+        A partition that begins below the cursor has been made anew, so what was decided above it says nothing. Nor does
+        what was decided from the offset on that `replaced` names. One that is not read any more is forgotten.
         """
         with self._lock:
             kept = {p: log for p, log in self._logs.items() if p in positions and log.position <= positions[p]}
             self._logs = {partition: kept.get(partition, _Log(read_to=0)) for partition in positions}
             for partition, position in positions.items():
                 self._logs[partition].read_to = position
+            for partition, offset in (replaced or {}).items():
+                self._logs[partition].forget_from(offset)
+            self._to_reread = deque(p for p in self._to_reread if p in kept)
 
-    def fetched(self, partition: Partition, offset: int, next_offset: int) -> bool:
-        """Take note of a record that was read, in the order of its partition.
+    def fetched(self, partition: Partition, offset: int, next_offset: int, mark: str = "") -> bool:
+        """Take note of a record that was read, in the order of its partition and of arrival.
 
         Returns False if it was decided before a restart: skip it.
         """
         with self._lock:
             log = self._logs.setdefault(partition, _Log(read_to=offset))
             assert log.read_to <= offset < next_offset, f"{partition} read {offset} after {log.read_to}"
-            entry = _Entry(offset, next_offset, decided=log.was_decided(offset))
+            self._arrivals += 1
+            entry = _Entry(offset, next_offset, log.was_decided(offset), self._arrivals, mark)
             log.read_to = next_offset
             if not entry.decided:
                 log.undecided[offset] = entry
+                self._arrived(partition, offset < log.reread_to)
             if log.entries or not entry.decided:
                 log.entries.append(entry)
             return not entry.decided
+
+    def _arrived(self, partition: Partition, again: bool) -> None:
+        """Cross a record off the list of what is to be read again, or else note whose turn it was."""
+        if again and partition in self._to_reread:
+            self._to_reread.remove(partition)
+            return
+        self._last = partition
+        self._gave_all(partition)
+
+    def _gave_all(self, partition: Partition) -> None:
+        """Nothing that was read before a restart is left of this partition, whatever has vanished from its log."""
+        if self._to_reread:
+            self._to_reread = deque(p for p in self._to_reread if p != partition)
 
     def reached(self, partition: Partition, position: int) -> None:
         """Take note that every record below `position` has been read.
@@ -114,14 +158,15 @@ class Cursor:
         with self._lock:
             log = self._logs.setdefault(partition, _Log(read_to=position))
             log.read_to = max(log.read_to, position)
+            if log.read_to >= log.reread_to:
+                self._gave_all(partition)
 
     def resolve(self, partition: Partition, offset: int, outcome: Outcome) -> None:
         """Settle what became of a record. Asserts that it was fetched and is undecided."""
         with self._lock:
             log = self._logs.get(partition, _Log(read_to=0))
             assert offset in log.undecided, f"{partition} has no undecided record {offset}"
-            log.undecided.pop(offset).decided = True
-            log.drop_decided()
+            log.decide(offset)
             self._counts[outcome] += 1
 
     def positions(self) -> dict[Partition, int]:
@@ -130,15 +175,34 @@ class Cursor:
             return {partition: log.position for partition, log in self._logs.items()}
 
     @property
+    def marks(self) -> dict[Partition, tuple[int, str]]:
+        """Offset and mark of the highest decided record of each partition, where known."""
+        with self._lock:
+            return {p: log.last_decided for p, log in self._logs.items() if log.last_decided is not None}
+
+    @property
+    def last(self) -> Partition | None:
+        """The partition whose record arrived last, those aside that are read again after a restart."""
+        return self._last
+
+    @property
+    def to_reread(self) -> Partition | None:
+        """The partition whose record comes next of those that are read again; None once all are."""
+        with self._lock:
+            return self._to_reread[0] if self._to_reread else None
+
+    @property
     def counts(self) -> Mapping[Outcome, int]:
         """Records by outcome over the life of the model, restarts included."""
         with self._lock:
             return {outcome: self._counts[outcome] for outcome in Outcome}
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it as JSON: `{"partitions": {"topic:0": {"next": 7, "decided": [[9, 12]]}}, "counts": {...}}`.
+        """All of it as JSON: `{"partitions": {"topic:0": {"next": 7, "decided": [[9, 12]]}}, "counts": {...}, ...}`.
 
-        Intervals are half-open. O(records between the lowest undecided one and the last one read).
+        Intervals are half-open. `rotation` holds what a restart needs to read on in the same order: `waiting` lists
+        the undecided records that were read, by index of their partition. `marks` tells a log from one put in its
+        place. O(records between the lowest undecided one and the last one read).
         """
         with self._lock:
             return {
@@ -147,7 +211,19 @@ class Cursor:
                     for partition, log in self._logs.items()
                 },
                 "counts": {outcome.value: self._counts[outcome] for outcome in Outcome},
+                "rotation": {
+                    "last": None if self._last is None else str(self._last),
+                    "read_to": [max(log.read_to, log.reread_to) for log in self._logs.values()],
+                    "waiting": " ".join(map(str, self._waiting())),
+                },
+                "marks": {str(p): log.last_decided for p, log in self._logs.items() if log.last_decided is not None},
             }
+
+    def _waiting(self) -> list[int]:
+        """Indices of partitions, in order: of what waits, then of what is still to be read again."""
+        index = {partition: i for i, partition in enumerate(self._logs)}
+        arrived = [(entry.arrival, index[p]) for p, log in self._logs.items() for entry in log.undecided.values()]
+        return [i for _, i in sorted(arrived)] + [index[p] for p in self._to_reread]
 
     @classmethod
     def restore(cls, snapshot: Mapping[str, Any]) -> "Cursor":
@@ -159,4 +235,15 @@ class Cursor:
                 read_to=log["next"], restored=deque((start, end) for start, end in intervals)
             )
         cursor._counts.update({Outcome(name): count for name, count in snapshot["counts"].items()})
+        if "rotation" in snapshot:  # older checkpoints have none
+            cursor._restore_rotation(snapshot["rotation"], snapshot["marks"])
         return cursor
+
+    def _restore_rotation(self, rotation: Mapping[str, Any], marks: Mapping[str, Any]) -> None:
+        partitions = list(self._logs)
+        self._last = None if rotation["last"] is None else Partition.parse(rotation["last"])
+        self._to_reread = deque(partitions[int(i)] for i in rotation["waiting"].split())
+        for partition, read_to in zip(partitions, rotation["read_to"], strict=True):
+            self._logs[partition].reread_to = read_to
+        for name, (offset, mark) in marks.items():
+            self._logs[Partition.parse(name)].last_decided = offset, mark

@@ -6,24 +6,23 @@ trainer's next `Buffer.take`: nothing vanishes, and nothing fails unseen.
 """
 
 import logging
+import random
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
 
-from stream_trainer.errors import PoisonError, SampleError
+from stream_trainer.errors import SourceError
 from stream_trainer.ingest.buffer import Buffer
+from stream_trainer.ingest.commits import Commits
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters
-from stream_trainer.ingest.letter import DeadLetter
-from stream_trainer.ingest.poison import PoisonWatch
+from stream_trainer.ingest.judge import Judge, Snapshot
+from stream_trainer.ingest.rotation import Rotation
 from stream_trainer.monitoring.metrics import Metrics
-from stream_trainer.records import Outcome, Partition, Record, Sample
+from stream_trainer.records import Partition, Record
 from stream_trainer.samples.decoder import Decoder
 from stream_trainer.settings.schema import DeadLetterSettings
-from stream_trainer.sources.base import Source
+from stream_trainer.sources.base import Source, SourceAwayError
 
 POLL_TIMEOUT_S = 0.1
 LAG_INTERVAL_S = 5.0
@@ -31,22 +30,10 @@ JOIN_TIMEOUT_S = 15.0  # within the 30 s that Kubernetes grants, with time left 
 # What is decoded between looks at the stop flag: tens of milliseconds.
 CHUNK_RECORDS = 64
 CHUNK_BYTES = 256 * 1024
+# Between tries to start a source that does not answer: doubled each time, then spread by a factor of 0.5 to 1.5.
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What is decided at one moment, and what must be stored with it.
-
-    Attributes:
-        cursor, counts: of the cursor.
-        parts: states of the dead letters and of the watch on them, by the names they have in a checkpoint.
-    """
-
-    cursor: dict[str, Any]
-    counts: Mapping[Outcome, int]
-    parts: dict[str, Any]
 
 
 class Ingest:
@@ -54,6 +41,7 @@ class Ingest:
 
     Attributes:
         last_turn: when the thread last came round (`time.monotonic()`); it does at least every few seconds.
+        away: why the source could not be started yet; empty once it was, or before it was tried.
     """
 
     def __init__(
@@ -65,30 +53,31 @@ class Ingest:
         buffer: Buffer,
         metrics: Metrics,
         limits: DeadLetterSettings | None = None,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
+        """`jitter` returns numbers from 0 to 1, which spread the tries of many services over time."""
         self._source = source
-        self._decoder = decoder
         self._dead_letters = dead_letters
         self._cursor = cursor
         self._buffer = buffer
         self._metrics = metrics
-        self._watch = PoisonWatch(limits or DeadLetterSettings())
-        self._letters_lock = threading.RLock()  # what is kept and what is decided change together
+        self._judge = Judge(decoder, dead_letters, cursor, metrics, limits or DeadLetterSettings())
+        self._commits = Commits(source, metrics)
+        self._jitter = jitter
         self._thread: threading.Thread | None = None
+        self._started = threading.Event()
         self._stopping = threading.Event()
         self._reading_ends = threading.Event()
         self._reading_ended = threading.Event()
-        self._commit_lock = threading.Lock()
-        self._commit_request: tuple[Mapping[Partition, int], int] | None = None
-        self._commit_failing = False
         self._identity: Mapping[str, str] = {}
         self._partitions: frozenset[Partition] = frozenset()
-        self._pending: deque[Record] = deque()  # read, but not yet known to the cursor
+        self._rotation = Rotation(cursor)  # read, but not yet known to the cursor
+        self._failure: SourceError | None = None
         self._paused = False
-        self._lost = 0
+        self._lost = self._passes = 0
+        self.away = ""
         self.last_turn = time.monotonic()
         self._lag_due = 0.0
-        self._reasons_seen: set[str] = set()
 
     def start(self, positions: Mapping[Partition, int], identity: Mapping[str, str]) -> None:
         """Begin to read at `positions`; `identity` was stored beside them. Errors surface in `Buffer.take`."""
@@ -102,7 +91,7 @@ class Ingest:
         Requested commits are still made.
         """
         self._reading_ends.set()
-        if self.alive:
+        if self.alive and self._started.is_set():  # a source that is not open has nothing in hand
             self._reading_ended.wait(JOIN_TIMEOUT_S)
 
     def stop(self) -> None:
@@ -111,32 +100,33 @@ class Ingest:
         if self._thread is None:
             self._source.close()
             return
-        self._thread.join(JOIN_TIMEOUT_S)
-        if self._thread.is_alive():
+        self._thread.join(JOIN_TIMEOUT_S if self._started.is_set() else POLL_TIMEOUT_S)
+        if self._thread.is_alive() and self._started.is_set():
             logger.error("the source did not return within %g s and is left behind", JOIN_TIMEOUT_S)
 
     def request_commit(self, positions: Mapping[Partition, int], step: int) -> None:
         """Have the source told how far we are, soon. The newest request wins; a failure is counted, not raised."""
-        with self._commit_lock:
-            self._commit_request = (positions, step)
+        self._commits.request(positions, step)
 
     def snapshot(self) -> Snapshot:
         """What is decided now; letters that were sent just now are given a few seconds to be kept.
 
         Raises SourceError if a letter cannot be kept for good.
         """
-        self._dead_letters.wait()
-        with self._letters_lock:
-            self._settle()
-            cursor, counts = self._cursor.state_dict(), self._cursor.counts
-            positions = {Partition.parse(name): log["next"] for name, log in cursor["partitions"].items()}
-            parts = {"dead_letters": self._dead_letters.state_dict(), "poison": self._watch.state_dict(positions)}
-        return Snapshot(cursor, counts, parts)
+        return self._judge.snapshot()
 
     @property
     def parts(self) -> dict[str, object]:
         """Whatever takes back the `parts` of a snapshot, by name."""
-        return {"dead_letters": self._dead_letters, "poison": self._watch}
+        return self._judge.parts
+
+    def confirm(self, positions: Mapping[Partition, int], step: int) -> None:
+        """Before a checkpoint becomes the newest: make sure that no other trainer has taken over, where that shows.
+
+        Returns soon, also if the stream did not answer. Raises FencedError.
+        """
+        if self.alive and self._started.is_set():
+            self._commits.confirm(positions, step)
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -155,19 +145,49 @@ class Ingest:
 
     def _run(self, positions: Mapping[Partition, int], identity: Mapping[str, str]) -> None:
         try:
-            self._source.start(positions, identity)
-            self._identity = dict(self._source.identity())
-            begins = self._source.positions()
-            self._cursor.begin(begins)
-            self._partitions = frozenset(begins)
-            while not self._stopping.is_set():
-                self._turn()
-            self._commit()
+            if self._start_source(positions, identity):
+                while not self._stopping.is_set():
+                    self._turn()
+                self._commits.make(self._partitions)
         except BaseException as error:
             self._buffer.fail(error)
         finally:
             self._reading_ended.set()
             self._close()
+
+    def _start_source(self, positions: Mapping[Partition, int], identity: Mapping[str, str]) -> bool:
+        """Start, if need be after waiting for somebody to answer. Returns False if told to stop before that."""
+        backoff = FIRST_BACKOFF_S
+        while not (self._stopping.is_set() or self._reading_ends.is_set()):
+            self.last_turn = time.monotonic()
+            try:
+                self._source.start(positions, identity, self._cursor.marks)
+            except SourceAwayError as error:
+                if self._source.finite:
+                    raise
+                self._wait_for_source(error, backoff)
+                backoff = min(2 * backoff, MAX_BACKOFF_S)
+            else:
+                self._begin()
+                return True
+        return False
+
+    def _wait_for_source(self, error: SourceAwayError, backoff: float) -> None:
+        if not self.away:
+            logger.warning("%s; waiting for it", error)
+        self.away = str(error)
+        self._metrics.reachable.set(0)
+        self._reading_ends.wait(backoff * (0.5 + self._jitter()))
+
+    def _begin(self) -> None:
+        if self.away:
+            logger.info("the stream answers")
+        self.away = ""
+        self._identity = dict(self._source.identity())
+        begins = self._source.positions()
+        self._cursor.begin(begins, self._source.replaced)
+        self._partitions = frozenset(begins)
+        self._started.set()
 
     def _close(self) -> None:
         try:
@@ -178,7 +198,7 @@ class Ingest:
     def _turn(self) -> None:
         """Read or decode a little, and see to what is due."""
         self.last_turn = time.monotonic()
-        self._commit()
+        self._commits.make(self._partitions)
         if self._reading_ends.is_set():
             self._reading_ended.set()
             self._stopping.wait(POLL_TIMEOUT_S)
@@ -186,21 +206,33 @@ class Ingest:
         if time.monotonic() >= self._lag_due:
             self._observe_lag()
             self._lag_due = time.monotonic() + LAG_INTERVAL_S
-        self._settle()
+        self._judge.settle()
         self._pause_or_resume()
-        if self._pending and not self._is_full():
-            self._process(self._next_chunk())
+        chunk = [] if self._is_full() else self._next_chunk()
+        if chunk:
+            self._process(chunk)
         elif self._buffer.ended:
             self._stopping.wait(POLL_TIMEOUT_S)
+        elif self._failure is not None and not self._buffer.full:
+            self._buffer.end(self._failure)
         else:
             self._read()
         self._observe_buffer()
 
     def _read(self) -> None:
         # A paused source is polled too: it sees to what is due, new partitions for example.
-        records = self._source.poll(POLL_TIMEOUT_S)
-        self._pending.extend(records)
-        if not self._pending and not self._dead_letters.held and self._source.exhausted:
+        try:
+            self._source.hold(self._rotation.to_hold())
+            records = self._source.poll(POLL_TIMEOUT_S)
+        except SourceError as error:  # what was read before is decided first
+            self._failure = error
+            return
+        self._metrics.records_read.inc(len(records))
+        self._metrics.bytes_read.inc(sum(len(record.value or b"") for record in records))
+        self._rotation.put(records)
+        source = self._source
+        self._rotation.know(source.positions(), source.drained, finite=source.finite)
+        if not (self._rotation.waiting or self._dead_letters.held) and source.exhausted:
             self._buffer.end()
 
     def _pause_or_resume(self) -> None:
@@ -214,92 +246,20 @@ class Ingest:
     def _is_full(self) -> bool:
         return self._buffer.full or self._dead_letters.full
 
-    def _next_chunk(self) -> list[Record]:
-        chunk: list[Record] = []
+    def _next_chunk(self) -> list[tuple[Record, bool]]:
+        chunk: list[tuple[Record, bool]] = []
         size = 0
-        while self._pending and len(chunk) < CHUNK_RECORDS and size < CHUNK_BYTES:
-            record = self._pending.popleft()
-            chunk.append(record)
-            size += len(record.value or b"")
+        while len(chunk) < CHUNK_RECORDS and size < CHUNK_BYTES and (found := self._rotation.next()) is not None:
+            chunk.append(found)
+            size += len(found[0].value or b"")
         return chunk
 
-    def _process(self, chunk: Sequence[Record]) -> None:
-        self._metrics.records_read.inc(len(chunk))
-        self._metrics.bytes_read.inc(sum(len(record.value or b"") for record in chunk))
-        fresh = [self._cursor.fetched(r.partition, r.offset, r.next_offset) for r in chunk]
-        results = iter(self._decoder.decode_batch([r for r, is_fresh in zip(chunk, fresh, strict=True) if is_fresh]))
-        samples = []
-        for record, is_fresh in zip(chunk, fresh, strict=True):
-            result = next(results) if is_fresh else None
-            if isinstance(result, SampleError):
-                self._dead_letter(record, result)
-                continue
-            if isinstance(result, Sample):
-                samples.append(result)
-            elif is_fresh:
-                self._decide(record, Outcome.FILTERED)
-            self._note_usable(record, is_fresh)
-        self._buffer.put(*samples)
-        self._metrics.unusable_ratio.set(self._watch.ratio)
-
-    def _note_usable(self, record: Record, is_fresh: bool) -> None:
-        with self._letters_lock:
-            if is_fresh:
-                self._watch.note(record.partition, record.offset, None)
-            else:
-                self._watch.note_again(record.partition, record.offset)
-
-    def _settle(self) -> None:
-        """Decide the records whose letters are kept."""
-        with self._letters_lock:
-            for letter in self._dead_letters.settled():
-                self._decide(letter.record, Outcome.DEAD_LETTERED)
-                self._metrics.dead_letters.labels(letter.reason).inc()
-        self._metrics.dead_letters_held.set(self._dead_letters.held)
-
-    def _dead_letter(self, record: Record, error: SampleError) -> None:
-        with self._letters_lock:
-            self._watch.note(record.partition, record.offset, error.reason)
-            self._dead_letters.send(DeadLetter(record, error.reason, str(error)))
-            self._settle()
-        self._end_if_poisoned()
-        if error.reason not in self._reasons_seen:
-            self._reasons_seen.add(error.reason)
-            logger.warning(
-                "%s offset %d is dead-lettered (%s: %s); further records with this reason are only counted",
-                record.partition,
-                record.offset,
-                error.reason,
-                error,
-            )
-
-    def _end_if_poisoned(self) -> None:
-        """Read nothing more; the thread goes on, for the commit of the last checkpoint."""
-        if self._reading_ends.is_set():
-            return
-        try:
-            self._watch.check()
-        except PoisonError as error:
-            self._buffer.fail(error)
+    def _process(self, chunk: list[tuple[Record, bool]]) -> None:
+        self._buffer.put(*self._judge.judge(chunk))
+        if self._judge.poison is not None and not self._reading_ends.is_set():
+            # Read nothing more; the thread goes on, for the commit of the last checkpoint.
+            self._buffer.fail(self._judge.poison)
             self._reading_ends.set()
-
-    def _decide(self, record: Record, outcome: Outcome) -> None:
-        self._cursor.resolve(record.partition, record.offset, outcome)
-
-    def _commit(self) -> None:
-        with self._commit_lock:
-            request, self._commit_request = self._commit_request, None
-        if request is None:
-            return
-        positions, step = request
-        try:
-            self._source.commit({p: at for p, at in positions.items() if p in self._partitions}, step)
-            self._commit_failing = False
-        except Exception as error:  # lag tools will show too much, and nothing else depends on it
-            self._metrics.commit_failures.inc()
-            if not self._commit_failing:
-                logger.warning("positions could not be committed, which only misleads lag tools: %s", error)
-            self._commit_failing = True
 
     def _observe_lag(self) -> None:
         """Export how far behind we are, and pass what the stream holds but never returns."""
@@ -311,13 +271,18 @@ class Ingest:
             logger.debug("the lag is unknown for now (%s)", type(error).__name__)
             return
         self._partitions = frozenset(read_to)
-        if not self._pending:
-            for partition, position in read_to.items():
+        for partition, position in read_to.items():
+            if self._rotation.is_empty(partition):
                 self._cursor.reached(partition, position)
         positions = self._cursor.positions()
         for partition, end in ends.items():
             behind = max(0, end - positions.get(partition, 0))
             self._metrics.lag.labels(partition.topic, str(partition.number)).set(behind)
+        for partition, count in self._source.held_back().items():
+            self._metrics.behind_transactions.labels(partition.topic, str(partition.number)).set(count)
+        self._metrics.partitions_without_leader.set(len(self._source.without_leader()))
+        self._metrics.passes.inc(self._rotation.passes - self._passes)
+        self._passes = self._rotation.passes
 
     def _observe_buffer(self) -> None:
         self._metrics.buffer_records.set(self._buffer.records)

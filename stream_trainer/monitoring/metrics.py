@@ -134,6 +134,15 @@ class Metrics:
         self.lag = self._gauge(
             "lag_records", "Records (of a file: bytes) in the log behind the last decided one.", ("topic", "partition")
         )
+        self.behind_transactions = self._gauge(
+            "records_behind_open_transactions",
+            "Records in the log that cannot be read before an open transaction ends.",
+            ("topic", "partition"),
+        )
+        self.partitions_without_leader = self._gauge("partitions_without_leader", "Partitions that no broker serves.")
+        self.passes = self._counter(
+            "partitions_passed_over_total", "Times that a partition had nothing when its turn came, and was left out."
+        )
         self.reachable = self._gauge("source_reachable", "0 while the stream cannot be read, its brokers being away.")
         self.paused = self._gauge("reading_paused", "1 while reading is paused because the buffer is full.")
         self.buffer_records = self._gauge("buffer_records", "Samples waiting to be trained on.")

@@ -34,6 +34,7 @@ from stream_trainer.settings.schema import SampleSettings
 logger = logging.getLogger(__name__)
 
 REASONS = (
+    "undecodable",
     "bad_utf8",
     "bad_json",
     "not_an_object",
@@ -135,6 +136,8 @@ class Decoder:
         return ids if isinstance(ids, SampleError) else _guarded("unexpected", self._assemble, draft, ids)
 
     def _parse(self, record: Record) -> _Draft | None:
+        if record.damage:
+            raise SampleError("undecodable", record.damage)
         if record.value is None:
             return None
         fields = parse_fields(record.value, self.settings.max_bytes, self.field_names)

@@ -27,12 +27,20 @@ class KafkaSettings(Section):
     offset with the model as it is (`continue`), or begin where `start` says (`start_over`)."""
     on_data_loss: Literal["fail", "skip"] = "fail"
     """If undecided records are gone from the log: stop with the reason (`fail`), or `skip` and count them as lost."""
+    on_undecodable: Literal["fail", "skip"] = "fail"
+    """If records in the log cannot be decoded: stop and name their offsets (`fail`), or dead-letter them (`skip`)."""
     stop_at_end: bool = False
     """End the run when every record that was in the topic at the start is decided. For batch jobs and tests."""
+    transaction_wait_s: Positive = 90.0
+    """Seconds that a run with `stop_at_end` waits for an open transaction that holds records back. After that it fails.
+    Kafka aborts a transaction after 60 s by default."""
+    fencing: Literal["auto", "off"] = "auto"
+    """Whether a trainer ends when another one takes its group and topic over. `auto`: if the brokers have transactions.
+    It needs the right to write to the transactional id `GROUP-TOPIC`."""
     discovery_interval_s: Positive = 30.0
     """Seconds between checks for new partitions. These are read from their earliest record."""
     bootstrap_timeout_s: Positive = 30.0
-    """Seconds to wait for a broker at start-up."""
+    """Seconds to wait for a broker at start-up. A run with `stop_at_end` then fails, any other tries again."""
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     """Protocol of the connections to the brokers."""
     ssl_cafile: Path | None = None

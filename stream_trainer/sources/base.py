@@ -3,7 +3,12 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+from stream_trainer.errors import SourceError
 from stream_trainer.records import Partition, Record
+
+
+class SourceAwayError(SourceError):
+    """Nobody answers, which may mend itself: a later `start` may succeed."""
 
 
 class Source(Protocol):
@@ -12,12 +17,34 @@ class Source(Protocol):
     `start` is called once, then `poll` until `exhausted` or `close`. Positions are Kafka offsets or byte offsets.
     """
 
-    def start(self, cursor: Mapping[Partition, int], identity: Mapping[str, str]) -> None:
+    def start(
+        self,
+        cursor: Mapping[Partition, int],
+        identity: Mapping[str, str],
+        marks: Mapping[Partition, tuple[int, str]],
+    ) -> None:
         """Begin at `cursor`; partitions it does not name begin where the settings say.
 
-        `identity` is what `identity()` returned when the cursor was stored, empty on a first start.
-        Raises SourceError if the stream cannot be reached, DataLossError if the cursor cannot be honoured.
+        `identity` is what `identity()` returned when the cursor was stored, empty on a first start. `marks` are offset
+        and mark of the last record of each partition that was decided: the log must still hold these, or none there.
+        Raises SourceAwayError if nobody answers, after which it may be called again, SourceError if the stream cannot
+        be read, DataLossError if the cursor cannot be honoured.
         """
+
+    @property
+    def finite(self) -> bool:
+        """Whether the run ends with what the stream holds at its start."""
+
+    @property
+    def replaced(self) -> Mapping[Partition, int]:
+        """Where logs were found replaced at the start: what was decided from there on says nothing any more."""
+
+    @property
+    def drained(self) -> frozenset[Partition]:
+        """Partitions that will give nothing more: of a finite run ever, of another for all that is known now."""
+
+    def hold(self, partitions: frozenset[Partition]) -> None:
+        """Return no records of these until called again without them. Idempotent."""
 
     def poll(self, timeout_s: float) -> list[Record]:
         """Records in order within each partition; empty after `timeout_s` seconds without any, or while paused."""
@@ -29,13 +56,26 @@ class Source(Protocol):
         """Return records again. Idempotent."""
 
     def commit(self, positions: Mapping[Partition, int], step: int) -> None:
-        """Tell the stream how far we are, for lag tools only: the truth is in the checkpoint."""
+        """Tell the stream how far we are, for lag tools only: the truth is in the checkpoint.
+
+        Raises FencedError if another trainer has taken over.
+        """
+
+    @property
+    def fences(self) -> bool:
+        """Whether a commit fails once another trainer has taken over."""
 
     def positions(self) -> Mapping[Partition, int]:
         """The next position to be read, for each partition that is being read."""
 
     def end_positions(self) -> Mapping[Partition, int]:
-        """The position after the last record of each partition."""
+        """The position after the last record of each partition, whether it can be read yet or not."""
+
+    def held_back(self) -> Mapping[Partition, int]:
+        """Records of each partition that cannot be read because of an open transaction, as last looked at."""
+
+    def without_leader(self) -> frozenset[Partition]:
+        """Partitions that nobody serves at present, as last looked at."""
 
     def identity(self) -> Mapping[str, str]:
         """What tells this stream from another of the same name (topic id); stored beside the cursor."""

@@ -18,6 +18,7 @@ from kafka.net.compat import KafkaNetClient
 
 from stream_trainer.errors import SettingsError, SourceError
 from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.sources.base import SourceAwayError
 from stream_trainer.sources.security import security_options
 
 UNKNOWN_TOPIC = 3  # Kafka's error code UNKNOWN_TOPIC_OR_PARTITION
@@ -25,6 +26,7 @@ RECONNECT_BACKOFF_MAX_MS = 2_000  # the client's own 30 s would add to every out
 # Of the brokers' own addresses this many are tried at the start, until one answers.
 MAX_ADDRESSES = 5
 ADDRESS_TIMEOUT_S = 3.0
+REFUSALS = ("Authentication", "SSL", "CERTIFICATE", "Sasl")  # waiting mends none of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +36,21 @@ class Topic:
     Attributes:
         id: what tells it from an earlier topic of the same name; None where the broker gives none.
         partitions: their numbers, ascending.
+        leaderless: those that no broker serves.
     """
 
     name: str
     id: str | None
     partitions: tuple[int, ...]
+    leaderless: frozenset[int] = frozenset()
 
 
 def connect(client: Callable[..., Any], settings: KafkaSettings, client_id: str, **options: Any) -> Any:
     """`client(**options)` of kafka-python, connected.
 
     Waits up to `bootstrap_timeout_s` for a broker. Raises SettingsError for an address or a file that cannot be used,
-    SourceError if no broker can be reached, there or at the address that it gives for itself.
+    SourceAwayError if nobody answers, SourceError if we are refused, or if the addresses that the brokers give for
+    themselves lead nowhere.
     """
     options = {**connection_options(settings, client_id), **options}
     networks: list[Any] = []
@@ -65,11 +70,12 @@ def connect(client: Callable[..., Any], settings: KafkaSettings, client_id: str,
                     f"source.kafka.bootstrap_servers={settings.bootstrap_servers} is not a list of host:port "
                     f"({_one_line(error)}); correct it"
                 ) from None
-            raise SourceError(
+            why = heard.message or _one_line(error)
+            kind = SourceError if any(word in why for word in REFUSALS) else SourceAwayError
+            raise kind(
                 f"source.kafka.bootstrap_servers={settings.bootstrap_servers} could not be reached over "
-                f"{settings.security_protocol} within {settings.bootstrap_timeout_s:g} s "
-                f"({heard.message or _one_line(error)}); check that the broker runs, and the address, the protocol and "
-                "the credentials"
+                f"{settings.security_protocol} within {settings.bootstrap_timeout_s:g} s ({why}); check that the "
+                "broker runs, and the address, the protocol and the credentials"
             ) from None
     try:
         for network in networks:
@@ -135,6 +141,7 @@ def describe_topic(admin: Any, name: str) -> Topic | None:
         name=name,
         id=str(topic_id) if topic_id else None,
         partitions=tuple(sorted(partition["partition_index"] for partition in found["partitions"])),
+        leaderless=frozenset(p["partition_index"] for p in found["partitions"] if p["leader_id"] < 0),
     )
 
 

@@ -1,82 +1,187 @@
-"""The offsets of our consumer group: advisory, so nothing here may hold up reading.
+"""The offsets of our consumer group: committed for lag tools, read by a run that has no checkpoint, and fenced.
 
-They have a client of their own. A client that reads under a group returns no record while the group's coordinator is
-away, however well every partition could be read.
+Reading needs no group, so a client of its own keeps an absent coordinator from stopping it.
+
+Fencing: a transactional id, `GROUP-TOPIC`, belongs to whoever claimed it last. Offsets are committed in transactions
+under it, and those of a trainer that another one has replaced are refused.
 """
 
+import logging
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import CommitFailedError, IllegalGenerationError, KafkaError, UnknownMemberIdError
+from kafka import KafkaConsumer, KafkaProducer
+from kafka.errors import (
+    AuthorizationError,
+    CommitFailedError,
+    IllegalGenerationError,
+    KafkaError,
+    ProducerFencedError,
+    UnknownMemberIdError,
+)
 from kafka.structs import OffsetAndMetadata
 
-from stream_trainer.errors import SourceError
+from stream_trainer.errors import FencedError, SourceError
 from stream_trainer.records import Partition
 from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.sources.base import SourceAwayError
 from stream_trainer.sources.connection import connect
+from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS, to_kafka
 
-TIMEOUT_MS = 5_000
-CLOSE_TIMEOUT_MS = 2_000
+CLAIM_TIMEOUT_MS = 10_000
+CLOSE_TIMEOUT_S = 2.0
 RETRY_S = 60.0  # a commit that waits in vain takes its timeout from reading, so a failed one is not repeated at once
+
+logger = logging.getLogger(__name__)
 
 
 class Group:
-    """Reads and commits the offsets of `source.kafka.group_id`. With none, it has none and commits none."""
+    """Commits and reads the offsets of `source.kafka.group_id`; with none, it has none. Opened by `Group.connect`.
 
-    def __init__(self, settings: KafkaSettings, client_id: str) -> None:
-        """Connects. Raises SettingsError or SourceError as `connect` does."""
+    Attributes:
+        fences: whether a commit fails once another trainer has taken over.
+    """
+
+    def __init__(self, settings: KafkaSettings, consumer: Any, producer: Any) -> None:
         self._settings = settings
+        self._consumer = consumer
+        self._producer = producer
         self._retry_at = 0.0
-        self._client: Any = None
-        if settings.group_id is not None:
-            group = {"group_id": settings.group_id, "enable_auto_commit": False}
-            self._client = connect(KafkaConsumer, settings, f"{client_id}-group", **group)
+        self._transaction: threading.Thread | None = None
+        self._outcome: BaseException | None = None
+
+    @classmethod
+    def connect(cls, settings: KafkaSettings, client_id: str) -> "Group":
+        """Raises SourceError if no broker can be reached."""
+        if settings.group_id is None:
+            return cls(settings, None, None)
+        consumer = connect(
+            KafkaConsumer,
+            settings,
+            f"{client_id}-group",
+            group_id=settings.group_id,
+            enable_auto_commit=False,
+            allow_auto_create_topics=False,
+        )
+        producer = _claim(settings, client_id) if settings.fencing == "auto" else None
+        return cls(settings, consumer, producer)
+
+    @property
+    def fences(self) -> bool:
+        """Whether the transactional id was claimed."""
+        return self._producer is not None
 
     def committed(self, partition: Partition) -> OffsetAndMetadata | None:
-        """The group's offset and what was said with it, None if it has none. Raises SourceError if it cannot be known."""
-        if self._client is None:
+        """The group's offset and what was said with it, None if it has none.
+
+        Raises SourceAwayError if its coordinator does not answer, KafkaError if it refuses.
+        """
+        if self._consumer is None:
             return None
         try:
-            found = self._client.committed(_to_kafka(partition), metadata=True, timeout_ms=TIMEOUT_MS)
+            return self._consumer.committed(to_kafka(partition), metadata=True, timeout_ms=REQUEST_TIMEOUT_MS)
         except KafkaError as error:
             if not error.retriable:
                 raise
-            raise SourceError(
-                f"source.kafka.group_id={self._settings.group_id}: where the group stands in {partition} is unknown, "
-                f"for its coordinator did not answer ({type(error).__name__}), and there is no checkpoint that tells; "
-                f"mend the topic __consumer_offsets, or set source.kafka.group_id to null to begin at "
-                f"source.kafka.start={self._settings.start}"
+            raise SourceAwayError(
+                f"source.kafka.group_id={self._settings.group_id}: its coordinator does not answer "
+                f"({type(error).__name__}), so where to begin is unknown; check that all brokers run"
             ) from error
-        return found
 
     def commit(self, positions: Mapping[Partition, int], step: int) -> None:
-        """Commit offsets, with the step as their metadata. Raises SourceError if that fails, or failed just now."""
-        if self._client is None:
+        """Commit offsets with the step as their metadata. Raises SourceError if that fails, FencedError if fenced."""
+        if self._consumer is None:
             return
         if time.monotonic() < self._retry_at:
             raise SourceError(f"offsets are not committed to group {self._settings.group_id} for now")
-        offsets = {_to_kafka(p): OffsetAndMetadata(offset, f"step={step}", -1) for p, offset in positions.items()}
+        offsets = {to_kafka(p): OffsetAndMetadata(offset, f"step={step}", -1) for p, offset in positions.items()}
         try:
-            self._client.commit(offsets, timeout_ms=TIMEOUT_MS)
+            if self._producer is not None:
+                self._commit_fenced(offsets)
+            else:
+                self._consumer.commit(offsets, timeout_ms=REQUEST_TIMEOUT_MS)
         except (CommitFailedError, IllegalGenerationError, UnknownMemberIdError) as error:
             raise SourceError(
                 f"source.kafka.group_id={self._settings.group_id} is in use by a consumer that subscribes, so offsets "
                 f"cannot be committed ({type(error).__name__}); give this service a group of its own"
             ) from error
+        except ProducerFencedError as error:
+            raise FencedError(
+                f"source.kafka.group_id={self._settings.group_id}: another trainer of topic {self._settings.topic} has "
+                "taken over, so this one ends; if both are wanted, give each a group of its own"
+            ) from error
         except KafkaError as error:
             self._retry_at = time.monotonic() + RETRY_S
             raise SourceError(
-                f"offsets could not be committed to group {self._settings.group_id}: {type(error).__name__}"
+                f"offsets could not be committed to group {self._settings.group_id}: {type(error).__name__} {error}"
             ) from error
 
     def close(self) -> None:
-        """Disconnect. Idempotent."""
-        if self._client is not None:
-            self._client.close(autocommit=False, timeout_ms=CLOSE_TIMEOUT_MS)
-        self._client = None
+        """Disconnect."""
+        if self._consumer is not None:
+            self._consumer.close(autocommit=False, timeout_ms=CLOSE_TIMEOUT_S * 1000)
+        if self._producer is not None:
+            self._producer.close(timeout=0 if self._is_busy() else CLOSE_TIMEOUT_S)
+
+    def _commit_fenced(self, offsets: dict[Any, Any]) -> None:
+        """In a thread of its own: the client waits for ever while the brokers are away."""
+        if self._is_busy():
+            raise SourceError("the last commit of offsets is still under way")
+        self._transaction = threading.Thread(target=self._transact, args=(offsets,), name="commit", daemon=True)
+        self._transaction.start()
+        self._transaction.join(REQUEST_TIMEOUT_MS / 1000)
+        if self._is_busy():
+            raise SourceError("offsets could not be committed in time; the brokers do not answer")
+        if self._outcome is not None:
+            raise self._outcome
+
+    def _is_busy(self) -> bool:
+        return self._transaction is not None and self._transaction.is_alive()
+
+    def _transact(self, offsets: dict[Any, Any]) -> None:
+        self._outcome = None
+        try:
+            self._producer.begin_transaction()
+            self._producer.send_offsets_to_transaction(offsets, self._settings.group_id)
+            self._producer.commit_transaction()
+        except ProducerFencedError as error:
+            self._outcome = error
+        except KafkaError as error:
+            self._outcome = error
+            try:
+                self._producer.abort_transaction()
+            except KafkaError as failure:
+                logger.debug("the transaction could not be aborted (%s)", type(failure).__name__)
 
 
-def _to_kafka(partition: Partition) -> Any:
-    return TopicPartition(partition.topic, partition.number)
+def _claim(settings: KafkaSettings, client_id: str) -> Any:
+    """A producer that owns our transactional id from now on; None where the brokers do not let us."""
+    name = f"{settings.group_id}-{settings.topic}"
+    producer = connect(
+        KafkaProducer,
+        settings,
+        f"{client_id}-fence",
+        transactional_id=name,
+        max_block_ms=CLAIM_TIMEOUT_MS,
+        request_timeout_ms=REQUEST_TIMEOUT_MS,
+    )
+    try:
+        producer.init_transactions()
+    except KafkaError as error:
+        remedy = (
+            f"grant Write on the transactional id {name}"
+            if isinstance(error, AuthorizationError)
+            else ("use brokers with transactions")
+        )
+        logger.warning(
+            "a second trainer of topic %s would not be noticed by the brokers (%s); %s, or set "
+            "source.kafka.fencing=off",
+            settings.topic,
+            type(error).__name__,
+            remedy,
+        )
+        producer.close(timeout=0)
+        return None
+    return producer

@@ -32,6 +32,8 @@ class JsonlSource:
 
     reachable = True
     records_lost = 0  # a file that has lost bytes ends the run: what is missing cannot be told
+    replaced: Mapping[Partition, int] = {}
+    fences = False
 
     def __init__(self, settings: JsonlSettings) -> None:
         self._path = settings.path or "-"
@@ -47,7 +49,12 @@ class JsonlSource:
         self._paused = False
         self._at_end = False
 
-    def start(self, cursor: Mapping[Partition, int], identity: Mapping[str, str]) -> None:  # noqa: ARG002
+    def start(
+        self,
+        cursor: Mapping[Partition, int],
+        identity: Mapping[str, str],  # noqa: ARG002
+        marks: Mapping[Partition, tuple[int, str]],  # noqa: ARG002
+    ) -> None:
         """Open the file and go to the cursor.
 
         Raises SettingsError if it cannot be opened, DataLossError if it ends before the cursor or has no line there.
@@ -85,6 +92,27 @@ class JsonlSource:
                 records = []
             if records or time.monotonic() >= deadline:
                 return records
+
+    @property
+    def finite(self) -> bool:
+        """Whether the run ends with the file."""
+        return not self._follow or self._is_stream
+
+    @property
+    def drained(self) -> frozenset[Partition]:
+        """The file, once its last line has been returned."""
+        return frozenset((self._partition,)) if self._at_end else frozenset()
+
+    def hold(self, partitions: frozenset[Partition]) -> None:
+        """There is no other partition to wait for."""
+
+    def held_back(self) -> Mapping[Partition, int]:
+        """A file has no transactions."""
+        return {}
+
+    def without_leader(self) -> frozenset[Partition]:
+        """A file needs no leader."""
+        return frozenset()
 
     def pause(self) -> None:
         """Stop reading."""

@@ -3,35 +3,32 @@
 Partitions are assigned, never subscribed to: one model has one owner, and no rebalance may rewind it. Bytes are never
 decoded by the client, for an exception inside a fetch leaves its next `poll` spinning for ever.
 
-Where a partition begins: the checkpoint's cursor, then the group's committed offset, then the setting `start`.
-Partitions that the cursor does not name although it names others of the topic were added meanwhile; they begin at
-their earliest record.
+Where a partition begins is for `beginning` to say. One that was added while we read begins at its earliest record.
 """
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
-from kafka.errors import (
-    AuthorizationError,
-    CorruptRecordError,
-    KafkaError,
-    LogTruncationError,
-    OffsetOutOfRangeError,
-    UnsupportedCodecError,
-)
+from kafka import KafkaAdminClient, KafkaConsumer
+from kafka.errors import AuthorizationError, KafkaError, LogTruncationError, OffsetOutOfRangeError
 
-from stream_trainer.errors import DataLossError, SourceError
+from stream_trainer.errors import SourceError
 from stream_trainer.records import Partition, Record
 from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.sources.base import SourceAwayError
+from stream_trainer.sources.batches import record_of
+from stream_trainer.sources.beginning import Brokers, Cursor, where_to_begin
 from stream_trainer.sources.connection import connect, describe_topic, require_codecs, require_topic
 from stream_trainer.sources.group import Group
-from stream_trainer.sources.lost_checkpoint import may_begin
+from stream_trainer.sources.loss import LossPolicy
+from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS, TopicLog, from_kafka, to_kafka
+from stream_trainer.sources.transactions import OpenTransactions
+from stream_trainer.sources.undecodable import usable_records
 
-REQUEST_TIMEOUT_MS = 5_000  # look-ups and commits that run between polls: an outage must not hold the thread longer
 CLOSE_TIMEOUT_MS = 2_000
+FETCH_BYTES = 1024 * 1024  # of one partition at a time
 
 logger = logging.getLogger(__name__)
 
@@ -49,42 +46,60 @@ class KafkaSource:
         self._admin: Any = None
         self._consumer: Any = None
         self._group: Group | None = None
+        self._loss = LossPolicy(settings)
+        self._transactions = OpenTransactions(settings, lambda p: self._log.open_transactions(p))
         self._partitions: list[Partition] = []
+        self._held: dict[Partition, int] = {}  # positions of partitions of which nothing is fetched for now
+        self._unserved: dict[Partition, int] = {}  # positions of those that had no leader at the start
+        self._leaderless: frozenset[Partition] = frozenset()
         self._stop_at: dict[Partition, int] = {}
         self._last_ends: dict[Partition, int] = {}
         self._next_discovery = 0.0
         self._paused = False
         self._outage = False
-        self._records_lost = 0
 
-    def start(self, cursor: Mapping[Partition, int], identity: Mapping[str, str]) -> None:
+    def start(
+        self, cursor: Mapping[Partition, int], identity: Mapping[str, str], marks: Mapping[Partition, tuple[int, str]]
+    ) -> None:
         """Connect, settle where each partition begins, and note the ends for `stop_at_end`.
 
-        Raises SettingsError if the topic does not exist or an address or file is wrong, SourceError if the brokers
-        cannot be reached or refuse, DataLossError if the log does not hold the cursor and `on_data_loss` is `fail`.
+        Raises SettingsError if the topic does not exist or an address or file is wrong, SourceAwayError if the brokers
+        do not answer, SourceError if they refuse, DataLossError if the log does not hold the cursor, or holds others
+        than were decided, and `on_data_loss` is `fail`.
         """
-        self._connect()
         try:
-            topic = require_topic(self._admin, self._topic)
-            self._topic_id = topic.id
-            found = [Partition(self._topic, number) for number in topic.partitions]
-            ours = self._cursor_of_this_topic(cursor, identity.get(self._topic), found)
-            begins, ends = self._begins(found), self._ends(found)
-            positions = {p: self._first_position(p, ours, begins[p], ends[p]) for p in found}
-            self._read_from(positions)
+            group = self._connect()
+            self._open(group, Cursor(cursor, identity, marks))
+        except SourceAwayError:
+            self.close()
+            raise
         except KafkaError as error:
+            self.close()
+            if error.retriable:
+                raise SourceAwayError(
+                    f"source.kafka.topic={self._topic} cannot be read ({type(error).__name__}: {error}); check that "
+                    "all brokers run"
+                ) from error
             raise self._unreadable(error) from error
-        if self._settings.stop_at_end:
-            self._stop_at = ends
-        self._last_ends = ends
+
+    def _open(self, group: Group, cursor: Cursor) -> None:
+        topic = require_topic(self._admin, self._topic)
+        brokers = Brokers(self._consumer, self._log, group)
+        beginning = where_to_begin(self._settings, brokers, self._loss, topic, cursor)
+        self._topic_id = topic.id
+        self._unserved = dict(beginning.unserved)
+        self._stop_at = dict(beginning.ends) if self.finite else {}
+        self._last_ends = dict(beginning.ends)
+        self._read_from(beginning.positions)
+        self._note_leaders(topic.leaderless)
         self._next_discovery = time.monotonic() + self._settings.discovery_interval_s
-        logger.info("reading %s from %s", self._topic, {p.number: offset for p, offset in positions.items()})
+        logger.info("reading %s from %s", self._topic, {p.number: at for p, at in beginning.positions.items()})
 
     def poll(self, timeout_s: float) -> list[Record]:
         """Records in order within each partition. Empty while the brokers are away, which is logged once.
 
-        Raises DataLossError if the log no longer holds what comes next, SourceError if it cannot be decoded or the
-        brokers refuse.
+        Raises DataLossError if the log no longer holds what comes next, SourceError if it cannot be decoded and
+        `on_undecodable` is `fail`, if a finite run waits for a transaction in vain, or if the brokers refuse.
         """
         self._discover_when_due()
         if self._paused:
@@ -96,17 +111,34 @@ class KafkaSource:
             self._leave_lost_records(error)
             return []
         except LogTruncationError as error:
-            raise self._shortened(str(error)) from error
-        except KafkaError as error:
-            if not error.retriable:
-                raise self._unreadable(error) from error
-            self._note_outage(error)
-            return []
-        except Exception as error:  # whatever a decompressor raises
-            raise self._undecodable(error) from error
+            raise self._loss.shortened(str(error)) from error
+        except AuthorizationError as error:
+            raise self._unreadable(error) from error
+        except Exception as error:  # an outage, or whatever a decompressor raises
+            if isinstance(error, KafkaError) and error.retriable:
+                self._note_outage(error)
+                return []
+            return self._read_undecodable(error)
         if fetched:
             self._note_end_of_outage()
-        return [record for batch in fetched.values() for record in map(_to_record, batch) if self._is_wanted(record)]
+        elif self._stop_at:
+            self._transactions.require_progress(self.positions(), self._stop_at)
+        return [record for batch in fetched.values() for record in map(record_of, batch) if self._is_wanted(record)]
+
+    def hold(self, partitions: frozenset[Partition]) -> None:
+        """Fetch nothing of these partitions.
+
+        They are not paused: the client forgets the error of a batch of a paused partition, and spins for ever after.
+        What it has fetched of them is fetched again later.
+        """
+        if partitions == self._held.keys() or not set(self._partitions) - partitions:
+            return
+        positions = {p: at for p, at in self.positions().items() if p in self._partitions}
+        released = self._held.keys() - partitions
+        self._held = {p: positions[p] for p in partitions if p in positions}
+        self._assign()
+        for partition in released:
+            self._consumer.seek(to_kafka(partition), positions[partition])
 
     def pause(self) -> None:
         """Stop returning records; what was already fetched is kept for `resume`.
@@ -122,44 +154,80 @@ class KafkaSource:
         self._paused = False
 
     def commit(self, positions: Mapping[Partition, int], step: int) -> None:
-        """Commit offsets under the group, with the step as their metadata. Raises SourceError if that fails."""
+        """Commit offsets under the group. Raises SourceError if that fails, FencedError if we were replaced."""
         if self._group is not None:
             self._group.commit(positions, step)
+
+    @property
+    def fences(self) -> bool:
+        """Whether the brokers refuse the commits of a trainer that another one has replaced."""
+        return self._group is not None and self._group.fences
 
     def positions(self) -> Mapping[Partition, int]:
         """The next offset of each partition; past control records and compacted gaps, unlike the last record.
 
         With `stop_at_end` never past the end noted at the start: records behind it are left for another run.
         """
+        reading = [p for p in self._partitions if p not in self._held]
         try:
-            read_to = {p: self._consumer.position(_to_kafka(p), timeout_ms=0) for p in self._partitions}
+            read_to = {p: self._consumer.position(to_kafka(p), timeout_ms=0) for p in reading}
         except LogTruncationError as error:
-            raise self._shortened(str(error)) from error
+            raise self._loss.shortened(str(error)) from error
+        read_to |= self._held | self._unserved
         return {p: min(offset, self._stop_at.get(p, offset)) for p, offset in read_to.items()}
 
+    @property
+    def finite(self) -> bool:
+        """Whether the run stops at the ends noted at the start."""
+        return self._settings.stop_at_end
+
+    @property
+    def drained(self) -> frozenset[Partition]:
+        """Partitions read to the end that is known: the one noted at the start, or the last one heard of."""
+        ends = self._stop_at or {p: self._known_end(p) for p in self._partitions}
+        return frozenset(p for p, offset in self.positions().items() if p in ends and offset >= ends[p])
+
+    def _known_end(self, partition: Partition) -> int:
+        heard = None if partition in self._held else self._consumer.highwater(to_kafka(partition))
+        return max(heard or 0, self._last_ends.get(partition, 0))
+
     def end_positions(self) -> Mapping[Partition, int]:
-        """The offset after the last committed record of each partition; the last known ones during an outage."""
+        """The offset after the last record of each partition; the last known ones during an outage."""
+        served = [p for p in self._partitions if p not in self._leaderless]
         if self._outage:
             return dict(self._last_ends)
         try:
-            self._last_ends = self._ends(self._partitions)
+            stable = self._log.stable_ends(served)  # first: what is written meanwhile is held back by nobody
+            self._last_ends |= self._log.ends(served)
+            self._transactions.look(stable, self._last_ends)
         except KafkaError as error:
             if not error.retriable:
                 raise self._unreadable(error) from error
             self._note_outage(error)
+            self._next_discovery = 0.0  # perhaps only some partitions have lost their leader
         return dict(self._last_ends)
+
+    def held_back(self) -> Mapping[Partition, int]:
+        """Records behind open transactions, when the ends were last looked at."""
+        return self._transactions.held_back
+
+    def without_leader(self) -> frozenset[Partition]:
+        """Partitions that no broker serves, as the topic was last described."""
+        return self._leaderless
 
     def identity(self) -> Mapping[str, str]:
         """The topic's id by its name; empty where the brokers give none."""
         return {self._topic: self._topic_id} if self._topic_id else {}
 
     @property
+    def replaced(self) -> Mapping[Partition, int]:
+        """Where logs were found replaced at the start."""
+        return self._loss.replaced
+
+    @property
     def exhausted(self) -> bool:
         """Whether every partition has been read to where it ended at the start (`stop_at_end`)."""
-        if not self._stop_at:
-            return False
-        positions = self.positions()
-        return all(positions[p] >= end for p, end in self._stop_at.items())
+        return bool(self._stop_at) and self.drained >= self._stop_at.keys()
 
     @property
     def reachable(self) -> bool:
@@ -169,19 +237,19 @@ class KafkaSource:
     @property
     def records_lost(self) -> int:
         """Offsets skipped since `start` because the log no longer held them."""
-        return self._records_lost
+        return self._loss.records_lost
 
     def close(self) -> None:
         """Close all clients."""
-        if self._group is not None:
-            self._group.close()
         if self._consumer is not None:
             self._consumer.close(autocommit=False, timeout_ms=CLOSE_TIMEOUT_MS)
         if self._admin is not None:
             self._admin.close()
-        self._group = self._consumer = self._admin = None
+        if self._group is not None:
+            self._group.close()
+        self._consumer = self._admin = self._group = None
 
-    def _connect(self) -> None:
+    def _connect(self) -> Group:
         self._admin = connect(
             KafkaAdminClient, self._settings, f"{self._client_id}-admin", request_timeout_ms=REQUEST_TIMEOUT_MS
         )
@@ -189,95 +257,31 @@ class KafkaSource:
             KafkaConsumer,
             self._settings,
             self._client_id,
-            group_id=None,  # see `sources.group`
+            group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="none",
             isolation_level="read_committed",
             check_crcs=True,
+            max_partition_fetch_bytes=FETCH_BYTES,
             allow_auto_create_topics=False,
         )
-        self._group = Group(self._settings, self._client_id)
-
-    def _begins(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        asked = list(map(_to_kafka, partitions))
-        found = self._consumer.beginning_offsets(asked, timeout_ms=REQUEST_TIMEOUT_MS)
-        return {_from_kafka(p): offset for p, offset in found.items()}
-
-    def _ends(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        """Under read_committed these stop short of open transactions."""
-        asked = list(map(_to_kafka, partitions))
-        found = self._consumer.end_offsets(asked, timeout_ms=REQUEST_TIMEOUT_MS)
-        return {_from_kafka(p): offset for p, offset in found.items()}
-
-    def _cursor_of_this_topic(
-        self, cursor: Mapping[Partition, int], stored_id: str | None, found: list[Partition]
-    ) -> dict[Partition, int]:
-        """The part of the cursor that can be honoured, once another or a new topic is accounted for."""
-        ours = {p: offset for p, offset in cursor.items() if p.topic == self._topic}
-        if len(ours) < len(cursor):
-            others = sorted({p.topic for p in cursor} - {self._topic})
-            logger.warning("the cursor of %s is left behind: source.kafka.topic=%s", ", ".join(others), self._topic)
-        gone = sorted(p.number for p in ours if p not in found)
-        if stored_id and self._topic_id and stored_id != self._topic_id:
-            what = f"the topic was deleted and created again (id {stored_id}, now {self._topic_id})"
-        elif gone:
-            what = f"partitions {gone} are gone, so the topic was deleted and created again"
-        else:
-            return ours
-        self._lost(what, "read the new topic from its first record", 0)
-        return dict.fromkeys(found, 0)
-
-    def _first_position(self, p: Partition, cursor: Mapping[Partition, int], begin: int, end: int) -> int:
-        if p in cursor:
-            return self._within_log(p, cursor[p], begin, end, "the cursor")
-        if cursor:
-            return begin
-        found = self._group.committed(p) if self._group is not None else None
-        if found is not None and may_begin(self._settings, p, found.offset, found.metadata):
-            committed = found.offset
-            if committed > begin:
-                logger.warning(
-                    "partition %d: there is no checkpoint, so reading begins at %d, where group %s stands, and leaves "
-                    "out the %d records before it; to read these too set source.kafka.group_id to a new name",
-                    p.number,
-                    committed,
-                    self._settings.group_id,
-                    committed - begin,
-                )
-            return self._within_log(p, committed, begin, end, f"the offset of group {self._settings.group_id}")
-        return begin if self._settings.start == "earliest" else end
-
-    def _within_log(self, p: Partition, offset: int, begin: int, end: int, whose: str) -> int:
-        """`offset` if the log still holds it, else what `on_data_loss` says."""
-        if offset < begin:
-            what = f"partition {p.number} begins at {begin}, but {whose} is {offset}: {begin - offset} records are gone"
-            self._lost(what, f"go on at {begin}", begin - offset)
-            return begin
-        if offset > end:
-            what = f"partition {p.number} ends at {end}, but {whose} is {offset}: the log was cut or made anew"
-            self._lost(what, f"go on at {end}", 0)
-            return end
-        return offset
-
-    def _lost(self, what: str, remedy: str, records: int) -> None:
-        if self._settings.on_data_loss == "fail":
-            raise DataLossError(
-                f"source.kafka.topic={self._topic}: {what}; restore the log, or set source.kafka.on_data_loss=skip to "
-                f"{remedy}"
-            )
-        self._records_lost += records
-        logger.error("source.kafka.topic=%s: %s; on_data_loss=skip: %s", self._topic, what, remedy)
+        self._log = TopicLog(self._consumer, self._admin)
+        self._group = Group.connect(self._settings, self._client_id)
+        return self._group
 
     def _read_from(self, positions: Mapping[Partition, int]) -> None:
         """Take these partitions on, beside those already read."""
         self._partitions = [*self._partitions, *positions]
-        self._consumer.assign(list(map(_to_kafka, self._partitions)))
+        self._assign()
         for p, offset in positions.items():
-            self._consumer.seek(_to_kafka(p), offset)
+            self._consumer.seek(to_kafka(p), offset)
+
+    def _assign(self) -> None:
+        self._consumer.assign([to_kafka(p) for p in self._partitions if p not in self._held])
 
     def _discover_when_due(self) -> None:
-        """Look for new partitions, and whether the topic is still the same one. Batch runs end with what they had."""
-        if self._settings.stop_at_end or time.monotonic() < self._next_discovery:
+        """Look for new partitions and lost leaders, and whether the topic is still the same one."""
+        if time.monotonic() < self._next_discovery:
             return
         try:
             self._discover()
@@ -294,25 +298,61 @@ class KafkaSource:
             self._note_outage("the topic does not exist")
             return
         if self._topic_id and topic.id and topic.id != self._topic_id:
-            raise self._shortened(f"the topic was deleted and created again (id {self._topic_id}, now {topic.id})")
-        new = [p for p in (Partition(self._topic, n) for n in topic.partitions) if p not in self._partitions]
-        if new:
-            self._read_from(self._begins(new))
-            logger.info("new partitions of %s: %s", self._topic, [p.number for p in new])
+            raise self._loss.shortened(f"the topic was deleted and created again (id {self._topic_id}, now {topic.id})")
+        self._note_leaders(topic.leaderless)
+        every = (Partition(self._topic, n) for n in topic.partitions)
+        new = [p for p in every if p not in self._partitions and p not in self._leaderless]
+        if new and not self.finite:  # a batch run ends with what it had
+            self._take_on(new)
         self._note_end_of_outage()
+
+    def _take_on(self, new: list[Partition]) -> None:
+        """Read partitions that were added, or that had no leader at the start."""
+        begins, ends = self._log.begins(new), self._log.ends(new)
+        positions = {}
+        for p in new:
+            at = self._unserved.pop(p, begins[p])
+            positions[p] = self._loss.within_log(p, at, begins[p], ends[p], "the cursor")
+        self._read_from(positions)
+        logger.info("new partitions of %s: %s", self._topic, [p.number for p in new])
+
+    def _note_leaders(self, leaderless: frozenset[int]) -> None:
+        lost = frozenset(Partition(self._topic, number) for number in leaderless)
+        if lost and lost != self._leaderless:
+            numbers = sorted(leaderless)
+            logger.warning(
+                "source.kafka.topic=%s: partitions %s have no leader; the others are read", self._topic, numbers
+            )
+        elif self._leaderless and not lost:
+            logger.info("source.kafka.topic=%s: every partition has a leader again", self._topic)
+        self._leaderless = lost
 
     def _leave_lost_records(self, error: KafkaError) -> None:
         """Go on after records that retention took while we were reading, if the settings allow it."""
         for asked, offset in error.args[0].items():
-            p = _from_kafka(asked)
+            p = from_kafka(asked)
             try:
-                begin, end = self._begins([p])[p], self._ends([p])[p]
+                begin, end = self._log.begins([p])[p], self._log.ends([p])[p]
             except KafkaError as failure:
                 self._note_outage(failure)
                 return
             if offset > end:
-                raise self._shortened(f"partition {p.number} ends at {end}, but {offset} comes next") from error
-            self._consumer.seek(asked, self._within_log(p, offset, begin, end, "the next offset"))
+                raise self._loss.shortened(f"partition {p.number} ends at {end}, but {offset} comes next") from error
+            self._consumer.seek(asked, self._loss.within_log(p, offset, begin, end, "the next offset"))
+
+    def _read_undecodable(self, error: Exception) -> list[Record]:
+        """What can be read of a batch at which the client failed: its next poll would spin, or lose records unseen."""
+        away = self._held.keys() | self._leaderless
+        positions = {p: at for p, at in self.positions().items() if p not in away}
+        try:
+            records = usable_records(self._settings, self._log, positions, error)
+        except KafkaError as failure:
+            if not failure.retriable:
+                raise self._unreadable(failure) from failure
+            self._note_outage(failure)
+            return []
+        self._consumer.seek(to_kafka(records[-1].partition), records[-1].next_offset)
+        return [record for record in records if self._is_wanted(record)]
 
     def _is_wanted(self, record: Record) -> bool:
         """Whether the record is part of this run: all are, unless it stops at the ends noted at the start."""
@@ -328,31 +368,13 @@ class KafkaSource:
             logger.info("source.kafka.topic=%s can be read again", self._topic)
         self._outage = False
 
-    def _shortened(self, what: str) -> DataLossError:
-        """A cursor cannot go back while its records are in flight, so this ends the run under either policy."""
-        return DataLossError(
-            f"source.kafka.topic={self._topic}: {what}; start again to see what is missing, with "
-            "source.kafka.on_data_loss=skip to go on without it"
-        )
-
     def _unreadable(self, error: KafkaError) -> SourceError:
         if isinstance(error, AuthorizationError):
             return SourceError(
                 f"source.kafka.topic={self._topic} may not be read by {self._settings.sasl_username or 'us'} with "
                 f"group {self._settings.group_id} ({error}); grant Read and Describe on both"
             )
-        if isinstance(error, (CorruptRecordError, UnsupportedCodecError)):
-            return self._undecodable(error)
         return SourceError(f"source.kafka.topic={self._topic} cannot be read ({error}); check the brokers")
-
-    def _undecodable(self, error: Exception) -> SourceError:
-        """A batch that cannot be decoded: going on would spin in the client, or lose records unseen."""
-        where = ", ".join(f"{p.number} at {offset}" for p, offset in self.positions().items())
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return SourceError(
-            f"source.kafka.topic={self._topic} holds a batch that cannot be read; next offsets by partition: {where} "
-            f"({reason}); delete records up to the end of that batch and set source.kafka.on_data_loss=skip"
-        )
 
 
 def probe(settings: KafkaSettings) -> None:
@@ -365,23 +387,3 @@ def probe(settings: KafkaSettings) -> None:
         raise SourceError(f"source.kafka.topic={settings.topic} cannot be described ({error}); check access") from error
     finally:
         admin.close()
-
-
-def _to_kafka(partition: Partition) -> Any:
-    return TopicPartition(partition.topic, partition.number)
-
-
-def _from_kafka(partition: Any) -> Partition:
-    return Partition(partition.topic, partition.partition)
-
-
-def _to_record(message: Any) -> Record:
-    return Record(
-        partition=Partition(message.topic, message.partition),
-        offset=message.offset,
-        next_offset=message.offset + 1,
-        value=message.value,
-        key=message.key,
-        headers=tuple(message.headers or ()),
-        timestamp=message.timestamp / 1000 if message.timestamp >= 0 else None,
-    )

@@ -35,6 +35,9 @@ class Status:
             return Health(State.FAILED.value, ok=False, ready=False, detail="the service failed; see its log")
         if trainer is None:
             return Health(State.LOADING.value, ok=True, ready=False, detail="the model is being loaded")
+        if trainer.ingest.away:
+            detail = f"waiting for the stream: {trainer.ingest.away}"
+            return Health(trainer.state.value, ok=True, ready=False, detail=detail)
         # A step may rightly wait `buffer.wait_s` for samples that would fill its pool.
         age = time.monotonic() - trainer.last_progress - self._settings.buffer.wait_s
         silence = time.monotonic() - trainer.ingest.last_turn if trainer.ingest.alive else 0.0

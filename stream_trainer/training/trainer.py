@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from gradient_selectors import MaskedAdamW, SelectionEngine
@@ -24,7 +25,8 @@ from stream_trainer.errors import CheckpointError, NotFiniteError, PoisonError, 
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters
-from stream_trainer.ingest.thread import Ingest, Snapshot
+from stream_trainer.ingest.judge import Snapshot
+from stream_trainer.ingest.thread import Ingest
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Partition, Sample
@@ -237,6 +239,7 @@ class Trainer:
         """
         started = time.perf_counter()
         snapshot = self.ingest.snapshot()
+        positions = {Partition.parse(name): log["next"] for name, log in snapshot.cursor["partitions"].items()}
         try:
             self.owner.confirm()
             self.dead_letters.flush()
@@ -248,6 +251,7 @@ class Trainer:
                 self.settings.checkpoint.keep,
                 self.owner.epoch,
                 self.owner.confirm,
+                before_rename=partial(self.ingest.confirm, positions, self.step),
             )
         except CheckpointError:
             self.metrics.checkpoint_failures.inc()
@@ -262,7 +266,6 @@ class Trainer:
         self.metrics.phase_seconds.labels("checkpoint").inc(seconds)
         self.metrics.durable(saved.step, time.time(), saved.bytes)
         logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, seconds)
-        positions = {Partition.parse(name): log["next"] for name, log in snapshot.cursor["partitions"].items()}
         self.ingest.request_commit(positions, saved.step)
 
     def _trainer_state(self, snapshot: Snapshot) -> TrainerState:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Solution, Vector
+from gradient_selectors.weigh.coefficients import CoefficientSolver, Solution
 from gradient_selectors.weigh.filter_then_weight import with_ridge
+from gradient_selectors.weigh.program import Matrix, Vector
 
 from benchmarks import solver
 from benchmarks.solver import CASES, TOLERANCE, check, disagreement, make_problem, summarise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.record.util import calc_crc32c
 from kafka.structs import OffsetAndMetadata
 
 from stream_trainer.demo.broker import free_port, stop, wait_for_port
@@ -191,3 +192,23 @@ def committed(servers: str, group: str, topic: str) -> tuple[int, str]:
     finally:
         consumer.close()
     return found.offset, found.metadata
+
+
+def with_checksum(batch: bytearray) -> bytearray:
+    """A batch of records that was changed, with the checksum made anew."""
+    batch[17:21] = calc_crc32c(memoryview(bytes(batch))[21:]).to_bytes(4, "big")
+    return batch
+
+
+def rewrite_batch(kafka: ApacheKafka, topic: str, marker: bytes, old: bytes, new: bytes) -> None:
+    """Change the batch with `marker` where the broker stores it, in a topic of one partition, and its checksum."""
+    segment = kafka.data_dir / "log" / f"{topic}-0" / f"{0:020}.log"
+    stored, at = bytearray(segment.read_bytes()), 0
+    while at < len(stored):
+        end = at + 12 + int.from_bytes(stored[at + 8 : at + 12], "big")
+        if marker in stored[at:end]:
+            stored[at:end] = with_checksum(stored[at:end].replace(old, new))
+            segment.write_bytes(stored)
+            return
+        at = end
+    raise AssertionError(f"no batch holds {marker!r}")

@@ -49,7 +49,8 @@ class ListSource:
         hidden: positions after the last record that hold none (control records).
         commits: what was committed, in order.
         fail_with: raised by the next poll.
-        fail_commits, fail_ends: whether commits, and looks at the ends, raise.
+        fail_commits: raised by commits.
+        fail_ends: whether looks at the ends raise.
         calls: the order in which the methods that change something were called.
     """
 
@@ -60,16 +61,25 @@ class ListSource:
         self.hidden = hidden
         self.commits: list[tuple[dict[Partition, int], int]] = []
         self.fail_with: BaseException | None = None
-        self.fail_commits = False
+        self.fail_commits: Exception | None = None
         self.fail_ends = False
         self.calls: list[str] = []
         self.paused = False
         self.records_lost = 0
+        self.replaced: dict[Partition, int] = {}
+        self.fences = False
+        self.held: frozenset[Partition] = frozenset()
         self.reachable = True
         self.identity_at_start: dict[str, str] = {}
         self._at: dict[Partition, int] = {}
 
-    def start(self, cursor: Mapping[Partition, int], identity: Mapping[str, str]) -> None:
+    def start(
+        self,
+        cursor: Mapping[Partition, int],
+        identity: Mapping[str, str],
+        marks: Mapping[Partition, tuple[int, str]],
+    ) -> None:
+        self.marks_at_start = dict(marks)
         self.calls.append("start")
         self.identity_at_start = dict(identity)
         self._at = {p: cursor.get(p, 0) for p in sorted({record.partition for record in self.records})}
@@ -86,6 +96,19 @@ class ListSource:
             time.sleep(timeout_s)
         return ready
 
+    @property
+    def drained(self) -> frozenset[Partition]:
+        return frozenset(p for p, at in self._at.items() if at >= self._last(p))
+
+    def hold(self, partitions: frozenset[Partition]) -> None:
+        self.held = partitions
+
+    def held_back(self) -> Mapping[Partition, int]:
+        return {}
+
+    def without_leader(self) -> frozenset[Partition]:
+        return frozenset()
+
     def pause(self) -> None:
         self.calls.append("pause")
         self.paused = True
@@ -95,8 +118,8 @@ class ListSource:
         self.paused = False
 
     def commit(self, positions: Mapping[Partition, int], step: int) -> None:
-        if self.fail_commits:
-            raise RuntimeError("the group is in use")
+        if self.fail_commits is not None:
+            raise self.fail_commits
         self.calls.append("commit")
         self.commits.append((dict(positions), step))
 

@@ -62,9 +62,7 @@ def polished(program: Program, start_n: Vector, upper_n: Vector) -> Vector:
     return point_n
 
 
-def _move(
-    program: Program, point_n: Vector, slope_n: Vector, free_n: Mask, upper_n: Vector
-) -> tuple[Vector, Mask]:
+def _move(program: Program, point_n: Vector, slope_n: Vector, free_n: Mask, upper_n: Vector) -> tuple[Vector, Mask]:
     """The point with what is free at its best, or as near to that as the bounds let it; and what they hold now."""
     step_n = np.zeros_like(point_n)
     step_n[free_n], ends = _shortest_step(program.hessian_nn[np.ix_(free_n, free_n)], -slope_n[free_n])
@@ -81,7 +79,7 @@ def _move(
 
 def _shortest_step(matrix: Matrix, right: Vector) -> tuple[Vector, bool]:
     """The shortest step to the best point: copies move alike. Where there is none, a way down that never ends."""
-    step = np.linalg.lstsq(matrix, right, rcond=None)[0]
-    rest = right - matrix @ step
+    step: Vector = np.linalg.lstsq(matrix, right, rcond=None)[0].astype(np.float64)
+    rest: Vector = right - matrix @ step
     ends = bool(np.abs(rest).max() <= TOLERANCE * max(1.0, float(np.abs(step).max())))
     return (step if ends else rest), ends

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from gradient_selectors.preconditioner import squared
 from gradient_selectors.views.interaction import Interaction
-from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Solution, Vector
+from gradient_selectors.weigh.coefficients import CoefficientSolver, Solution
+from gradient_selectors.weigh.program import Matrix, Vector
 from gradient_selectors.weigh.selector import Decision, SolverReport
 
 Filter = Literal["first_order", "cosine", "nn_omp"]

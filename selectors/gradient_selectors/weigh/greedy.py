@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from gradient_selectors.views.interaction import Interaction
-from gradient_selectors.weigh.coefficients import Matrix, Vector
 from gradient_selectors.weigh.filter_then_weight import positive_samples, redundancy, sound, usable_utilities
+from gradient_selectors.weigh.program import Matrix, Vector
 from gradient_selectors.weigh.selector import Decision, equal_coefficients
 
 

@@ -55,7 +55,7 @@ def left_by_the_lengths(batch: Batch) -> Stated:
     return Batch(on_the_left(batch.input_ids_NT, batch), on_the_left(batch.labels_NT, batch), batch.lengths)
 
 
-WAYS = {
+WAYS: dict[Callable[[Batch], Stated], str | None] = {
     labels_under_a_mask: None,
     labels_beyond_the_lengths: "sample 0 has a label at position 8, beyond its length of 8 tokens; pad on the right",
     left_under_a_mask: "position 2 of sample 0 is padding before a token; set tokenizer.padding_side='right'",
@@ -102,7 +102,9 @@ def test_every_way_in_refuses_a_label_beyond_a_samples_length() -> None:
 @pytest.mark.parametrize("lengths", [(3, 3), (3, 9), (3,)])
 def test_lengths_that_do_not_fit_are_refused(lengths: tuple[int, ...]) -> None:
     ids = torch.full((2, 4), 5)
-    says = "do not fit input_ids of 2 samples by 4 tokens" if lengths != (3, 3) else "sample 0 has a label at position 3"
+    says = (
+        "do not fit input_ids of 2 samples by 4 tokens" if lengths != (3, 3) else "sample 0 has a label at position 3"
+    )
     with pytest.raises(ValueError, match=says):
         check_lengths(Batch(ids, ids, lengths))
 

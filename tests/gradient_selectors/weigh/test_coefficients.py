@@ -5,7 +5,8 @@ import itertools
 import cvxpy as cp
 import numpy as np
 import pytest
-from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Vector
+from gradient_selectors.weigh.coefficients import CoefficientSolver
+from gradient_selectors.weigh.program import Matrix, Vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import lsq_linear, nnls  # type: ignore[import-untyped]

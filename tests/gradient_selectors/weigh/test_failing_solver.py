@@ -8,8 +8,9 @@ import pytest
 import torch
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.scoring import Exact
-from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Solution, Vector
+from gradient_selectors.weigh.coefficients import CoefficientSolver, Solution
 from gradient_selectors.weigh.filter_then_weight import Filter, FilterThenWeight, Normalisation
+from gradient_selectors.weigh.program import Matrix, Vector
 from torch import Tensor
 
 from tests.helpers.pools import written_pool

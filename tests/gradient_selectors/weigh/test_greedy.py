@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from gradient_selectors.weigh.baselines import TopK
-from gradient_selectors.weigh.coefficients import Matrix, Vector
 from gradient_selectors.weigh.greedy import Greedy, greedy_choice, matched_weight
+from gradient_selectors.weigh.program import Matrix, Vector
 
 from tests.helpers.pools import written_pool
 

@@ -33,8 +33,9 @@ from gradient_selectors.capture.gradients import PoolGradients
 from gradient_selectors.preconditioner import AdamPreconditioner, adam_preconditioner, plain
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.rank_one import ghost_gram
-from gradient_selectors.weigh.coefficients import CoefficientSolver, Matrix, Vector
+from gradient_selectors.weigh.coefficients import CoefficientSolver
 from gradient_selectors.weigh.filter_then_weight import FilterThenWeight, Metric, matching_pursuit, with_ridge
+from gradient_selectors.weigh.program import Matrix, Vector
 from torch import Size, Tensor
 
 from tests.helpers.oracle import dense, make_batch, make_model, random_like, relative_error

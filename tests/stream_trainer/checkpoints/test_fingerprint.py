@@ -13,6 +13,7 @@ import torch
 from stream_trainer.checkpoints.fingerprint import LOOKED_AT_BYTES, check_resume, consumed, differences, fingerprint_of
 from stream_trainer.errors import CheckpointError
 from stream_trainer.models.loading import load_model
+from stream_trainer.models.saving import save_model
 from stream_trainer.settings.schema import Settings
 from tests.helpers.service import MODEL, configuration, good, goods, jsonl, write_lines
 
@@ -72,8 +73,7 @@ def test_where_things_lie_does_not_matter_but_what_they_hold(tmp_path: Path) -> 
     settings = Settings(**config_of(tmp_path / "run"))
     for name, seed in (("here", 1), ("there", 1), ("other", 2)):
         made = load_model(settings.model, seed)
-        made.model.save_pretrained(tmp_path / name)
-        made.tokenizer.save_pretrained(tmp_path / name)
+        save_model(made, tmp_path / name)
     here, there, other = (
         kept(config_of(tmp_path / "run", model={"name": str(tmp_path / name), "config": None, "tokenizer": None}))
         for name in ("here", "there", "other")

@@ -118,7 +118,10 @@ def test_its_settings_are_refused_with_the_names_they_have_now() -> None:
     old = ["geometry", "chosen", "survivors", "settle_steps", "dual_sft.lambda_answers"]
     old += ["cluster_ucb.waiting", "cluster_ucb.intake"]
     gone = "selection.solver_time_limit_s"
-    assert sorted(lines) == sorted([
-        f"setting selection.{name} ({KEPT / 'settings.yaml'}) is now {RENAMED[f'selection.{name}']}; rename it"
-        for name in old
-    ] + [f"setting {gone} ({KEPT / 'settings.yaml'}) {GONE[gone]}"])
+    assert sorted(lines) == sorted(
+        [
+            f"setting selection.{name} ({KEPT / 'settings.yaml'}) is now {RENAMED[f'selection.{name}']}; rename it"
+            for name in old
+        ]
+        + [f"setting {gone} ({KEPT / 'settings.yaml'}) {GONE[gone]}"]
+    )

@@ -22,8 +22,8 @@ from stream_trainer.sources.kafka import KafkaSource
 from tests.helpers.brokers import (
     ApacheKafka,
     apache_kafka,
-    running,
     create_topic,
+    running,
     why_no_apache_kafka,
 )
 
@@ -35,7 +35,7 @@ def settings_of(servers: str, topic: str) -> KafkaSettings:
 def read_topic(settings: KafkaSettings) -> list[Record]:
     source = KafkaSource(settings)
     try:
-        source.start({}, {})
+        source.start({}, {}, {})
         records: list[Record] = []
         while not source.exhausted:
             records += source.poll(0.2)

@@ -59,8 +59,22 @@ def test_each_limit_makes_it_full_and_half_of_it_makes_it_low(limits: dict[str, 
     assert (buffer.full, buffer.low) == (False, True)
 
 
-def test_put_beyond_the_limit_drops_nothing() -> None:
-    assert offsets_taken(buffer_of(range(10), max_records=2), 10) == list(range(10))
+def test_put_beyond_the_limit_drops_nothing_and_changes_no_step() -> None:
+    """How many samples came beyond the limit depends on the fetches: a step must not."""
+    buffer = buffer_of(range(10), max_records=4)
+    assert [offsets_taken(buffer, n) for n in (10, 3)] == [[0, 1, 2, 3], [4, 5, 6]]
+    buffer.end()
+    assert offsets_taken(buffer, 10) == [7, 8, 9]
+
+
+def test_an_end_by_an_error_comes_after_what_was_put_before() -> None:
+    buffer = buffer_of(range(3))
+    buffer.end(ValueError("cut"))
+    assert offsets_taken(buffer, 2) == [0, 1]
+    assert [sample.offset for sample in buffer.take(2, LONG_S, never, or_none=True)] == [2]
+    assert buffer.take(2, LONG_S, never, or_none=True) == []
+    with pytest.raises(ValueError, match="cut"):
+        buffer.take(2, LONG_S, never)
 
 
 def test_a_take_waits_for_all_it_wants() -> None:

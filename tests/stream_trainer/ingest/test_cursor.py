@@ -180,3 +180,35 @@ def test_each_record_is_decided_exactly_once_whatever_happens(
             assert all(offset >= place for offset in undecided)
             assert place == min([*(o for p, o in waiting if p == log), position[log]])
         assert sum(cursor.counts.values()) == len(decided) <= total
+
+
+def test_the_mark_of_the_highest_decided_record_is_kept() -> None:
+    cursor = Cursor()
+    for offset in range(4):
+        cursor.fetched(LOG, offset, offset + 1, f"mark {offset}")
+    assert cursor.marks == {}
+    cursor.resolve(LOG, 2, Outcome.TRAINED)
+    cursor.resolve(LOG, 0, Outcome.TRAINED)
+    again = Cursor.restore(json.loads(json.dumps(cursor.state_dict())))
+    assert again.marks == {LOG: (2, "mark 2")}
+    again.fetched(LOG, 1, 2, "mark 1")
+    again.resolve(LOG, 1, Outcome.TRAINED)
+    assert again.marks == {LOG: (2, "mark 2")}
+
+
+def test_what_was_decided_in_a_log_that_was_replaced_says_nothing() -> None:
+    cursor = Cursor()
+    read(cursor, list(range(10)))
+    for offset in (4, 5, 6, 7):
+        cursor.resolve(LOG, offset, Outcome.TRAINED)
+    again = Cursor.restore(cursor.state_dict())
+    again.begin({LOG: 0}, {LOG: 6})
+    assert read(again, list(range(10))) == [0, 1, 2, 3, 6, 7, 8, 9]
+
+
+def test_a_checkpoint_without_an_order_can_be_read() -> None:
+    cursor = Cursor()
+    read(cursor, [0, 1, 2])
+    cursor.resolve(LOG, 1, Outcome.TRAINED)
+    older = {name: value for name, value in cursor.state_dict().items() if name in ("partitions", "counts")}
+    assert read(Cursor.restore(older), [0, 1, 2]) == [0, 2]

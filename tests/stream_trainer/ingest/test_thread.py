@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gradient_selectors.state import load_states
 
-from stream_trainer.errors import PoisonError, SourceError
+from stream_trainer.errors import FencedError, PoisonError, SourceError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.letter import read_dead_letters
@@ -20,6 +21,7 @@ from stream_trainer.records import Outcome, Partition, Record, Sample
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.samples.decoder import REASONS, Decoder
 from stream_trainer.settings.schema import BufferSettings, DeadLetterSettings, SampleSettings
+from stream_trainer.sources.base import Source, SourceAwayError
 from tests.helpers.fakes import LOG, ListDeadLetters, ListSource, records_of
 from tests.helpers.malformed import malformed, malformed_values
 
@@ -33,13 +35,13 @@ class Service:
 
     def __init__(
         self,
-        source: ListSource,
+        source: Source,
         cursor: Cursor | None = None,
         dead_letters: ListDeadLetters | FileDeadLetters | None = None,
         max_records: int = 512,
         limits: DeadLetterSettings | None = None,
     ) -> None:
-        self.source = source
+        self.source: Any = source
         self.cursor = cursor or Cursor()
         self.dead_letters = dead_letters or ListDeadLetters()
         self.buffer = Buffer(BufferSettings(max_records=max_records))
@@ -183,7 +185,7 @@ def test_commits_reach_the_source_and_the_newest_is_made_before_it_closes() -> N
 
 def test_a_failed_commit_is_counted_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     service = Service(ListSource(records_of([good(0)]), finite=False))
-    service.source.fail_commits = True
+    service.source.fail_commits = RuntimeError("the group is in use")
     with running(service):
         for step in (1, 2):
             service.ingest.request_commit({LOG: 0}, step)
@@ -364,3 +366,92 @@ def test_the_watch_is_restored_with_the_cursor() -> None:
     load_states(again.ingest.parts, snapshot.parts)
     with running(again), pytest.raises(PoisonError, match="1000 records in a row"):
         again.take(1)
+
+
+def test_what_was_read_before_a_source_failed_is_taken_first() -> None:
+    """Else good records that are read already would be lost with whatever the error tells to delete."""
+
+    class BreakingSource(ListSource):
+        def poll(self, timeout_s: float) -> list[Record]:
+            if ready := super().poll(timeout_s):
+                return ready
+            raise SourceError("the next batch is damaged")
+
+    with running(Service(BreakingSource(records_of(map(good, range(200))), finite=False))) as service:
+        assert [sample.offset for sample in service.take(150)] == list(range(150))
+        assert [sample.offset for sample in service.take(150)] == list(range(150, 200))
+        with pytest.raises(SourceError, match="the next batch is damaged"):
+            service.take(1)
+
+
+class AwaySource(ListSource):
+    """Answers when `answers` is set."""
+
+    answers = False
+    tries = 0
+
+    def start(self, *arguments: Any) -> None:
+        self.tries += 1
+        if not self.answers:
+            raise SourceAwayError("nobody answers")
+        super().start(*arguments)
+
+
+def test_a_live_stream_that_does_not_answer_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("stream_trainer.ingest.thread.FIRST_BACKOFF_S", 0.01)
+    source = AwaySource(records_of([good(0)]), finite=False)
+    with running(Service(source)) as service:
+        wait_for(lambda: source.tries >= 3)
+        assert service.ingest.away == "nobody answers"
+        assert service.metric("source_reachable") == 0
+        source.answers = True
+        assert len(service.take(1)) == 1
+        assert service.ingest.away == ""
+    assert caplog.text.count("nobody answers") == 1
+
+
+def test_a_finite_stream_that_does_not_answer_fails_at_once() -> None:
+    with running(Service(AwaySource(records_of([good(0)])))) as service:
+        with pytest.raises(SourceAwayError, match="nobody answers"):
+            service.take(1)
+        assert service.source.tries == 1
+
+
+def test_a_stop_while_nobody_answers_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream_trainer.ingest.thread.MAX_BACKOFF_S", LONG_S)
+    monkeypatch.setattr("stream_trainer.ingest.thread.FIRST_BACKOFF_S", LONG_S)
+    source = AwaySource(records_of([good(0)]), finite=False)
+    service = Service(source)
+    service.ingest.start({}, {})
+    wait_for(lambda: service.ingest.away != "")
+    service.ingest.stop_reading()
+    service.ingest.stop()
+    wait_for(lambda: not service.ingest.alive)
+    assert source.tries == 1
+
+
+def test_another_trainer_that_takes_over_is_told_before_a_checkpoint_is_published() -> None:
+    source = ListSource(records_of([good(0)]), finite=False)
+    source.fences = True
+    with running(Service(source)) as service:
+        service.take(1)
+        service.ingest.confirm({LOG: 1}, step=1)
+        assert source.commits == [({LOG: 1}, 1)]
+        service.ingest.request_commit({LOG: 1}, 1)
+        source.fail_commits = FencedError("another trainer has taken over")
+        with pytest.raises(FencedError):
+            service.ingest.confirm({LOG: 1}, step=2)
+        with pytest.raises(FencedError):
+            service.take(1)
+    assert len(source.commits) == 1
+
+
+def test_a_commit_that_fails_holds_up_no_checkpoint() -> None:
+    source = ListSource(records_of([good(0)]), finite=False)
+    source.fences, source.fail_commits = True, RuntimeError("the brokers are away")
+    with running(Service(source)) as service:
+        service.take(1)
+        service.ingest.confirm({LOG: 1}, step=1)
+        assert service.metric("commit_failures_total") == 1

@@ -19,7 +19,7 @@ from stream_trainer.sources.jsonl import JsonlSource
 @contextmanager
 def started(path: Path | str, at: int = 0, follow: bool = False) -> Iterator[JsonlSource]:
     source = JsonlSource(JsonlSettings(path=str(path), follow=follow))
-    source.start({Partition(str(path), 0): at} if at else {}, {})
+    source.start({Partition(str(path), 0): at} if at else {}, {}, {})
     try:
         yield source
     finally:
@@ -97,7 +97,7 @@ def test_a_cursor_knows_its_file_however_it_is_spelled(samples_file: Path, monke
     monkeypatch.chdir(samples_file.parent)
     for spelled in (samples_file.name, f"./{samples_file.name}", f"../{samples_file.parent.name}/{samples_file.name}"):
         source = JsonlSource(JsonlSettings(path=spelled))
-        source.start({Partition(str(samples_file), 0): 2}, {})
+        source.start({Partition(str(samples_file), 0): 2}, {}, {})
         assert values(read_all(source)) == [b"b"]
         source.close()
 
@@ -207,7 +207,7 @@ def test_standard_input() -> None:
     program = (
         "from stream_trainer.settings.schema import *; from stream_trainer.sources import open_source\n"
         "source = open_source(SourceSettings(kind='jsonl', jsonl=JsonlSettings(path='-')))\n"
-        "source.start({}, {})\n"
+        "source.start({}, {}, {})\n"
         "while not source.exhausted:\n"
         "    for record in source.poll(1.0): print(record.offset, record.value)\n"
         "source.close()\n"

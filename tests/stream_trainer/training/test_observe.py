@@ -100,7 +100,9 @@ def test_a_refused_refresh_of_the_target_is_counted_and_changes_no_decision(tmp_
                 if setup is sound:
                     setup.target.refresh_steps = 100
                 with torch.no_grad():
-                    setup.loaded.model.model.embed_tokens.weight[2] = torch.nan  # pools hold no token below 3
+                    setup.loaded.model.get_parameter("model.embed_tokens.weight")[2] = (
+                        torch.nan
+                    )  # pools hold no token below 3
                 setup.target.samples[1].input_ids_NT[0, 0] = 2
             report = setup.step(pool)
             found.append((report.target_refused, report.target_refreshed, report.coefficients, report.losses))
@@ -117,7 +119,7 @@ def test_a_refused_refresh_of_the_target_is_counted_and_changes_no_decision(tmp_
 def test_a_target_that_is_poison_from_the_start_is_one_line(tmp_path: Path) -> None:
     setup = setup_of(tmp_path, {"weigh": "top_k"})
     with torch.no_grad():
-        setup.loaded.model.model.embed_tokens.weight[2] = torch.nan
+        setup.loaded.model.get_parameter("model.embed_tokens.weight")[2] = torch.nan
     setup.target.samples[3].input_ids_NT[0, 0] = 2
     with pytest.raises(SettingsError) as caught:
         setup.step(make_samples(8))

@@ -214,8 +214,8 @@ def _what_is_wrong(config: Mapping[str, Any], place: Place, stream: Stream, expe
     yield from ledger_differences(config, place, stream.size)
     if others := sorted({step for step, line in steps_of(place) if expected.steps.get(step) != line}):
         yield f"steps {others[:5]} were not made as in the undisturbed run"
-    if others := sorted(at for at, kinds in outcomes_of(place).items() if kinds != {expected.outcomes.get(at)}):
-        yield f"records {others[:5]} had other outcomes than in the undisturbed run"
+    if strays := sorted(at for at, kinds in outcomes_of(place).items() if kinds != {expected.outcomes.get(at)}):
+        yield f"records {strays[:5]} had other outcomes than in the undisturbed run"
     bad = {at for at, outcome in expected.outcomes.items() if outcome == "dead_lettered"}
     if set(letters_of(config)) != bad:
         yield f"{len(letters_of(config))} records are kept as dead letters instead of {len(bad)}"

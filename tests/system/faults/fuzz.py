@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def _trees(section: type[BaseModel]) -> st.SearchStrategy[Any]:
     inner: dict[str, Callable[[], st.SearchStrategy[Any]]] = {}
     for name, field in section.model_fields.items():
         below = section_of(field)
-        inner[name] = (lambda below=below: _trees(below)) if below is not None else (lambda: ANYTHING)
+        inner[name] = partial(_trees, below) if below is not None else lambda: ANYTHING
     known = st.sampled_from(sorted(inner)).flatmap(lambda name: st.tuples(st.just(name), inner[name]()))
     unknown = st.tuples(SCALARS, ANYTHING)
     return (

@@ -47,7 +47,7 @@ def start_apache(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def start_apache_again(folder: Path, servers: str) -> Iterator[str]:
-    with running(ApacheKafka(servers, "", Path(), folder)):
+    with running(ApacheKafka(servers, "", "", Path(), folder)):
         yield servers
 
 

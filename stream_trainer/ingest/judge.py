@@ -1,0 +1,125 @@
+"""What becomes of a record that was read: a sample, a decision, or a dead letter."""
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stream_trainer.errors import PoisonError, SampleError
+from stream_trainer.ingest.cursor import Cursor
+from stream_trainer.ingest.dead_letters import DeadLetters
+from stream_trainer.ingest.letter import DeadLetter
+from stream_trainer.ingest.poison import PoisonWatch
+from stream_trainer.monitoring.metrics import Metrics
+from stream_trainer.records import Outcome, Partition, Record, Sample
+from stream_trainer.samples.decoder import Decoder
+from stream_trainer.settings.schema import DeadLetterSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is decided at one moment, and what must be stored with it.
+
+    Attributes:
+        cursor, counts: of the cursor.
+        parts: states of the dead letters and of the watch on them, by the names they have in a checkpoint.
+    """
+
+    cursor: dict[str, Any]
+    counts: Mapping[Outcome, int]
+    parts: dict[str, Any]
+
+
+class Judge:
+    """Decodes records, and decides those that cannot be used. `snapshot` may be called by any thread.
+
+    Attributes:
+        poison: why no more should be read: too many records cannot be used.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        dead_letters: DeadLetters,
+        cursor: Cursor,
+        metrics: Metrics,
+        limits: DeadLetterSettings,
+    ) -> None:
+        self._decoder, self._dead_letters = decoder, dead_letters
+        self._cursor, self._metrics = cursor, metrics
+        self._watch = PoisonWatch(limits)
+        self._lock = threading.RLock()  # what is kept and what is decided change together
+        self._reasons_seen: set[str] = set()
+        self.poison: PoisonError | None = None
+
+    def snapshot(self) -> Snapshot:
+        """What is decided now; letters that were sent just now are given a few seconds to be kept.
+
+        Raises SourceError if a letter cannot be kept for good.
+        """
+        self._dead_letters.wait()
+        with self._lock:
+            self.settle()
+            cursor, counts = self._cursor.state_dict(), self._cursor.counts
+            positions = {Partition.parse(name): log["next"] for name, log in cursor["partitions"].items()}
+            parts = {"dead_letters": self._dead_letters.state_dict(), "poison": self._watch.state_dict(positions)}
+        return Snapshot(cursor, counts, parts)
+
+    @property
+    def parts(self) -> dict[str, object]:
+        """Whatever takes back the `parts` of a snapshot, by name."""
+        return {"dead_letters": self._dead_letters, "poison": self._watch}
+
+    def judge(self, chunk: Sequence[tuple[Record, bool]]) -> list[Sample]:
+        """The samples of records that the cursor has taken note of; False marks one that was decided before."""
+        results = iter(self._decoder.decode_batch([record for record, is_fresh in chunk if is_fresh]))
+        samples = []
+        for record, is_fresh in chunk:
+            result = next(results) if is_fresh else None
+            if isinstance(result, SampleError):
+                self._dead_letter(record, result)
+                continue
+            if isinstance(result, Sample):
+                samples.append(result)
+            elif is_fresh:
+                self._cursor.resolve(record.partition, record.offset, Outcome.FILTERED)
+            self._note_usable(record, is_fresh)
+        self._metrics.unusable_ratio.set(self._watch.ratio)
+        return samples
+
+    def settle(self) -> None:
+        """Decide the records whose letters are kept."""
+        with self._lock:
+            for letter in self._dead_letters.settled():
+                self._cursor.resolve(letter.record.partition, letter.record.offset, Outcome.DEAD_LETTERED)
+                self._metrics.dead_letters.labels(letter.reason).inc()
+        self._metrics.dead_letters_held.set(self._dead_letters.held)
+
+    def _note_usable(self, record: Record, is_fresh: bool) -> None:
+        with self._lock:
+            if is_fresh:
+                self._watch.note(record.partition, record.offset, None)
+            else:
+                self._watch.note_again(record.partition, record.offset)
+
+    def _dead_letter(self, record: Record, error: SampleError) -> None:
+        with self._lock:
+            self._watch.note(record.partition, record.offset, error.reason)
+            self._dead_letters.send(DeadLetter(record, error.reason, str(error)))
+            self.settle()
+        try:
+            self._watch.check()
+        except PoisonError as poison:
+            self.poison = poison
+        if error.reason not in self._reasons_seen:
+            self._reasons_seen.add(error.reason)
+            logger.warning(
+                "%s offset %d is dead-lettered (%s: %s); further records with this reason are only counted",
+                record.partition,
+                record.offset,
+                error.reason,
+                error,
+            )
