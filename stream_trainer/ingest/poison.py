@@ -31,6 +31,7 @@ HINTS = {
     "chat_template": "set the tokenizer of the model that the messages are for",
     "no_loss_tokens": "shorten the prompts, or raise samples.max_tokens",
     "tokenizer": "remove odd characters",
+    "undecodable": "see what the producer writes as headers",
     "unexpected": "report this error, please",
 }
 

@@ -205,7 +205,7 @@ def test_a_pipe_that_ends_before_the_cursor_is_data_loss() -> None:
 
 def test_standard_input() -> None:
     program = (
-        "from stream_trainer.settings.schema import *; from stream_trainer.sources import open_source\n"
+        "from stream_trainer.settings.source import *; from stream_trainer.sources import open_source\n"
         "source = open_source(SourceSettings(kind='jsonl', jsonl=JsonlSettings(path='-')))\n"
         "source.start({}, {}, {})\n"
         "while not source.exhausted:\n"
