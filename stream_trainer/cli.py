@@ -66,7 +66,7 @@ examples:
   stream-trainer run --config stream-trainer.yaml --source.kind=jsonl --source.jsonl.path=- < samples.jsonl
 
 SIGTERM and Ctrl-C end the run with a checkpoint; the next run with the same checkpoint.dir goes on from there.
-Exit codes: 0 done, 2 settings, 3 stream, 4 data loss, 5 checkpoint, 6 taken over by another trainer,
+Exit codes: 0 done, 2 settings, 3 stream, 4 data loss, 5 checkpoint, 6 taken over by another trainer, 7 training,
 8 too many dead letters.
 """
 

@@ -7,6 +7,7 @@ StreamTrainerError            exit code 1
 ├── CheckpointError           exit code 5   a checkpoint cannot be written, or none can be trusted
 │   └── NotFiniteError        exit code 5   the model is spoilt: what would be written is not finite
 ├── FencedError               exit code 6   another trainer has the checkpoint directory
+├── TrainingError             exit code 7   training cannot go on: the model dies again and again, or no step works
 ├── PoisonError               exit code 8   too many records of the stream cannot be used
 └── SampleError               (never fatal) one record cannot become a sample: it is dead-lettered
 """
@@ -50,6 +51,12 @@ class FencedError(StreamTrainerError):
     """Another trainer has the checkpoint directory, or has taken it over. Nothing more is written."""
 
     exit_code = 6
+
+
+class TrainingError(StreamTrainerError):
+    """The model dies again after every rollback, or steps fail whatever their samples are."""
+
+    exit_code = 7
 
 
 class PoisonError(StreamTrainerError):

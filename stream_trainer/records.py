@@ -3,7 +3,7 @@
 `Record` (bytes and position) -> `Sample` (token ids, labels, origin) -> a pool of them -> the `Outcome` of each.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ class Outcome(StrEnum):
     NOT_SELECTED = "not_selected"  # it was scored, and others were better, or it pointed away from the target
     FILTERED = "filtered"  # it was legal but carries nothing to train on (a tombstone)
     DEAD_LETTERED = "dead_lettered"  # it could not be used; its bytes are kept
+    DISCARDED = "discarded"  # it was trained on or not selected, and a rollback took that back
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ class Sample:
         id: the producer's name for it, or None.
         domain: the producer's label for where it comes from, or None.
         fields: names and values of the record's fields that a learned draw may tell producers apart by.
+        record: the record itself, whose bytes a dead letter keeps should a step fail on the sample. Its value takes
+            less memory than the token ids, and the buffer's limit in bytes counts it.
     """
 
     input_ids: tuple[int, ...]
@@ -82,6 +85,7 @@ class Sample:
     id: str | None = None
     domain: str | None = None
     fields: tuple[tuple[str, str], ...] = ()
+    record: Record | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:

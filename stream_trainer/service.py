@@ -37,6 +37,7 @@ from stream_trainer.sources import open_source
 from stream_trainer.training.build import make_engine
 from stream_trainer.training.optimizer import make_optimizer
 from stream_trainer.training.sampling import make_sampler
+from stream_trainer.training.saver import Saver
 from stream_trainer.training.status import Status
 from stream_trainer.training.trainer import OnEvaluation, OnStep, Trainer
 
@@ -96,8 +97,8 @@ def serve(
             status.trainer = trainer
             if not stop.is_set():
                 trainer.run()
-        except BaseException:
-            status.enter(State.FAILED)
+        except BaseException as error:
+            status.fail(error)
             raise
         counts = {outcome.value: count for outcome, count in trainer.cursor.counts.items()}
         logger.info("step %d: stopped; records %s", trainer.step, counts)
@@ -132,6 +133,18 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
     dead_letters = open_dead_letters(settings)
     stack.callback(dead_letters.close)
     ingest = Ingest(open_source(settings.source), decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
+    saver = Saver(
+        settings=settings,
+        loaded=loaded,
+        optimizer=optimizer,
+        cursor=cursor,
+        ingest=ingest,
+        dead_letters=dead_letters,
+        metrics=metrics,
+        owner=owner,
+        fingerprint=fingerprint,
+        jitter=random.SystemRandom(),
+    )
     trainer = Trainer(
         settings=settings,
         loaded=loaded,
@@ -142,11 +155,8 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         buffer=buffer,
         sampler=sampler,
         ingest=ingest,
-        dead_letters=dead_letters,
+        saver=saver,
         metrics=metrics,
-        owner=owner,
-        fingerprint=fingerprint,
-        jitter=random.SystemRandom(),
         stopped=stop.is_set,
     )
     if checkpoint is not None and state is not None:

@@ -163,9 +163,7 @@ class SelectionEngine:
         pool, lap = interaction.gradients, partial(clock.lap, second=second_pass_of(interaction.gradients))
         utilities_N = interaction.relative_utilities_N if self._reports_utilities else None
         lap("score")
-        decision = self.selector.decide(interaction)
-        if self.route is not None:
-            decision = self.route.route(decision, interaction)
+        decision = self._decide(interaction)
         if batch.weights_N is not None:
             decision = restated(decision, batch.weights_N)
         lap("weigh")
@@ -196,6 +194,31 @@ class SelectionEngine:
         clock.lap("train")
         self.last = PoolReport(losses_N, seconds=clock.seconds)
         return decision
+
+    def rehearse(self, samples: Batch | Mapping[str, Any], *, scores: bool = True) -> None:
+        """Go through `backward`, or without `scores` through `train`, for what it may raise, and leave no trace.
+
+        It tells which samples a pass fails on. There is no refresh, no gradient, and every generator is as it was.
+        """
+        batch = Batch.of(samples)
+        parts: dict[str, object] = {"scoring": self.scoring, "selector": self.selector, "route": self.route}
+        kept = states_of(parts)
+        known = {} if self.target is None else self.target.gradient
+        try:
+            if not scores or self._trains_plainly or known is None:
+                self._trained(batch)
+                return
+            interaction = self._score(batch, known)
+            decision = self._decide(interaction)
+            for name in interaction.gradients.factors if decision.selected else ():
+                interaction.gradients.weighted_gradient_of(name, decision.coefficients_N)
+        finally:
+            load_states(parts, kept)
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _decide(self, interaction: Interaction) -> Decision:
+        decision = self.selector.decide(interaction)
+        return decision if self.route is None else self.route.route(decision, interaction)
 
     def _trained(self, batch: Batch) -> tuple[Tensor, Decision]:
         """Losses and coefficients. A sample that is not finite spoils the pass, which is then made without it."""

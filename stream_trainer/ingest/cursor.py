@@ -169,6 +169,19 @@ class Cursor:
             log.decide(offset)
             self._counts[outcome] += 1
 
+    def discard(self, before: Mapping[str, int]) -> int:
+        """Count as discarded what was trained on or not selected since the counts of an earlier `state_dict`.
+
+        Weights go back to that moment and positions do not. Returns how many records that are.
+        """
+        with self._lock:
+            gone = 0
+            for outcome in (Outcome.TRAINED, Outcome.NOT_SELECTED):
+                gone += self._counts[outcome] - before.get(outcome.value, 0)
+                self._counts[outcome] = before.get(outcome.value, 0)
+            self._counts[Outcome.DISCARDED] += gone
+            return gone
+
     def positions(self) -> dict[Partition, int]:
         """The lowest undecided position of each partition: where to resume reading."""
         with self._lock:

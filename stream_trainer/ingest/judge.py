@@ -90,6 +90,12 @@ class Judge:
         self._metrics.unusable_ratio.set(self._watch.ratio)
         return samples
 
+    def dead_letter(self, letter: DeadLetter) -> None:
+        """Keep a record that turned out to be unusable later. It is decided once its place has it."""
+        with self._lock:
+            self._dead_letters.send(letter)
+            self.settle()
+
     def settle(self) -> None:
         """Decide the records whose letters are kept."""
         with self._lock:
@@ -108,8 +114,7 @@ class Judge:
     def _dead_letter(self, record: Record, error: SampleError) -> None:
         with self._lock:
             self._watch.note(record.partition, record.offset, error.reason)
-            self._dead_letters.send(DeadLetter(record, error.reason, str(error)))
-            self.settle()
+            self.dead_letter(DeadLetter(record, error.reason, str(error)))
         try:
             self._watch.check()
         except PoisonError as poison:

@@ -17,6 +17,7 @@ from stream_trainer.ingest.commits import Commits
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters
 from stream_trainer.ingest.judge import Judge, Snapshot
+from stream_trainer.ingest.letter import DeadLetter
 from stream_trainer.ingest.rotation import Rotation
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Partition, Record
@@ -114,6 +115,10 @@ class Ingest:
         Raises SourceError if a letter cannot be kept for good.
         """
         return self._judge.snapshot()
+
+    def dead_letter(self, letter: DeadLetter) -> None:
+        """Keep a record whose sample turned out to be unusable. May be called by any thread."""
+        self._judge.dead_letter(letter)
 
     @property
     def parts(self) -> dict[str, object]:

@@ -31,7 +31,7 @@ SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 
 PHASES = ("wait", "target", "score", "weigh", "train", "update", "second_pass", "evaluate", "checkpoint")
 WAYS = ("learned", "scored", "rival", "uniform")
-STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps")
+STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps", "skipped_failed")
 DEGRADED_CAUSES = ("checkpoint",)
 RESUME_KINDS = (
     *("model", "target", "selection", "optimizer", "training", "memory", "samples", "buffer"),
@@ -156,6 +156,8 @@ class Metrics:
         self.steps = self._counter("steps_total", "Steps, by result.", ("result",))
         for result in STEP_RESULTS:
             self.steps.labels(result)
+        self.steps_without_update = self._gauge("steps_without_update", "Steps in a row that changed no weight.")
+        self.rollbacks = self._counter("rollbacks_total", "Times that training went back to the weights it had saved.")
         self.step_seconds = self._histogram(
             "step_seconds", "Time of one whole step, without the wait for its samples.", STEP_SECONDS
         )

@@ -52,6 +52,10 @@ REASONS = (
     "no_loss_tokens",
     "tokenizer",
     "unexpected",
+    # Those of a step that failed on a sample, which the trainer finds out.
+    "step_failed",
+    "out_of_memory",
+    "killed",
 )
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores
@@ -190,6 +194,7 @@ class Decoder:
             id=fields.id,
             domain=fields.domain,
             fields=fields.named + _outside(record, self.field_names) if self.field_names else (),
+            record=record,
         )
 
 

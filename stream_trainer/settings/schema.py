@@ -194,6 +194,11 @@ class TrainingSettings(Section):
     """Seed of every random choice."""
     threads: Count | None = None
     """CPU threads of torch. When unset, torch decides."""
+    max_dead_steps: Count = 5
+    """Steps in a row whose gradient or losses are not finite, after which the run goes back to the weights of its last
+    checkpoint. It reads on where it is; the records since then count as discarded."""
+    rollback_learning_rate_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The learning rate is multiplied by this at every such rollback, until another one is set."""
 
 
 class MemorySettings(Section):

@@ -57,9 +57,17 @@ def make_sampler(
 
 
 def _losses(engine: SelectionEngine, pad_id: int) -> Any:
+    def of(part: Sequence[Sample]) -> Tensor:
+        try:
+            return engine.capture.losses(collate(part, pad_id)).cpu()
+        except Exception:  # the model's own: whatever a sample makes it raise
+            if len(part) == 1:
+                return torch.tensor([torch.nan])  # should it be drawn all the same, the step finds out why
+        return torch.cat([of([sample]) for sample in part])
+
     def losses(samples: Sequence[Sample]) -> Tensor:
         parts = [samples[start : start + MICRO_BATCH] for start in range(0, len(samples), MICRO_BATCH)]
-        return torch.cat([engine.capture.losses(collate(part, pad_id)) for part in parts]).cpu()
+        return torch.cat([of(part) for part in parts])
 
     return losses
 

@@ -5,6 +5,7 @@ from platform import python_version
 from typing import Any
 
 from stream_trainer import __version__
+from stream_trainer.errors import StreamTrainerError
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.monitoring.server import Health
 from stream_trainer.records import Outcome
@@ -22,17 +23,26 @@ class Status:
         self._settings = settings
         self._metrics = metrics
         self._state = State.STARTING
+        self._failure = ""
         self.enter(State.STARTING)
 
     def enter(self, state: State) -> None:
         self._state = state
         self._metrics.state.state(state.value)
 
+    def fail(self, error: BaseException) -> None:
+        """Go to the last state, and say why if it is for people to mend."""
+        self._failure = str(error) if isinstance(error, StreamTrainerError) else "the service failed; see its log"
+        self.enter(State.FAILED)
+
     def health(self) -> Health:
-        """Stalled means: for `server.stall_s` seconds no step while there is something to do, or no turn of reading."""
+        """Stalled means: for `server.stall_s` seconds no step while there is something to do, or no turn of reading.
+
+        A run that got over something says what it was, and is well.
+        """
         trainer, limit = self.trainer, self._settings.server.stall_s
         if self._state is State.FAILED:
-            return Health(State.FAILED.value, ok=False, ready=False, detail="the service failed; see its log")
+            return Health(State.FAILED.value, ok=False, ready=False, detail=self._failure)
         if trainer is None:
             return Health(State.LOADING.value, ok=True, ready=False, detail="the model is being loaded")
         if trainer.ingest.away:
@@ -46,11 +56,11 @@ class Status:
             detail = f"no progress for {age:.0f} s, server.stall_s={limit:.0f}"
         elif silence > limit:
             detail = f"reading hangs since {silence:.0f} s, server.stall_s={limit:.0f}"
-        state, ready, failing = trainer.state.value, trainer.state in READY, trainer.failing
+        state, ready, failing = trainer.state.value, trainer.state in READY, trainer.saver.failing
         if failing is not None and not detail:
             failed_s = time.monotonic() - failing.since
             return Health("degraded", ok=True, ready=ready, detail=f"fails for {failed_s:.0f} s: {failing.error}")
-        return Health(state, ok=not detail, ready=ready, detail=detail)
+        return Health(state, ok=not detail, ready=ready, detail=detail or trainer.recovery.trouble)
 
     def report(self) -> dict[str, Any]:
         """The service in a page: state, step, losses, records by outcome, what waits."""

@@ -11,13 +11,14 @@ from gradient_selectors.mask.masked_adamw import MaskChange
 from gradient_selectors.preconditioner import optimizer_steps
 from gradient_selectors.target import TargetError
 
-from stream_trainer.errors import SettingsError
+from stream_trainer.errors import SettingsError, TrainingError
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import OptimizerSettings
 from stream_trainer.training.optimizer import learning_rate
 
 APPLIED, SKIPPED_NONFINITE, SKIPPED_NONE_HELPS = "applied", "skipped_nonfinite", "skipped_none_helps"
+SKIPPED_FAILED = "skipped_failed"  # no sample of the pool could be used
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def train_step(
     """Score the pool, decide, update once; without `scores`, train on all of it. The pool is not empty.
 
     A step whose gradient is not finite changes nothing and says so in the report. Raises SettingsError if that is the
-    target's own, and there is no older one.
+    target's own, and there is no older one; TrainingError if the optimizer fails; and whatever model and selector
+    raise. No weight has changed then.
     """
     batch = collate(pool, pad_id)
     try:
@@ -117,7 +119,23 @@ def _update(engine: SelectionEngine, decision: Decision, settings: OptimizerSett
         rate = learning_rate(settings, optimizer_steps(engine.optimizer))
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        engine.optimizer.step()
+        _apply(engine.optimizer)
         return _Update(APPLIED, norm, rate)
     finally:
         engine.optimizer.zero_grad(set_to_none=True)
+
+
+def _apply(optimizer: torch.optim.Optimizer) -> None:
+    """One step of the optimizer. An error in the midst of it leaves some weights moved and others not."""
+    try:
+        optimizer.step()
+    except Exception as error:  # of torch, of bitsandbytes, of the device
+        raise TrainingError(
+            f"the optimizer failed in the midst of an update ({type(error).__name__}: {first_line(error)}); start "
+            "again from the last checkpoint, with more memory or with model.lora"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, shortened to a line."""
+    return (str(error).splitlines() or [""])[0][:200]

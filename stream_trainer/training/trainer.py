@@ -2,41 +2,46 @@
 
 Nothing is settled before it is durable: records are decided in memory, and a checkpoint makes decisions, weights and
 random states durable together. What happened since the last checkpoint is recomputed after a crash.
+
+A model that is not finite is never saved: it goes back to the last checkpoint. A sample that a step fails on is
+dead-lettered, and the step made without it (`faults`).
 """
 
 import logging
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from typing import NoReturn
 
 import torch
 from gradient_selectors import MaskedAdamW, SelectionEngine
 from gradient_selectors.state import load_states, states_of
 from gradient_selectors.target import mean_loss
 
-from stream_trainer import __version__
-from stream_trainer.checkpoints.checkpoint import TrainerState, save_checkpoint
-from stream_trainer.checkpoints.fingerprint import consumed
-from stream_trainer.checkpoints.ownership import Owner
-from stream_trainer.errors import CheckpointError, NotFiniteError, PoisonError, SourceError
+from stream_trainer.checkpoints.checkpoint import TrainerState, load_latest, restore
+from stream_trainer.errors import CheckpointError, PoisonError, SourceError, TrainingError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
-from stream_trainer.ingest.dead_letters import DeadLetters
-from stream_trainer.ingest.judge import Snapshot
+from stream_trainer.ingest.letter import DeadLetter
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.monitoring.metrics import Metrics, State
-from stream_trainer.records import Outcome, Partition, Sample
+from stream_trainer.records import Outcome, Record, Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
-from stream_trainer.training.failing import Failing, failed_again
+from stream_trainer.training.faults.attempts import Attempts
+from stream_trainer.training.faults.culprits import Failure, Made
+from stream_trainer.training.faults.recovery import Recovery
+from stream_trainer.training.faults.soundness import why_unsound
+from stream_trainer.training.faults.steps import Steps
 from stream_trainer.training.observe import expect_layers, observe_stages, observe_step
 from stream_trainer.training.optimizer import NamedAdamW
 from stream_trainer.training.pools import PoolSampler
-from stream_trainer.training.step import StepReport, train_step
+from stream_trainer.training.saver import Saver
+from stream_trainer.training.step import StepReport
+
+CONTROL_SAMPLES = 8  # of the target set, which a model that is alive has a finite loss on
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +57,14 @@ class Trainer:
 
     Attributes:
         evaluation_sets: fixed samples by name (`target`, `retention`) whose loss is watched.
-        owner: of the directory of checkpoints.
-        fingerprint: what the run is made with, for its checkpoints.
-        jitter: source of what pauses between tries vary by.
+        saver: makes the checkpoints.
         stopped: turns true when the service is told to stop.
         on_step: told of every step, for progress displays.
         on_evaluation: told of every evaluation: step, loss by set, and the seconds it took.
         step: steps made over the life of the model, skipped ones included.
         losses: the last loss of each evaluation set, measured at `evaluated_step`.
-        failing: while checkpoints cannot be written, since when and why.
         changed: what the resumed checkpoint was made with and is other now, by name.
+        recovery: what went wrong lately, and what follows from it.
     """
 
     settings: Settings
@@ -73,11 +76,8 @@ class Trainer:
     buffer: Buffer
     sampler: PoolSampler
     ingest: Ingest
-    dead_letters: DeadLetters
+    saver: Saver
     metrics: Metrics
-    owner: Owner
-    fingerprint: dict[str, object]
-    jitter: random.Random
     stopped: Callable[[], bool]
     on_step: OnStep | None = None
     on_evaluation: OnEvaluation | None = None
@@ -87,37 +87,54 @@ class Trainer:
     evaluated_step: int | None = None
     last_progress: float = field(default_factory=time.monotonic)
     last_report: StepReport | None = None
-    failing: Failing | None = None
     changed: Sequence[str] = ()
+    recovery: Recovery = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recovery = Recovery(self.settings.training, self.settings.optimizer)
+        self._attempts = Attempts(self.settings.checkpoint.dir)
+        shortest = min(self.evaluation_sets["target"], key=lambda sample: sample.num_tokens)
+        self._steps = Steps(self.engine, self._pad_id, shortest, self._accuse, self._attempts)
 
     def run(self) -> None:
         """Train until stopped, until `training.max_steps`, or until a finite stream ends; then checkpoint.
 
         Raises what the ingest thread failed with, after a last checkpoint of what was learned before; FencedError,
-        without one, if another trainer has taken over; CheckpointError if checkpoints fail for too long, or at the end.
+        without one, if another trainer has taken over; CheckpointError if checkpoints fail for too long, or at the end;
+        TrainingError if the model is not finite and no checkpoint helps, or if a step fails that no sample is to blame
+        for.
         """
-        self._last_checkpoint_time, self._durable = time.monotonic(), (self.step, self.cursor.counts)
+        self.saver.begin(self.step)
         self._owner_seen = time.monotonic()
+        self._attempts.begin(self.saver.saved)
         expect_layers(self.metrics, self.engine)
+        self._require_sound()
         self.evaluate()
         try:
             self._loop()
         except (SourceError, PoisonError):
-            # The stream failed between two steps: what was learned is whole, and is kept.
-            try:
-                self._drain()
-            except CheckpointError as error:  # a full disk stops both; the first failure is the one to report
-                logger.error("%s", error)
+            self._keep_what_was_learned()  # the stream failed between two steps
             raise
-        self._drain()
+        else:
+            self._drain()
+        finally:
+            self._attempts.close()
         if not self.stopped():
             self.evaluate()
+
+    def _keep_what_was_learned(self) -> None:
+        """Drain although something else failed, which is then the failure to report."""
+        try:
+            self._drain()
+        except Exception as error:  # a full disk stops both; a device that failed cannot be read
+            logger.error("no last checkpoint: %s", error)
 
     def _drain(self) -> None:
         self.enter(State.DRAINING)
         self.ingest.stop_reading()  # else a record could be dead-lettered after the snapshot, and again after a restart
-        if self._has_news() or self.dead_letters.held:
-            self.checkpoint()
+        if self.saver.has_news(self.step) or self.saver.dead_letters.held:
+            self.saver.save(self.step, self._sound_parts())
+            self._attempts.saved(self.step)
 
     def _loop(self) -> None:
         limit = self.settings.training.max_steps
@@ -126,20 +143,31 @@ class Trainer:
             pool = self._next_pool()
             started = time.perf_counter()
             if not pool:
-                if self.stopped() or not self._idle_checkpoint_is_due():
+                if self.stopped() or not self.saver.is_due_while_idle(self.step):
                     return
-                self._checkpoint_or_retry()
+                self._checkpoint()
                 continue
-            scores, rates = self.sampler.scores, self.settings.optimizer
-            report = train_step(self.engine, pool, self._pad_id, rates, scores=scores)
-            self.step += 1
-            undrawn = self.sampler.feedback(report)
-            self._resolve(pool, undrawn, report)
-            self._observe(pool, undrawn, report, started - asked, time.perf_counter() - started)
+            if self.saver.saved is None and self.saver.failing is None:
+                self._checkpoint()  # so that there is something to go back to
+            survived = self._step(pool, started - asked)
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()
-            if self._checkpoint_is_due():
-                self._checkpoint_or_retry()
+            if survived or self.saver.is_due(self.step):
+                self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """A model that is not finite goes back to the checkpoint before, and that is saved; or it is tried later."""
+        self.saver.save_or_retry(self.step, self._sound_parts())
+        if self.saver.failing is None:
+            self._attempts.saved(self.step)
+
+    def _sound_parts(self) -> dict[str, object]:
+        """States for a checkpoint, after a rollback if the model is not finite."""
+        why = self._why_unsound()
+        if why is not None:
+            self._roll_back(why)
+        self.recovery.saves()
+        return states_of(self._parts)
 
     def _next_pool(self) -> list[Sample]:
         """Empty only when there is nothing left to do, or a checkpoint became due while none came."""
@@ -154,12 +182,72 @@ class Trainer:
         if time.monotonic() - self._owner_seen >= OWNER_LOOK_S:
             self._owner_seen = time.monotonic()
             with suppress(CheckpointError):  # the next checkpoint tells
-                self.owner.confirm()
-        return self.stopped() or self._idle_checkpoint_is_due()
+                self.saver.owner.confirm()
+        return self.stopped() or self.saver.is_due_while_idle(self.step)
 
-    def _resolve(self, pool: Sequence[Sample], undrawn: Sequence[Sample], report: StepReport) -> None:
-        selected = set(report.selected)
-        for i, sample in enumerate((*pool, *undrawn)):
+    def _step(self, drawn: Sequence[Sample], waited: float) -> bool:
+        """Make a step and decide its records. Returns whether it got past a sample that killed earlier processes."""
+        started = time.perf_counter()
+        rates, scores = self.recovery.rates, self.sampler.scores
+        made, survived = self._steps.make(drawn, self.step + 1, rates, scores=scores)
+        if isinstance(made, Failure):
+            logger.error("step %d failed\n%s", self.step + 1, made.trace)
+            self._end_for(f"step {self.step + 1} failed, and no sample is to blame ({made.detail})")
+        self.step += 1
+        undrawn = self.sampler.feedback(made.whole)
+        self._resolve(made, undrawn)
+        self._observe(made, undrawn, waited, time.perf_counter() - started)
+        if self.recovery.gives_up:
+            self._end_for(f"step {self.step} and those before it failed on every sample ({self.recovery.trouble})")
+        why = self.recovery.dead_steps or (self._why_unsound() if self.recovery.is_doubtful else None)
+        if why is not None:
+            self._roll_back(why)
+        return survived
+
+    def _end_for(self, why: str) -> NoReturn:
+        """End the run, for steps fail that should not; what was learned before is whole, and is kept."""
+        self.recovery.failed = 0  # the next run tries as often
+        self._keep_what_was_learned()
+        raise TrainingError(
+            f"{why}; correct the model or selection.weigh={self.settings.selection.weigh}, or let a step take less "
+            "memory: lower selection.micro_tokens or selection.pool_size"
+        )
+
+    def _require_sound(self) -> None:
+        """Raise TrainingError if what training would go on from is not finite."""
+        why = self._why_unsound()
+        if why is not None:
+            named = self.settings.checkpoint.dir
+            raise TrainingError(
+                f"checkpoint.dir={named}: {why} at step {self.step}, before any update; delete the newest checkpoint "
+                "there to go on from the one before, or name another model.name"
+            )
+
+    def _why_unsound(self) -> str | None:
+        target = collate(self.evaluation_sets["target"][:CONTROL_SAMPLES], self._pad_id)
+        return why_unsound(self.engine.capture, self.optimizer, target)
+
+    def _roll_back(self, why: str) -> None:
+        """Go back to the last checkpoint's weights and state, and on from here: no record is read again.
+
+        Raises TrainingError if that did not help before, and CheckpointError if there is none to go back to.
+        """
+        self.recovery.roll_back(why)
+        checkpoint = load_latest(self.settings.checkpoint.dir)
+        if checkpoint is None:
+            raise CheckpointError(f"checkpoint.dir={self.settings.checkpoint.dir} is empty, and {why}; start again")
+        state = restore(checkpoint, self.loaded, self.optimizer)
+        load_states({"engine": self.engine, "sampler": self.sampler}, state.parts)
+        discarded = self.cursor.discard(state.cursor["counts"])
+        self.metrics.rollbacks.inc()
+        rate = self.recovery.rates.learning_rate
+        self.recovery.trouble = f"step {self.step}: {why}; went back to step {state.step}, learning rate {rate:g}"
+        logger.error("%s; %d records are discarded", self.recovery.trouble, discarded)
+        self._require_sound()
+
+    def _resolve(self, made: Made, undrawn: Sequence[Sample]) -> None:
+        selected = set() if made.report is None else set(made.report.selected)
+        for i, sample in enumerate((*made.pool, *undrawn)):
             outcome = Outcome.TRAINED if i in selected else Outcome.NOT_SELECTED
             self.cursor.resolve(sample.partition, sample.offset, outcome)
 
@@ -173,7 +261,15 @@ class Trainer:
 
         The ingest thread's parts change while a checkpoint is made: a snapshot holds their state.
         """
-        return {"engine": self.engine, "sampler": self.sampler}
+        return {"engine": self.engine, "sampler": self.sampler, "recovery": self.recovery}
+
+    def _accuse(self, sample: Sample, failure: Failure) -> None:
+        """Dead-letter a sample that steps fail on."""
+        record = sample.record or Record(sample.partition, sample.offset, sample.offset + 1, None)
+        self.ingest.dead_letter(DeadLetter(record, failure.reason, failure.detail))
+        why = f"{sample.partition} offset {sample.offset} is dead-lettered as {failure.reason}: {failure.detail}"
+        self.recovery.trouble = why
+        logger.warning("%s", why)
 
     def enter(self, state: State) -> None:
         """Go to a state, and count that as progress."""
@@ -200,90 +296,12 @@ class Trainer:
         if self.on_evaluation is not None:
             self.on_evaluation(self.step, dict(self.losses), time.perf_counter() - began)
 
-    def _checkpoint_is_due(self) -> bool:
-        by_steps = self.failing is None and self.step % self.settings.checkpoint.every_steps == 0
-        return by_steps or self._checkpoint_is_old()
-
-    def _idle_checkpoint_is_due(self) -> bool:
-        """Whether what is decided waits to be made durable although no step is made: after the last of a burst."""
-        return self._checkpoint_is_old() and self._has_news()
-
-    def _checkpoint_is_old(self) -> bool:
-        if self.failing is not None:
-            return time.monotonic() >= self.failing.retry_at
-        return time.monotonic() - self._last_checkpoint_time >= self.settings.checkpoint.every_seconds
-
-    def _has_news(self) -> bool:
-        """Whether anything happened since the last checkpoint."""
-        return (self.step, self.cursor.counts) != self._durable
-
-    def _checkpoint_or_retry(self) -> None:
-        """Checkpoint; if that fails train on and try again later, for `checkpoint.max_failing_s` seconds."""
-        try:
-            self.checkpoint()
-        except NotFiniteError:
-            raise  # the disk is well, and time mends nothing
-        except CheckpointError as error:
-            now, limit = time.monotonic(), self.settings.checkpoint.max_failing_s
-            self.failing = failed_again(self.failing, error, now, self.jitter)
-            self.metrics.degraded.labels("checkpoint").set(1)
-            if now - self.failing.since >= limit:
-                raise CheckpointError(f"{error}; this lasts longer than checkpoint.max_failing_s={limit:g}") from error
-            logger.error("%s; training goes on, next try in %.0f s", error, self.failing.retry_at - now)
-
-    def checkpoint(self) -> None:
-        """Make everything durable, then tell the stream how far we are.
-
-        Dead letters are flushed after the snapshot: each of those it counts as decided was kept before. Raises
-        CheckpointError if it cannot be written, FencedError if another trainer has taken over.
-        """
-        started = time.perf_counter()
-        snapshot = self.ingest.snapshot()
-        positions = {Partition.parse(name): log["next"] for name, log in snapshot.cursor["partitions"].items()}
-        try:
-            self.owner.confirm()
-            self.dead_letters.flush()
-            saved = save_checkpoint(
-                self.settings.checkpoint.dir,
-                self.loaded,
-                self.optimizer,
-                self._trainer_state(snapshot),
-                self.settings.checkpoint.keep,
-                self.owner.epoch,
-                self.owner.confirm,
-                before_rename=partial(self.ingest.confirm, positions, self.step),
-            )
-        except CheckpointError:
-            self.metrics.checkpoint_failures.inc()
-            raise
-        if self.failing is not None:
-            logger.info("checkpoints can be written again, after %.0f s", time.monotonic() - self.failing.since)
-            self.failing = None
-        self.metrics.degraded.labels("checkpoint").set(0)
-        seconds = time.perf_counter() - started
-        self._last_checkpoint_time, self._durable = time.monotonic(), (saved.step, snapshot.counts)
-        self.metrics.checkpoint_seconds.observe(seconds)
-        self.metrics.phase_seconds.labels("checkpoint").inc(seconds)
-        self.metrics.durable(saved.step, time.time(), saved.bytes)
-        logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, seconds)
-        self.ingest.request_commit(positions, saved.step)
-
-    def _trainer_state(self, snapshot: Snapshot) -> TrainerState:
-        return TrainerState(
-            step=self.step,
-            cursor=snapshot.cursor,
-            source_identity=dict(self.ingest.identity),
-            version=__version__,
-            fingerprint=self.fingerprint | consumed(self.settings.source, snapshot.cursor),
-            parts={**states_of(self._parts), **snapshot.parts},
-        )
-
     def restore(self, state: TrainerState) -> None:
         """Take up where a checkpoint left off; model, optimizer and cursor are restored elsewhere.
 
         A part that is on now and was off then begins afresh. Raises CheckpointError if a part's state does not fit.
         """
-        self.step = state.step
+        self.step = self.saver.saved = state.step
         try:
             load_states({**self._parts, **self.ingest.parts}, state.parts)
         except (ValueError, KeyError) as error:  # a name that is missing is that of another selector's state
@@ -292,10 +310,15 @@ class Trainer:
                 "or set another checkpoint.dir"
             ) from error
 
-    def _observe(
-        self, pool: Sequence[Sample], undrawn: Sequence[Sample], report: StepReport, waited: float, seconds: float
-    ) -> None:
-        self.last_progress, self.last_report = time.monotonic(), report
+    def _observe(self, made: Made, undrawn: Sequence[Sample], waited: float, seconds: float) -> None:
+        self.last_progress = time.monotonic()
+        self.recovery.note(made.whole.result)
+        self.metrics.steps_without_update.set(self.recovery.idle)
+        pool, report = made.pool, made.report
+        if report is None:
+            self.metrics.steps.labels(made.whole.result).inc()
+            return
+        self.last_report = report
         observe_step(self.metrics, pool, undrawn, report, waited, seconds)
         if self.settings.selection.mask != "none":
             self.metrics.mask_density.set(self.optimizer.density)

@@ -208,9 +208,18 @@ def command(folder: Path, config: dict[str, Any]) -> Iterator[subprocess.Popen[b
             process.kill()
 
 
-def start_command(config: Path, stderr: Any) -> subprocess.Popen[bytes]:
+@contextmanager
+def start_python(folder: Path, code: str, config: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """Code of a test's own in place of the command, whose arguments it gets; its log is in `folder/log`."""
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with (folder / "log").open("wb") as log, start_command(file, log, code) as process:
+        yield process
+
+
+def start_command(config: Path, stderr: Any, code: str = MAIN) -> subprocess.Popen[bytes]:
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    arguments = [sys.executable, "-c", MAIN, "run", f"--config={config}"]
+    arguments = [sys.executable, "-c", code, "run", f"--config={config}"]
     return subprocess.Popen(arguments, env=os.environ | paths, stdin=subprocess.DEVNULL, stderr=stderr)
 
 

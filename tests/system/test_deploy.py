@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from stream_trainer.cli import main
+from stream_trainer.monitoring.metrics import Metrics
+from stream_trainer.samples.decoder import REASONS
 from stream_trainer.settings.loading import load_settings
 from stream_trainer.settings.schema import Settings
 
@@ -136,8 +138,55 @@ def test_files_of_settings_are_accepted_by_the_command(config: Path, capsys: pyt
     assert "topic: samples" in capsys.readouterr().out
 
 
+def alerts() -> dict[str, Any]:
+    """Alerts by name."""
+    groups = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"]}
+
+
+def test_alerts_are_on_series_that_exist_before_anything_happened() -> None:
+    metrics = Metrics(REASONS)
+    names = {sample.name for family in metrics.registry.collect() for sample in family.samples}
+    for name, alert in alerts().items():
+        (series,) = re.findall(r"stream_trainer_\w+(?=[\[{ ])", alert["expr"])
+        assert series in names, name
+        for label, _, value in re.findall(r'(\w+)(=~?)"(\S+)"', alert["expr"]):
+            known = {
+                sample.labels[label]
+                for family in metrics.registry.collect()
+                for sample in family.samples
+                if sample.name == series
+            }
+            assert set(value.split("|")) <= known, name
+
+
+def test_every_alert_leads_to_what_to_do() -> None:
+    for name, alert in alerts().items():
+        page, _, section = alert["annotations"]["runbook"].partition("#")
+        headings = re.findall(r"^## (.*)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+        assert section in {heading.lower().replace(" ", "-") for heading in headings}, name
+        assert alert["annotations"]["summary"].endswith(".")
+        assert alert["labels"]["severity"] in ("warning", "critical")
+
+
+def test_every_alert_has_a_test_of_promtool() -> None:
+    text = (DEPLOY / "prometheus" / "alerts_test.yml").read_text()
+    assert {name for name in alerts() if not re.search(rf"\b{name}\b", text)} == set()
+
+
+def test_prometheus_is_given_the_alerts() -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    folder = Path("/etc/prometheus")
+    for name in config["rule_files"]:
+        mounted = mounts(compose()["services"]["prometheus"])[str(folder / name)]
+        assert mounted.resolve() == DEPLOY / "prometheus" / name
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, of Prometheus, is not on the PATH")
-def test_promtool_accepts_the_configuration() -> None:
-    config = DEPLOY / "prometheus" / "prometheus.yml"
-    check = subprocess.run(["promtool", "check", "config", config], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize(
+    "arguments", [["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]], ids=["check", "test"]
+)
+def test_promtool_accepts_the_configuration(arguments: list[str]) -> None:
+    folder = DEPLOY / "prometheus"
+    check = subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
     assert check.returncode == 0, check.stdout + check.stderr

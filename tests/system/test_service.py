@@ -81,7 +81,13 @@ def test_ten_thousand_malformed_records_among_as_many_good_ones(tmp_path: Path, 
     selection = {"weigh": "equal", "batch_size": 128}
     config = stream(values, selection=selection, samples={"max_bytes": MAX_BYTES})
     summary, steps = serve_until(config)
-    assert summary.counts == {"trained": 10_000, "not_selected": 0, "filtered": 0, "dead_lettered": 10_000}
+    assert summary.counts == {
+        "trained": 10_000,
+        "not_selected": 0,
+        "filtered": 0,
+        "dead_lettered": 10_000,
+        "discarded": 0,
+    }
     assert counts(config) == summary.counts
     assert [name for step in steps for name in step.selected] == [str(number) for number in range(10_000)]
     kept = Counter(letter.record.value for letter in read_dead_letters(tmp_path / "dead-letters.jsonl"))

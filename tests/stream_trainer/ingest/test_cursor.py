@@ -32,7 +32,25 @@ def test_position_is_the_lowest_undecided_record() -> None:
         Outcome.NOT_SELECTED: 0,
         Outcome.FILTERED: 1,
         Outcome.DEAD_LETTERED: 0,
+        Outcome.DISCARDED: 0,
     }
+
+
+def test_a_rollback_moves_counts_and_no_position() -> None:
+    cursor = Cursor()
+    read(cursor, list(range(8)))
+    for offset, outcome in enumerate((Outcome.TRAINED, Outcome.FILTERED, Outcome.NOT_SELECTED)):
+        cursor.resolve(LOG, offset, outcome)
+    before = cursor.state_dict()["counts"]
+    later = (Outcome.TRAINED, Outcome.NOT_SELECTED, Outcome.DEAD_LETTERED, Outcome.TRAINED)
+    for offset, outcome in enumerate(later, start=3):
+        cursor.resolve(LOG, offset, outcome)
+    assert cursor.discard(before) == 3
+    assert cursor.discard(before) == 0
+    assert cursor.positions() == {LOG: 7}
+    assert [cursor.counts[outcome] for outcome in Outcome] == [1, 1, 1, 1, 3]
+    assert Cursor.restore(cursor.state_dict()).counts == cursor.counts
+    assert Cursor.restore({"partitions": {}, "counts": {"trained": 2}}).counts[Outcome.DISCARDED] == 0  # an older one
 
 
 def test_a_gap_between_decided_records_does_not_split_their_interval() -> None:

@@ -93,6 +93,15 @@ def test_timestamp_falls_back_to_the_record() -> None:
     assert sample.timestamp == 9.0
 
 
+def test_a_sample_keeps_its_record_and_does_not_show_it() -> None:
+    """For a dead letter, should a step fail on it; whatever is logged of a sample is not its text."""
+    given = record(b'{"text": "a secret"}')
+    sample = DECODER.decode(given)
+    assert sample is not None
+    assert sample.record is given
+    assert "secret" not in repr(sample)
+
+
 def test_a_byte_order_mark_is_ignored() -> None:
     sample = DECODER.decode(record(b'\xef\xbb\xbf{"text": "a"}'))
     assert sample is not None

@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 
+from stream_trainer.errors import TrainingError
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.status import Status
@@ -34,12 +35,15 @@ def test_health_tells_of_steps_and_of_reading_that_do_not_come(
     """With `stall_s` 600 and `buffer.wait_s` 60."""
     status, now = Status(settings_of(tmp_path), Metrics()), time.monotonic()
     ingest = SimpleNamespace(alive=alive, last_turn=now - silent_s)
-    status.trainer = cast(
-        Trainer, SimpleNamespace(state=state, last_progress=now - idle_s, ingest=ingest, failing=None)
-    )
+    recovery, saver = SimpleNamespace(trouble=""), SimpleNamespace(failing=None)
+    trainer = SimpleNamespace(state=state, last_progress=now - idle_s, ingest=ingest, recovery=recovery, saver=saver)
+    status.trainer = cast(Trainer, trainer)
     health = status.health()
     assert health.ok == (not detail)
     assert health.detail.startswith(detail)
+    recovery.trouble = "went back to step 3"
+    assert status.health().ok == health.ok
+    assert status.health().detail == (health.detail or "went back to step 3")
 
 
 def test_while_the_model_is_loaded_it_is_well_and_not_ready(tmp_path: Path) -> None:
@@ -50,10 +54,17 @@ def test_while_the_model_is_loaded_it_is_well_and_not_ready(tmp_path: Path) -> N
     assert "step" not in report
 
 
-def test_a_service_that_failed_is_neither_well_nor_ready(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (TrainingError("optimizer.learning_rate=9: lower it"), "optimizer.learning_rate=9: lower it"),
+        (ValueError("what a record said"), "the service failed; see its log"),
+    ],
+)
+def test_a_service_that_failed_is_neither_well_nor_ready(error: Exception, detail: str, tmp_path: Path) -> None:
     metrics = Metrics()
     status = Status(settings_of(tmp_path), metrics)
-    status.enter(State.FAILED)
+    status.fail(error)
     health = status.health()
-    assert (health.state, health.ok, health.ready) == ("failed", False, False)
+    assert (health.state, health.ok, health.ready, health.detail) == ("failed", False, False, detail)
     assert metrics.registry.get_sample_value("stream_trainer_state", {"stream_trainer_state": "failed"}) == 1

@@ -7,6 +7,7 @@ import torch
 from gradient_selectors.capture.batch import mean_losses
 from gradient_selectors.draw.uniform import draw_uniform
 
+from stream_trainer.errors import TrainingError
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import LoraSettings, ModelSettings
 from tests.helpers.steps import Setup, make_samples, make_setup
@@ -148,3 +149,16 @@ def test_clipping_bounds_the_gradient() -> None:
     moments = torch.stack([state["exp_avg"].norm() for state in setup.optimizer.state.values()]).norm()
     assert report.gradient_norm > 1e-3
     assert float(moments) == pytest.approx((1 - 0.9) * 1e-3, rel=1e-3)
+
+
+def test_an_optimizer_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some weights may have moved: no sample is tried again, and nothing is saved."""
+    setup = make_setup(LLAMA)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB\nand more")
+
+    monkeypatch.setattr(setup.optimizer, "step", fail)
+    with pytest.raises(TrainingError, match=r"midst of an update \(OutOfMemoryError: tried to allocate 9 GiB\); start"):
+        setup.step(make_samples(6))
+    assert all(parameter.grad is None for parameter in setup.parameters.values())

@@ -1,0 +1,60 @@
+"""Whether a model is alive: a checkpoint of one that is not would be worth nothing, and push out a good one."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from gradient_selectors import Batch, GradientCapture
+from torch import Tensor
+
+LEARNED = 1e-3  # nats per token: below it, a gradient may round to zero
+
+
+class HasState(Protocol):
+    """An optimizer, whose state goes by name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by name."""
+
+
+def why_unsound(capture: GradientCapture, optimizer: HasState, batch: Batch) -> str | None:
+    """Why the model is dead: a weight, a moment, every loss on `batch` or its gradient is not finite, or that is zero.
+
+    None if all is well. Weights may be finite and yet so large that no loss is, or that nothing moves any of them. One
+    pass over memory, and two over `batch`, the target's. Whatever was in `.grad` is gone.
+    """
+    for kind, tensors in (("weight", capture.parameters), ("optimizer's", optimizer.state_dict())):
+        name = _first_not_finite(tensors)
+        if name is not None:
+            return f"the {kind} {name} is not finite"
+    losses_N = capture.losses(batch)
+    finite = losses_N.isfinite().nonzero().squeeze(1).tolist()
+    if not finite:
+        return "no loss on the target set is finite"
+    length = _gradient_length(capture, batch.among(finite))
+    if not math.isfinite(length):
+        return "the gradient on the target set is not finite"
+    if length == 0 and float(losses_N[finite].max()) > LEARNED:
+        return "the gradient on the target set is zero, although its loss is not"
+    return None
+
+
+def _gradient_length(capture: GradientCapture, batch: Batch) -> float:
+    """The largest absolute value in the mean gradient."""
+    parameters = capture.parameters.values()
+    for parameter in parameters:
+        parameter.grad = None
+    capture.train(batch, torch.full((len(batch),), 1 / len(batch)))
+    length = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf))
+    for parameter in parameters:
+        parameter.grad = None
+    return length
+
+
+def _first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    # The largest absolute value: a sum of squares would overflow for values that are finite.
+    found = {name: t.detach() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if math.isfinite(float(torch.nn.utils.get_total_norm(found.values(), math.inf))):
+        return None
+    return next(name for name, tensor in found.items() if not bool(tensor.isfinite().all()))

@@ -1,0 +1,140 @@
+"""When a checkpoint is due, and making it: weights, state and decisions durable together, then the stream is told."""
+
+import logging
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from gradient_selectors import MaskedAdamW
+
+from stream_trainer import __version__
+from stream_trainer.checkpoints.checkpoint import TrainerState, save_checkpoint
+from stream_trainer.checkpoints.fingerprint import consumed
+from stream_trainer.checkpoints.ownership import Owner
+from stream_trainer.errors import CheckpointError, NotFiniteError
+from stream_trainer.ingest.cursor import Cursor
+from stream_trainer.ingest.dead_letters import DeadLetters
+from stream_trainer.ingest.thread import Ingest
+from stream_trainer.models.loading import LoadedModel
+from stream_trainer.monitoring.metrics import Metrics
+from stream_trainer.records import Partition
+from stream_trainer.settings.schema import Settings
+from stream_trainer.training.failing import Failing, failed_again
+from stream_trainer.training.optimizer import NamedAdamW
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Saver:
+    """Makes the run's checkpoints.
+
+    Attributes:
+        owner: of the directory of checkpoints.
+        fingerprint: what the run is made with.
+        jitter: source of what pauses between tries vary by.
+        failing: while checkpoints cannot be written, since when and why.
+        saved: step of the newest checkpoint; None before there is one.
+    """
+
+    settings: Settings
+    loaded: LoadedModel
+    optimizer: NamedAdamW | MaskedAdamW
+    cursor: Cursor
+    ingest: Ingest
+    dead_letters: DeadLetters
+    metrics: Metrics
+    owner: Owner
+    fingerprint: dict[str, object]
+    jitter: random.Random
+    failing: Failing | None = None
+    saved: int | None = None
+    _time: float = field(default=0.0, init=False)
+    _durable: object = field(default=None, init=False)
+
+    def begin(self, step: int) -> None:
+        """Take note that the run begins at a step, with nothing to save."""
+        self._time, self._durable = time.monotonic(), (step, self.cursor.counts)
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time, after a step."""
+        by_steps = self.failing is None and step % self.settings.checkpoint.every_steps == 0
+        return by_steps or self._is_old()
+
+    def is_due_while_idle(self, step: int) -> bool:
+        """Whether what is decided waits to be made durable although no step is made: after the last of a burst."""
+        return self._is_old() and self.has_news(step)
+
+    def has_news(self, step: int) -> bool:
+        """Whether anything happened since the last checkpoint."""
+        return (step, self.cursor.counts) != self._durable
+
+    def _is_old(self) -> bool:
+        if self.failing is not None:
+            return time.monotonic() >= self.failing.retry_at
+        return time.monotonic() - self._time >= self.settings.checkpoint.every_seconds
+
+    def save_or_retry(self, step: int, parts: Mapping[str, Any]) -> None:
+        """Save; if that fails train on and try again later, for `checkpoint.max_failing_s` seconds."""
+        try:
+            self.save(step, parts)
+        except NotFiniteError:
+            raise  # the disk is well, and time mends nothing
+        except CheckpointError as error:
+            now, limit = time.monotonic(), self.settings.checkpoint.max_failing_s
+            self.failing = failed_again(self.failing, error, now, self.jitter)
+            self.metrics.degraded.labels("checkpoint").set(1)
+            if now - self.failing.since >= limit:
+                raise CheckpointError(f"{error}; this lasts longer than checkpoint.max_failing_s={limit:g}") from error
+            logger.error("%s; training goes on, next try in %.0f s", error, self.failing.retry_at - now)
+
+    def save(self, step: int, parts: Mapping[str, Any]) -> None:
+        """Make everything durable, then tell the stream how far we are. `parts` are states by name.
+
+        Dead letters are flushed after the snapshot: each of those it counts as decided was kept before. Raises
+        CheckpointError if it cannot be written, FencedError if another trainer has taken over.
+        """
+        started = time.perf_counter()
+        snapshot = self.ingest.snapshot()
+        positions = {Partition.parse(name): log["next"] for name, log in snapshot.cursor["partitions"].items()}
+        state = TrainerState(
+            step=step,
+            cursor=snapshot.cursor,
+            source_identity=dict(self.ingest.identity),
+            version=__version__,
+            fingerprint=self.fingerprint | consumed(self.settings.source, snapshot.cursor),
+            parts={**parts, **snapshot.parts},
+        )
+        try:
+            self.owner.confirm()
+            self.dead_letters.flush()
+            saved = save_checkpoint(
+                self.settings.checkpoint.dir,
+                self.loaded,
+                self.optimizer,
+                state,
+                self.settings.checkpoint.keep,
+                self.owner.epoch,
+                self.owner.confirm,
+                before_rename=partial(self.ingest.confirm, positions, step),
+            )
+        except CheckpointError:
+            self.metrics.checkpoint_failures.inc()
+            raise
+        self._note(step, snapshot.counts)
+        seconds = time.perf_counter() - started
+        self.metrics.checkpoint_seconds.observe(seconds)
+        self.metrics.phase_seconds.labels("checkpoint").inc(seconds)
+        self.metrics.durable(step, time.time(), saved.bytes)
+        logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, seconds)
+        self.ingest.request_commit(positions, step)
+
+    def _note(self, step: int, counts: object) -> None:
+        if self.failing is not None:
+            logger.info("checkpoints can be written again, after %.0f s", time.monotonic() - self.failing.since)
+            self.failing = None
+        self.metrics.degraded.labels("checkpoint").set(0)
+        self.saved, self._time, self._durable = step, time.monotonic(), (step, counts)
