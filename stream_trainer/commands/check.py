@@ -53,7 +53,7 @@ def check_offline(settings: Settings) -> list[Check]:
 
 def require(checks: list[Check]) -> None:
     """Raise SettingsError with one line for each check that failed."""
-    failed = [check.detail for check in checks if not check.ok]
+    failed = dict.fromkeys(check.detail for check in checks if not check.ok)  # two may hit upon the same
     if failed:
         raise SettingsError("\n".join(failed))
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 32
 MAX_THREADS = 2 * MAX_CONNECTIONS  # those that were dropped may take a moment to end
-HEADER_S = 5.0  # for a request's header, from its first byte to its last
+HEADER_S = 5.0  # from the connection's beginning to the end of the request's header
 REQUEST_S = 10.0  # for a connection, from its beginning to its end
 BACKLOG = 128
 BACK_OFF_S = 0.2  # where the process has no descriptor left, the waiting connection would be tried again without end
@@ -63,7 +63,7 @@ class BoundedServer(ThreadingTCPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._drop_oldest(0)
+                self._drop_oldest(0)  # all: their descriptors are what is missing
                 time.sleep(BACK_OFF_S)
             raise
 

@@ -32,7 +32,8 @@ from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS, to_kafka
 
 CLAIM_TIMEOUT_MS = 10_000
 CLOSE_TIMEOUT_S = 2.0
-RETRY_S = 60.0  # a commit that waits in vain takes its timeout from reading, so a failed one is not repeated at once
+# A commit that waits in vain takes its time from reading, so for a while after one that failed it gets less.
+HASTY_TIMEOUT_MS, HASTE_S = 1_000, 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Group:
         self._settings = settings
         self._consumer = consumer
         self._producer = producer
-        self._retry_at = 0.0
+        self._hasty_until = 0.0
+        self._is_ours = False  # a first commit without a transaction shows whether the group has members of its own
         self._transaction: threading.Thread | None = None
         self._outcome: BaseException | None = None
 
@@ -94,14 +96,14 @@ class Group:
         """Commit offsets with the step as their metadata. Raises SourceError if that fails, FencedError if fenced."""
         if self._consumer is None:
             return
-        if time.monotonic() < self._retry_at:
-            raise SourceError(f"offsets are not committed to group {self._settings.group_id} for now")
+        timeout_ms = HASTY_TIMEOUT_MS if time.monotonic() < self._hasty_until else REQUEST_TIMEOUT_MS
         offsets = {to_kafka(p): OffsetAndMetadata(offset, f"step={step}", -1) for p, offset in positions.items()}
         try:
+            if self._producer is None or not self._is_ours:
+                self._consumer.commit(offsets, timeout_ms=timeout_ms)
+                self._is_ours = True
             if self._producer is not None:
-                self._commit_fenced(offsets)
-            else:
-                self._consumer.commit(offsets, timeout_ms=REQUEST_TIMEOUT_MS)
+                self._commit_fenced(offsets, timeout_ms)
         except (CommitFailedError, IllegalGenerationError, UnknownMemberIdError) as error:
             raise SourceError(
                 f"source.kafka.group_id={self._settings.group_id} is in use by a consumer that subscribes, so offsets "
@@ -113,7 +115,7 @@ class Group:
                 "taken over, so this one ends; if both are wanted, give each a group of its own"
             ) from error
         except KafkaError as error:
-            self._retry_at = time.monotonic() + RETRY_S
+            self._hasty_until = time.monotonic() + HASTE_S
             raise SourceError(
                 f"offsets could not be committed to group {self._settings.group_id}: {type(error).__name__} {error}"
             ) from error
@@ -125,13 +127,13 @@ class Group:
         if self._producer is not None:
             self._producer.close(timeout=0 if self._is_busy() else CLOSE_TIMEOUT_S)
 
-    def _commit_fenced(self, offsets: dict[Any, Any]) -> None:
+    def _commit_fenced(self, offsets: dict[Any, Any], timeout_ms: int) -> None:
         """In a thread of its own: the client waits for ever while the brokers are away."""
         if self._is_busy():
             raise SourceError("the last commit of offsets is still under way")
         self._transaction = threading.Thread(target=self._transact, args=(offsets,), name="commit", daemon=True)
         self._transaction.start()
-        self._transaction.join(REQUEST_TIMEOUT_MS / 1000)
+        self._transaction.join(timeout_ms / 1000)
         if self._is_busy():
             raise SourceError("offsets could not be committed in time; the brokers do not answer")
         if self._outcome is not None:

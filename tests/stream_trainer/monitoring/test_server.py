@@ -172,7 +172,7 @@ def test_no_descriptor_left_is_waited_out(service: Service, monkeypatch: pytest.
         return accept(listening)
 
     pauses: list[float] = []
-    monkeypatch.setattr("stream_trainer.monitoring.bounded_http.time.sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(socket.socket, "accept", none_left)
     assert service.request("/healthz")[0] == 200
     assert pauses.count(bounded_http.BACK_OFF_S) == 5

@@ -91,8 +91,8 @@ def test_they_end_a_command_with_exit_code_2(
         "server.port": "0",
     }
     assert main([*command, *(f"--{name}={value}" for name, value in options.items())]) == 2
-    first = capsys.readouterr().err.splitlines()[0]
-    assert first.startswith(f"error: source.kafka.ssl_cafile={tls}/garbage.pem holds no certificate")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: source.kafka.ssl_cafile={tls}/garbage.pem holds no certificate")
 
 
 @needs_openssl
