@@ -119,7 +119,7 @@ class Target:
         return {"gradient": gradient} | counters
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a copy. A gradient that is not finite, as was once saved, is left out; a new one follows."""
+        """Take over a copy. A gradient that is not finite, as was once saved, is left out: the next step makes one."""
         gradient = {name: values.clone() for name, values in state["gradient"].items()}
         self.gradient = gradient if gradient and is_finite(gradient) else None
         self.age, self.refreshes, self.refusals = state["age"], state["refreshes"], state.get("refusals", 0)

@@ -1,4 +1,4 @@
-"""One canonical order of parameters: a target's gradient from a file decides as the live one, bit by bit.
+"""One canonical order of parameters: a target's gradient that comes back from a file decides as the live one does.
 
 A pass leaves names in its own order, safetensors sorts them. On matrices above 64 on a side, sums and random draws that
 followed the order of a dictionary once chose other samples.

@@ -44,8 +44,7 @@ class Batch:
         """A batch from the dict of a data collator: `input_ids`, `labels`, and `attention_mask` if anything is padded.
 
         `weights` may say what each sample counts. Labels where the mask is 0 are taken as -100. Raises ValueError for
-        padding before a token, missing or unknown names, shapes that differ, and a `Batch` that `check_lengths`
-        refuses.
+        padding before a token, missing or unknown names, other shapes, and a `Batch` that `check_lengths` refuses.
         """
         if isinstance(values, Batch):
             check_lengths(values)
