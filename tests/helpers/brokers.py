@@ -23,9 +23,10 @@ process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
 listeners=PLAINTEXT://127.0.0.1:{plain},SASL_SSL://127.0.0.1:{secure},LOST://127.0.0.1:{lost},\
-CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{plain},SASL_SSL://127.0.0.1:{secure},LOST://{elsewhere}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_SSL:SASL_SSL,LOST:PLAINTEXT,CONTROLLER:PLAINTEXT
+WIRE://127.0.0.1:{wired},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{plain},SASL_SSL://127.0.0.1:{secure},LOST://{elsewhere},\
+WIRE://127.0.0.1:{wire}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_SSL:SASL_SSL,LOST:PLAINTEXT,WIRE:PLAINTEXT,CONTROLLER:PLAINTEXT
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 log.dirs={data}/log
@@ -38,7 +39,8 @@ transaction.state.log.num.partitions=1
 group.initial.rebalance.delay.ms=0
 broker.session.timeout.ms=2000
 broker.heartbeat.interval.ms=500
-sasl.enabled.mechanisms=PLAIN
+sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256
+listener.name.sasl_ssl.scram-sha-256.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
 listener.name.sasl_ssl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required \
 user_{user}="{password}";
 ssl.keystore.type=PEM
@@ -51,10 +53,13 @@ class ApacheKafka:
     """A running broker.
 
     Attributes:
-        bootstrap_servers: its plain listener; `secure_servers` takes SASL PLAIN over TLS as USER with PASSWORD.
+        bootstrap_servers: its plain listener; `secure_servers` takes SASL PLAIN and SCRAM-SHA-256 over TLS as USER
+            with PASSWORD.
         lost_servers: answers, but tells clients to go on at `ELSEWHERE`, where nobody is.
         ca_file: PEM of the authority behind the secured listener's certificate.
         data_dir: a partition's segments lie in `log/TOPIC-NUMBER` below it.
+        wire: a port where nothing listens, to which clients are sent that come through the other one: for a test to
+            put something in between.
     """
 
     bootstrap_servers: str
@@ -62,6 +67,7 @@ class ApacheKafka:
     lost_servers: str
     ca_file: Path
     data_dir: Path
+    wire: tuple[int, int] = (0, 0)
 
 
 def why_no_apache_kafka() -> str | None:
@@ -86,14 +92,17 @@ def apache_kafka(data_dir: Path, **overrides: str) -> Iterator[ApacheKafka]:
 
 def prepare_kafka(data_dir: Path, **overrides: str) -> ApacheKafka:
     """A broker that has an identity and a certificate, and is not started yet."""
-    plain, secure, lost = free_port(), free_port(), free_port()
+    plain, secure, lost, wire, wired = (free_port() for _ in range(5))
     ca_file = _make_certificate(data_dir)
     properties = data_dir / "server.properties"
-    ports = {"plain": plain, "secure": secure, "lost": lost, "controller": free_port(), "elsewhere": ELSEWHERE}
-    text = PROPERTIES.format(**ports, data=data_dir, user=USER, password=PASSWORD)
+    ports = {"plain": plain, "secure": secure, "lost": lost, "wire": wire, "wired": wired, "controller": free_port()}
+    text = PROPERTIES.format(**ports, elsewhere=ELSEWHERE, data=data_dir, user=USER, password=PASSWORD)
     properties.write_text(text + "".join(f"{name.replace('_', '.')}={value}\n" for name, value in overrides.items()))
-    _run_tool("format", "--config", str(properties), "--cluster-id", _run_tool("random-uuid").split()[-1])
-    return ApacheKafka(f"127.0.0.1:{plain}", f"127.0.0.1:{secure}", f"127.0.0.1:{lost}", ca_file, data_dir)
+    identity = run_storage_tool("random-uuid").split()[-1]
+    scram = f"SCRAM-SHA-256=[name={USER},password={PASSWORD}]"
+    run_storage_tool("format", "--config", str(properties), "--cluster-id", identity, "--add-scram", scram)
+    servers = (f"127.0.0.1:{port}" for port in (plain, secure, lost))
+    return ApacheKafka(*servers, ca_file, data_dir, (wire, wired))
 
 
 @contextmanager
@@ -101,7 +110,7 @@ def running(kafka: ApacheKafka) -> Iterator[subprocess.Popen[bytes]]:
     """The broker's process, which may be started as often as one likes: addresses and data stay the same."""
     log = kafka.data_dir / "broker.log"
     with log.open("ab") as output:
-        command = [*_java(), "kafka.Kafka", str(kafka.data_dir / "server.properties")]
+        command = [*java(), "kafka.Kafka", str(kafka.data_dir / "server.properties")]
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
         wait_for_port(int(kafka.bootstrap_servers.rpartition(":")[2]), process, log)
@@ -110,12 +119,14 @@ def running(kafka: ApacheKafka) -> Iterator[subprocess.Popen[bytes]]:
         stop(process)
 
 
-def _java() -> list[str]:
-    return ["java", "-Xmx512m", "-cp", f"{_libs()}/*"]
+def java(heap: str = "512m") -> list[str]:
+    """The beginning of a command that runs a class of Kafka's."""
+    return ["java", f"-Xmx{heap}", "-cp", f"{_libs()}/*"]
 
 
-def _run_tool(*arguments: str) -> str:
-    tool = [*_java(), "kafka.tools.StorageTool", *arguments]
+def run_storage_tool(*arguments: str) -> str:
+    """What it prints."""
+    tool = [*java(), "kafka.tools.StorageTool", *arguments]
     return subprocess.run(tool, capture_output=True, check=True, text=True).stdout
 
 
@@ -143,10 +154,12 @@ def admin(servers: str) -> Iterator[Any]:
         client.close()
 
 
-def create_topic(servers: str, topic: str, partitions: int = 1, configs: dict[str, str] | None = None) -> None:
+def create_topic(
+    servers: str, topic: str, partitions: int = 1, configs: dict[str, str] | None = None, replicas: int = 1
+) -> None:
     with admin(servers) as client:
         client.create_topics(
-            {topic: {"num_partitions": partitions, "replication_factor": 1, "configs": configs or {}}},
+            {topic: {"num_partitions": partitions, "replication_factor": replicas, "configs": configs or {}}},
             wait_for_metadata=True,
         )
 

@@ -35,10 +35,10 @@ from stream_trainer.sources.jsonl import JsonlSource
 from stream_trainer.sources.kafka import KafkaSource
 from stream_trainer.training.step import StepReport
 
-# Where a kill may fall. `take`: samples come from the buffer; `step`: scoring or plain training of a pool, which is
-# planned by then; `capture`: a backward pass; `solve`: the program for the coefficients; `letter`: one dead letter is
-# written; `fsync`, `rename`, `delete`: of any file, those of a checkpoint first of all; `commit`: the source is told.
-POINTS = ("take", "step", "capture", "solve", "optimizer", "letter", "fsync", "rename", "delete", "commit")
+# Where a kill may fall is named by what is wrapped. `take`: samples come from the buffer; `step`: a pool is scored or
+# trained on, and planned by then; `capture`: a backward pass; `solve`: the program for the coefficients; `optimizer`;
+# `letter`: one dead letter is written; `commit`: the source is told; `fsync`, `rename` and `delete`, each with the kind
+# of file: those of a checkpoint, and the dead letters' own flush.
 RANDOM = "random"  # at a moment that the parent chooses
 
 
@@ -94,11 +94,11 @@ class Points:
     counts: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def reached(self, point: str, what: str = "") -> None:
+    def reached(self, point: str) -> None:
         with self.lock:
             self.counts[point] += 1
             if self.kill == Kill(point, self.counts[point]):
-                self.place.killed.write_text(f"{point} {what}".strip())
+                self.place.killed.write_text(point)
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def wrap(self, owner: Any, name: str, point: str, what: Callable[..., str] = lambda *_: "") -> None:
@@ -106,10 +106,10 @@ class Points:
         inner = getattr(owner, name)
 
         def wrapped(*args: Any, **options: Any) -> Any:
-            doing = what(*args)
-            self.reached(point, doing)
+            named = f"{point} {what(*args)}".strip()
+            self.reached(named)
             result = inner(*args, **options)
-            self.reached(point, doing)
+            self.reached(named)
             return result
 
         setattr(owner, name, wrapped)

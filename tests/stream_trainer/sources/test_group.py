@@ -10,7 +10,7 @@ from stream_trainer.errors import SourceError
 from stream_trainer.records import Partition
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources import group as groups
-from stream_trainer.sources.group import HASTE_S, HASTY_TIMEOUT_MS, TIMEOUT_MS, Group
+from stream_trainer.sources.group import HASTE_S, HASTY_TIMEOUT_MS, REQUEST_TIMEOUT_MS, Group
 
 AT = {Partition("t", 0): 6}
 
@@ -32,7 +32,7 @@ def test_a_commit_that_fails_again_takes_less_time_from_reading(monkeypatch: pyt
     client, clock = Client(), 100.0
     monkeypatch.setattr(groups, "connect", lambda *_, **__: client)
     monkeypatch.setattr(time, "monotonic", lambda: clock)
-    group = Group(KafkaSettings(topic="t"), "test")
+    group = Group.connect(KafkaSettings(topic="t", fencing="off"), "test")
     for away, seconds in ((False, 0), (True, 0), (True, 1), (False, 1), (False, HASTE_S + 1)):
         client.away = away
         clock += seconds
@@ -41,12 +41,18 @@ def test_a_commit_that_fails_again_takes_less_time_from_reading(monkeypatch: pyt
                 group.commit(AT, step=1)
         else:
             group.commit(AT, step=1)
-    assert client.timeouts == [TIMEOUT_MS, TIMEOUT_MS, HASTY_TIMEOUT_MS, HASTY_TIMEOUT_MS, TIMEOUT_MS]
+    assert client.timeouts == [
+        REQUEST_TIMEOUT_MS,
+        REQUEST_TIMEOUT_MS,
+        HASTY_TIMEOUT_MS,
+        HASTY_TIMEOUT_MS,
+        REQUEST_TIMEOUT_MS,
+    ]
 
 
 def test_without_a_group_there_is_nothing_to_know_or_to_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "connect", lambda *_, **__: pytest.fail("connected"))
-    group = Group(KafkaSettings(topic="t", group_id=None), "test")
+    group = Group.connect(KafkaSettings(topic="t", group_id=None), "test")
     assert group.committed(Partition("t", 0)) is None
     group.commit(AT, step=1)
     group.close()

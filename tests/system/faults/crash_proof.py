@@ -30,7 +30,7 @@ from stream_trainer.models.loading import load_model
 from stream_trainer.models.saving import save_model
 from stream_trainer.settings.schema import ModelSettings
 from tests.helpers.brokers import apache_kafka, create_topic, publish
-from tests.helpers.crashes import POINTS, RANDOM, Kill, Place, fork, run_in_child
+from tests.helpers.crashes import RANDOM, Kill, Place, fork, run_in_child
 from tests.helpers.service import ALL_ON, MODEL, configuration, good, jsonl, kafka, write_lines
 from tests.system.faults.ends import (
     differences,
@@ -174,9 +174,8 @@ def leave_alone(variant: Variant, stream: Stream, folder: Path) -> Undisturbed:
 def kills_of(seed: int, expected: Undisturbed) -> list[Kill]:
     """One to three. The first is sure to fall, and goes round all points from seed to seed."""
     chance = random.Random(seed)
-    reachable = [point for point in POINTS if expected.points.get(point)]
-    names = [*reachable, RANDOM]
-    points = [names[7 * seed % len(names)], *chance.choices(names, k=chance.randrange(MAX_KILLS))]
+    names = random.Random(0).sample(sorted([*expected.points, RANDOM]), k=len(expected.points) + 1)
+    points = [names[seed % len(names)], *chance.choices(names, k=chance.randrange(MAX_KILLS))]
     return [
         Kill(RANDOM, seconds=chance.uniform(0, 1.2 * expected.seconds))
         if point == RANDOM
