@@ -10,13 +10,17 @@ import pytest
 from kafka import KafkaConsumer, TopicPartition
 
 from stream_trainer.demo.broker import free_port
+from stream_trainer.sources import kafka as kafka_source
 from tests.helpers.brokers import create_topic, publish
 from tests.helpers.malformed import malformed_values
 from tests.helpers.service import (
+    ALL_ON,
+    Step,
     configuration,
     counts,
     decided,
     get,
+    good,
     goods,
     interrupt_command,
     kafka,
@@ -83,6 +87,33 @@ def test_however_often_it_is_stopped_every_record_is_decided_once(broker: str, t
         assert Counter(name for step in steps for name in step.ids) == Counter(str(number) for number in range(150))
         assert [step.number for step in steps] == list(range(1, 20))
         assert sum(counts(config).values()) == 150
+
+
+@pytest.mark.parametrize("selection", [{}, ALL_ON], ids=["sequential", "waiting"])
+def test_a_run_over_three_partitions_that_is_stopped_equals_one_that_was_not(
+    selection: dict[str, Any], broker: str, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetches are small and differ in every run; the candidates of every step are the same."""
+    create_topic(broker, topic, PARTITIONS)
+    for number in range(PARTITIONS):
+        values = [good(1000 * number + n) for n in range(60 + 20 * number)]
+        publish(broker, topic, values, number, linger_ms=20, batch_size=700)
+
+    def run_of(name: str, stops: list[int | None]) -> list[Step]:
+        folder = tmp_path / name
+        folder.mkdir()
+        source = kafka(broker, topic, group_id=f"{topic}-{name}")
+        config = configuration(folder, source, selection=selection)
+        return [step for last in stops for step in serve_until(config, last)[1]]
+
+    monkeypatch.setattr(kafka_source, "FETCH_BYTES", 2000)
+    whole = run_of("whole", [None])
+    for seed, size in enumerate((1000, 5000)):
+        monkeypatch.setattr(kafka_source, "FETCH_BYTES", size)
+        stops = sorted(random.Random(seed).sample(range(1, len(whole)), 2))
+        steps = run_of(f"seed-{seed}", [*stops, None])
+        assert [step.ids for step in steps] == [step.ids for step in whole], stops
+        assert selection or steps == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -174,3 +205,14 @@ def test_a_broker_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.C
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert nowhere in line
+
+
+def test_a_live_service_waits_for_brokers_that_are_not_there_yet(tmp_path: Path) -> None:
+    source = kafka(f"127.0.0.1:{free_port()}", "samples", bootstrap_timeout_s=0.5, stop_at_end=False)
+    config = on_free_port(configuration(tmp_path, source))
+
+    def waits() -> bool:
+        status, page = get(config, "/readyz")
+        return status == 503 and "waiting for the stream" in page and get(config, "/healthz")[0] == 200
+
+    assert run_and_terminate(config, waits) == 0

@@ -11,7 +11,7 @@ from gradient_selectors.state import flatten
 
 from stream_trainer.checkpoints import checkpoint
 from stream_trainer.checkpoints.checkpoint import TrainerState, load_latest, restore, save_checkpoint
-from stream_trainer.errors import CheckpointError, NotFiniteError
+from stream_trainer.errors import CheckpointError, FencedError, NotFiniteError
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.settings.schema import LoraSettings
 from stream_trainer.training.optimizer import NamedAdamW
@@ -212,6 +212,17 @@ def test_interrupted_save_leaves_the_old_checkpoint(
         save_checkpoint(tmp_path, *trained, state_at(2), keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert latest_step(tmp_path) == 1
+
+
+def test_a_trainer_that_is_fenced_before_the_rename_changes_nothing(trained: Trained, tmp_path: Path) -> None:
+    def fence() -> None:
+        assert latest_step(tmp_path) == 1
+        raise FencedError("another trainer has taken over")
+
+    save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
+    with pytest.raises(FencedError):
+        save_checkpoint(tmp_path, *trained, state_at(2), keep=2, before_rename=fence)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_what_a_crash_left_behind_is_removed_at_the_next_save(trained: Trained, tmp_path: Path) -> None:

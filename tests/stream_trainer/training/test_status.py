@@ -34,7 +34,7 @@ def test_health_tells_of_steps_and_of_reading_that_do_not_come(
 ) -> None:
     """With `stall_s` 600 and `buffer.wait_s` 60."""
     status, now = Status(settings_of(tmp_path), Metrics()), time.monotonic()
-    ingest = SimpleNamespace(alive=alive, last_turn=now - silent_s)
+    ingest = SimpleNamespace(alive=alive, last_turn=now - silent_s, away="")
     recovery, saver = SimpleNamespace(trouble=""), SimpleNamespace(failing=None)
     trainer = SimpleNamespace(state=state, last_progress=now - idle_s, ingest=ingest, recovery=recovery, saver=saver)
     status.trainer = cast(Trainer, trainer)
@@ -44,6 +44,14 @@ def test_health_tells_of_steps_and_of_reading_that_do_not_come(
     recovery.trouble = "went back to step 3"
     assert status.health().ok == health.ok
     assert status.health().detail == (health.detail or "went back to step 3")
+
+
+def test_while_the_brokers_are_away_it_is_well_and_not_ready(tmp_path: Path) -> None:
+    status, now = Status(settings_of(tmp_path), Metrics()), time.monotonic()
+    ingest = SimpleNamespace(alive=True, last_turn=now, away="nobody answers")
+    status.trainer = cast(Trainer, SimpleNamespace(state=State.IDLE, last_progress=now, ingest=ingest))
+    health = status.health()
+    assert (health.ok, health.ready, health.detail) == (True, False, "waiting for the stream: nobody answers")
 
 
 def test_while_the_model_is_loaded_it_is_well_and_not_ready(tmp_path: Path) -> None:
