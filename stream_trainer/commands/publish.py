@@ -147,7 +147,7 @@ class Publisher:
 def _has_transactions(settings: KafkaSettings) -> bool:
     admin = connect(KafkaAdminClient, settings, "stream-trainer-produce-admin", request_timeout_ms=REQUEST_TIMEOUT_MS)
     try:
-        needed = {ApiKey.InitProducerId, ApiKey.AddOffsetsToTxn, ApiKey.TxnOffsetCommit}
-        return needed <= set(admin.api_versions())
+        offered = set(admin.api_versions())
+        return offered >= {ApiKey.InitProducerId, ApiKey.AddOffsetsToTxn, ApiKey.TxnOffsetCommit}
     finally:
         admin.close()

@@ -3,10 +3,11 @@
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from stream_trainer.errors import PoisonError, SampleError
+from stream_trainer.errors import PoisonError, SampleError, SourceError
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters
 from stream_trainer.ingest.letter import DeadLetter
@@ -56,13 +57,11 @@ class Judge:
         self.poison: PoisonError | None = None
 
     def snapshot(self) -> Snapshot:
-        """What is decided now; letters that were sent just now are given a few seconds to be kept.
-
-        Raises SourceError if a letter cannot be kept for good.
-        """
+        """What is decided now; letters that were sent just now are given a few seconds to be kept."""
         self._dead_letters.wait()
         with self._lock:
-            self.settle()
+            with suppress(SourceError):  # the thread raises it: here their records only stay undecided
+                self.settle()
             cursor, counts = self._cursor.state_dict(), self._cursor.counts
             positions = {Partition.parse(name): log["next"] for name, log in cursor["partitions"].items()}
             parts = {"dead_letters": self._dead_letters.state_dict(), "poison": self._watch.state_dict(positions)}

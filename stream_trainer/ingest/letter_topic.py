@@ -58,6 +58,7 @@ class TopicDeadLetters:
         self._lock = threading.Lock()
         self._held: deque[_Held] = deque()
         self._retry_at = 0.0
+        self._refusal: SourceError | None = None
         self._failing = self._closed = False
         self._producer = connect(
             KafkaProducer,
@@ -77,6 +78,8 @@ class TopicDeadLetters:
             self._held.append(_Held(letter, time.monotonic()))
             if time.monotonic() >= self._retry_at:
                 self._hand_over()
+            if self._refusal is not None:
+                raise self._refusal
 
     def settled(self) -> list[DeadLetter]:
         """What the brokers have acknowledged since the last call. Raises SourceError if they refuse for good."""
@@ -84,7 +87,10 @@ class TopicDeadLetters:
             kept = self._collect()
             if time.monotonic() >= self._retry_at:
                 self._hand_over()
-            return kept + (self._file.settled() if self._file is not None else [])
+            kept += self._file.settled() if self._file is not None else []
+            if self._refusal is not None and not kept:
+                raise self._refusal
+            return kept
 
     def wait(self) -> None:
         """Until every letter is acknowledged, or was sent more than `SETTLE_S` seconds ago."""
@@ -182,12 +188,12 @@ class TopicDeadLetters:
         return kept
 
     def _note_failure(self, error: KafkaError) -> None:
-        """Try again soon. Raises SourceError if that would be in vain."""
+        """Try again soon, unless that would be in vain."""
         if not error.retriable:
-            raise SourceError(
+            self._refusal = SourceError(
                 f"dead_letters.topic={self._topic} does not take records ({type(error).__name__}); check the brokers "
                 "and the topic, or set dead_letters.kind=file"
-            ) from error
+            )
         self._retry_at = time.monotonic() + RETRY_S
         if not self._failing:
             logger.warning(

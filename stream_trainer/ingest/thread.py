@@ -110,10 +110,7 @@ class Ingest:
         self._commits.request(positions, step)
 
     def snapshot(self) -> Snapshot:
-        """What is decided now; letters that were sent just now are given a few seconds to be kept.
-
-        Raises SourceError if a letter cannot be kept for good.
-        """
+        """What is decided now; letters that were sent just now are given a few seconds to be kept."""
         return self._judge.snapshot()
 
     def dead_letter(self, letter: DeadLetter) -> None:

@@ -1,14 +1,18 @@
 """Dead letters when things go wrong: a kill, a topic that takes none, a stream of nothing else."""
 
 import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kafka.admin import ConfigResource, ConfigResourceType
 
 from stream_trainer.errors import PoisonError
 from stream_trainer.ingest.letter import read_dead_letters
+from stream_trainer.service import serve
+from stream_trainer.settings.schema import Settings
 from tests.helpers.brokers import ApacheKafka, admin, create_topic, publish
 from tests.helpers.service import (
     checkpoints,
@@ -42,22 +46,58 @@ def mixed(path: Path) -> None:
     write_lines(path, [line for pair in range(0, GOOD, 2) for line in (*good[pair : pair + 2], b"not JSON")])
 
 
-@pytest.mark.parametrize("max_bytes", [None, 3000], ids=["one file", "put aside"])
-def test_letters_are_in_the_file_once_after_a_kill(max_bytes: int | None, tmp_path: Path) -> None:
-    mixed(tmp_path / "samples.jsonl")
-    config = configuration(
-        tmp_path,
-        jsonl(tmp_path / "samples.jsonl"),
+class CrashError(BaseException):
+    """Ends a run as a kill does: without a last checkpoint."""
+
+
+def crash(config: dict[str, Any], step: int) -> None:
+    def on_step(number: int, *_: object) -> None:
+        if number == step:
+            raise CrashError
+
+    with pytest.raises(CrashError):
+        serve(Settings(**config), threading.Event(), on_step)
+
+
+def config_of(folder: Path, max_bytes: int | None) -> dict[str, Any]:
+    mixed(folder / "samples.jsonl")
+    return configuration(
+        folder,
+        jsonl(folder / "samples.jsonl"),
         buffer={"max_records": 16, "wait_s": 60.0},
-        checkpoint={"dir": str(tmp_path / "checkpoints"), "every_steps": 10},
-        dead_letters={"path": str(tmp_path / "dead.jsonl"), "max_bytes": max_bytes, "keep": 1000},
+        checkpoint={"dir": str(folder / "checkpoints"), "every_steps": 10},
+        dead_letters={"path": str(folder / "dead.jsonl"), "max_bytes": max_bytes, "keep": 1000},
     )
+
+
+def all_offsets(folder: Path) -> list[int]:
+    return [offset for path in folder.glob("dead.jsonl*") for offset in offsets_of(path)]
+
+
+@pytest.mark.parametrize("max_bytes", [None, 3000], ids=["one file", "put aside"])
+def test_letters_are_in_the_file_once_after_crashes(max_bytes: int | None, tmp_path: Path) -> None:
+    for name in ("whole", "crashed"):
+        (tmp_path / name).mkdir()
+    config, whole = (config_of(tmp_path / name, max_bytes) for name in ("crashed", "whole"))
+    for step in (5, 17, 18, 34):
+        crash(config, step)
+        stored = counts(config)["dead_lettered"] if checkpoints(config) else 0
+        assert len(all_offsets(tmp_path / "crashed")) > stored  # else there would be nothing to cut
+    serve_until(config)
+    found = all_offsets(tmp_path / "crashed")
+    assert len(found) == len(set(found)) == counts(config)["dead_lettered"] == BAD
+    assert sum(counts(config).values()) == GOOD + BAD
+    serve_until(whole)
+    parts, expected = trainer_json(config)["parts"], trainer_json(whole)["parts"]
+    assert parts["dead_letters"] | {"last": None} == expected["dead_letters"] | {"last": None}
+    assert list(parts["poison"].values()) == list(expected["poison"].values())
+
+
+def test_letters_are_in_the_file_once_after_a_kill(tmp_path: Path) -> None:
+    config = config_of(tmp_path, 3000)
     assert interrupt_command(tmp_path, config, signal.SIGKILL, step=17) == -signal.SIGKILL
-    stored = trainer_json(config)["cursor"]["counts"]["dead_lettered"]
-    written = [offset for path in tmp_path.glob("dead.jsonl*") for offset in offsets_of(path)]
-    assert len(written) > stored  # else there would be nothing to cut
     assert run_command(tmp_path, config) == 0
-    found = [offset for path in tmp_path.glob("dead.jsonl*") for offset in offsets_of(path)]
+    found = all_offsets(tmp_path)
     assert len(found) == len(set(found)) == counts(config)["dead_lettered"] == BAD
     assert sum(counts(config).values()) == GOOD + BAD
 
