@@ -7,7 +7,7 @@ reads that number and goes on behind it: readers of committed records see every 
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
@@ -110,7 +110,8 @@ class Publisher:
 
     def close(self) -> None:
         """Disconnect. What was not committed is dropped, or unknown without transactions."""
-        self._producer.close(timeout=0)
+        with suppress(KafkaError):  # what is left unsent
+            self._producer.close(timeout=0)
 
     def _read_stored(self, settings: KafkaSettings) -> tuple[int, str]:
         consumer = connect(

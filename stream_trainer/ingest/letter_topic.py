@@ -137,7 +137,8 @@ class TopicDeadLetters:
             self.wait()
             self.flush()
         finally:
-            self._producer.close(timeout=0)
+            with suppress(KafkaError):  # what is held stays undecided
+                self._producer.close(timeout=0)
             if self._file is not None:
                 self._file.close()
 

@@ -72,8 +72,7 @@ def test_where_things_lie_does_not_matter_but_what_they_hold(tmp_path: Path) -> 
     """A model directory that was moved is the same model; other weights in the same place are another."""
     settings = Settings(**config_of(tmp_path / "run"))
     for name, seed in (("here", 1), ("there", 1), ("other", 2)):
-        made = load_model(settings.model, seed)
-        save_model(made, tmp_path / name)
+        save_model(load_model(settings.model, seed), tmp_path / name)
     here, there, other = (
         kept(config_of(tmp_path / "run", model={"name": str(tmp_path / name), "config": None, "tokenizer": None}))
         for name in ("here", "there", "other")

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from tests.helpers.service import (
 )
 
 STARTS = int(os.environ.get("STREAM_TRAINER_STARTS", "4"))
-RECORDS = 1600
+RECORDS = 800
 
 # Machines apart do not see each other's locks.
 APART = f"""
@@ -52,6 +54,16 @@ def start(folder: Path, name: str, config: dict[str, Any], program: str) -> subp
         return subprocess.Popen(arguments, env=os.environ | paths, stdin=subprocess.DEVNULL, stderr=log)
 
 
+@contextmanager
+def killed_at_the_end(processes: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
 def last_line(folder: Path, name: str) -> str:
     return (folder / f"{name}.log").read_text().splitlines()[-1]
 
@@ -59,7 +71,7 @@ def last_line(folder: Path, name: str) -> str:
 def config_of(folder: Path, follow: bool = False, **checkpoint: Any) -> dict[str, Any]:
     folder.mkdir()
     write_lines(folder / "samples.jsonl", goods(RECORDS))
-    sections = {"dir": str(folder / "checkpoints"), "every_steps": 5} | checkpoint
+    sections = {"dir": str(folder / "checkpoints"), "every_steps": 20} | checkpoint
     return configuration(folder, jsonl(folder / "samples.jsonl", follow=follow), checkpoint=sections)
 
 
@@ -72,9 +84,10 @@ def test_of_two_trainers_one_survives_and_nothing_is_mixed(program: str, tmp_pat
         folder = tmp_path / str(number)
         config = config_of(folder)
         processes = {"first": start(folder, "first", config, program)}
-        time.sleep(delays.uniform(0, 2))
-        processes["second"] = start(folder, "second", config, program)
-        codes = {name: process.wait(LONG_S) for name, process in processes.items()}
+        with killed_at_the_end(processes):
+            time.sleep(delays.uniform(0, 2))
+            processes["second"] = start(folder, "second", config, program)
+            codes = {name: process.wait(LONG_S) for name, process in processes.items()}
         # One that comes when the other has ended finds nothing to do.
         assert sorted(codes.values()) in ([0, 6], [0, 0]), [last_line(folder, name) for name in codes]
         for loser in [name for name, code in codes.items() if code == 6]:
@@ -93,15 +106,13 @@ def test_a_trainer_that_is_woken_after_a_takeover_ends_and_changes_nothing(tmp_p
     config = config_of(folder, follow=True)
     directory = folder / "checkpoints"
     process = start(folder, "old", config, APART)
-    try:
+    with killed_at_the_end({"old": process}):
         wait_for(lambda: bool(checkpoints(config)) or process.poll() is not None)
         process.send_signal(signal.SIGSTOP)
         claim(directory)
         left = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
         process.send_signal(signal.SIGCONT)
         assert process.wait(LONG_S) == 6
-    finally:
-        process.kill()
     found = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     assert {path: content for path, content in found.items() if ".tmp-" not in str(path)} == left
     assert last_line(folder, "old").startswith(
@@ -113,10 +124,7 @@ def test_a_trainer_that_died_leaves_no_lock(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = config_of(folder)
     process = start(folder, "old", config, MAIN)
-    try:
+    with killed_at_the_end({"old": process}):
         wait_for(lambda: bool(checkpoints(config)) or process.poll() is not None)
-    finally:
-        process.kill()
-        process.wait(LONG_S)
     serve_until(config)
     assert sum(counts(config).values()) == RECORDS
