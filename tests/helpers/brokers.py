@@ -101,8 +101,8 @@ def prepare_kafka(data_dir: Path, **overrides: str) -> ApacheKafka:
     identity = run_storage_tool("random-uuid").split()[-1]
     scram = f"SCRAM-SHA-256=[name={USER},password={PASSWORD}]"
     run_storage_tool("format", "--config", str(properties), "--cluster-id", identity, "--add-scram", scram)
-    servers = (f"127.0.0.1:{port}" for port in (plain, secure, lost))
-    return ApacheKafka(*servers, ca_file, data_dir, (wire, wired))
+    plain_servers, secure_servers, lost_servers = (f"127.0.0.1:{port}" for port in (plain, secure, lost))
+    return ApacheKafka(plain_servers, secure_servers, lost_servers, ca_file, data_dir, (wire, wired))
 
 
 @contextmanager

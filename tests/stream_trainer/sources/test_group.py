@@ -10,7 +10,8 @@ from stream_trainer.errors import SourceError
 from stream_trainer.records import Partition
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources import group as groups
-from stream_trainer.sources.group import HASTE_S, HASTY_TIMEOUT_MS, REQUEST_TIMEOUT_MS, Group
+from stream_trainer.sources.group import HASTE_S, HASTY_TIMEOUT_MS, Group
+from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS
 
 AT = {Partition("t", 0): 6}
 
