@@ -226,7 +226,7 @@ def warm_up(bench: Bench, tier: Tier) -> bool:
     Returns whether it is done; a warm-up that was stopped goes on from its checkpoint.
     """
     checkpoints = bench.directory / warm_up_key(tier, bench.data.fingerprint)
-    if not tier.warm_up_steps or (checkpoints / f"step-{tier.warm_up_steps:08d}").is_dir():
+    if not tier.warm_up_steps or any(checkpoints.glob(f"step-{tier.warm_up_steps:08d}*")):
         return True
     work = bench.directory / "work"
     work.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,14 @@ step n tries the samples of step n one at a time, and notes each before it tries
 row died of is dead-lettered. So a record that has the kernel kill the trainer ends it three times and not for ever.
 
 A kill leaves what was written to a file, so a step costs no sync: only the notes of single samples are made durable.
+A process begins with a copy of the file in its place. One that was taken over and wakes up writes to what is gone.
 """
 
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ class Attempts:
         """Read what the last process left, if it began at the same checkpoint (its step, or None)."""
         self._checkpoint = checkpoint
         found = _read(self._path)
+        self._open()
         if found.get("checkpoint") != checkpoint or found.get("step") is None:
             return
         self._died_in, self._killers = found["step"], found["killers"]
@@ -78,20 +81,32 @@ class Attempts:
             os.close(self._file)
             self._file = None
 
+    def _open(self) -> None:
+        """Put a copy of the file in its place, and keep that open. What the last process left stays until a step."""
+        copy = self._path.with_suffix(".copy")
+        with self._never_failing():
+            copy.write_bytes(self._path.read_bytes() if self._path.exists() else b"{}")
+            self._file = os.open(copy, os.O_RDWR | os.O_CLOEXEC)
+            self._length = os.fstat(self._file).st_size
+            copy.replace(self._path)
+
     def _write(self, step: int | None, trying: Sequence[Any] = (), *, durably: bool = False) -> None:
-        """In place, in one call. Without a note a killed process is only harder to get past: training goes on."""
+        """In place, in one call."""
+        if self._file is None:
+            return
         note = {"checkpoint": self._checkpoint, "step": step, "trying": list(trying)}
         text = json.dumps(note | {"suspect": self._suspect, "killers": self._killers}).encode()
-        try:
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                self._length = os.fstat(self._file).st_size
-            self._length = max(self._length, len(text))
+        self._length = max(self._length, len(text))
+        with self._never_failing():
             os.pwrite(self._file, text.ljust(self._length), 0)
             if durably:
                 os.fsync(self._file)
-            self._failing = False
+
+    @contextmanager
+    def _never_failing(self) -> Iterator[None]:
+        """Without a note, a killed process is only harder to get past: training goes on."""
+        try:
+            yield
         except OSError as error:
             if not self._failing:
                 logger.warning("%s cannot be written (%s); training goes on", self._path, error.strerror)

@@ -12,6 +12,7 @@ from gradient_selectors.capture.batch import mean_losses
 from gradient_selectors.capture.gradients import layer_of
 from safetensors.torch import save_file
 
+from stream_trainer.checkpoints.directory import checkpoints_in
 from stream_trainer.errors import CheckpointError
 from stream_trainer.models.loading import load_model
 from stream_trainer.samples.collate import collate
@@ -106,7 +107,7 @@ def whole_and_resumed(folder: Path, selection: dict[str, Any], **sections: Any) 
         place.mkdir()
         write_lines(place / "stream.jsonl", goods(400))
         runs.append([step for stop in stops for step in run_all_on(place, stop, selection, **sections)])
-        left.append(hashes(sorted((place / "checkpoints").glob("step-*"))[-1]))
+        left.append(hashes(checkpoints_in(place / "checkpoints")[0].path))
     for name in ("model/model.safetensors", "optimizer.safetensors", "state.safetensors"):
         assert left[0][name] == left[1][name], name
     return runs[0], runs[1]

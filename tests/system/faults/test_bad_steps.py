@@ -209,14 +209,16 @@ def test_samples_that_a_step_fails_on_are_dead_lettered_and_the_step_is_made_wit
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(service, "load_model", failing_model(error))
-    bad = {3, 4, 29} | set(range(40, 48))  # two of a pool, one, and a pool of nothing else
+    # Two of a pool, one, and a pool of nothing else; so many that whatever draws draws some.
+    bad = set(range(0, 96, 3)) if selection else {3, 4, 29} | set(range(40, 48))
     values = [poisoned(number) if number in bad else good(number) for number in range(96)]
     summary, steps = serve_until(config_of(tmp_path, values, selection=selection))
     letters = list(read_dead_letters(tmp_path / "dead-letters.jsonl"))
     assert sum(summary.counts.values()) == 96
     assert summary.counts["dead_lettered"] == len(letters)
     assert {letter.record.value for letter in letters} <= {values[number] for number in bad}
-    assert {letter.reason for letter in letters} == {reason}
+    # A sample without a finite loss is never in the middle, so that draw leaves it out by itself.
+    assert {letter.reason for letter in letters} == ({reason} if selection.get("draw") != "middle_loss" else set())
     assert summary.counts["trained"] > 0
     assert math.isfinite(summary.losses["target"])
     trained = {int(name) for step in steps for name in step.selected if name is not None}

@@ -70,6 +70,25 @@ def test_a_note_that_cannot_be_read_says_nothing(content: bytes, tmp_path: Path)
     assert json.loads((tmp_path / NAME).read_bytes())["step"] == 43
 
 
+def test_a_process_that_was_taken_over_writes_nothing_any_more(tmp_path: Path) -> None:
+    first = begun(tmp_path)
+    first.enter(41)
+    second = begun(tmp_path)
+    second.enter(41)
+    left = (tmp_path / NAME).read_bytes()
+    first.trying(41, POOL)
+    first.leave(41)
+    first.saved(50)
+    assert (tmp_path / NAME).read_bytes() == left
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_process_that_dies_before_a_step_leaves_what_it_found(tmp_path: Path) -> None:
+    begun(tmp_path).enter(41)
+    begun(tmp_path)
+    assert begun(tmp_path).enter(41)
+
+
 def test_a_note_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     attempts = begun(tmp_path / "file")
