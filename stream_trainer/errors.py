@@ -3,6 +3,7 @@
 StreamTrainerError            exit code 1
 ├── SettingsError             exit code 2   a setting is wrong, or names something that is not there
 ├── SourceError               exit code 3   the stream cannot be read
+│   ├── SourceAwayError       exit code 3   nobody answers, which may mend itself
 │   └── DataLossError         exit code 4   records that were never decided are gone from the stream
 ├── CheckpointError           exit code 5   a checkpoint cannot be written, or none can be trusted
 │   └── NotFiniteError        exit code 5   the model is spoilt: what would be written is not finite
@@ -35,6 +36,10 @@ class DataLossError(SourceError):
     """Records between the cursor and the start of the log are gone, or the log ends before the cursor."""
 
     exit_code = 4
+
+
+class SourceAwayError(SourceError):
+    """Nobody answers, which may mend itself: a later `start` may succeed."""
 
 
 class CheckpointError(StreamTrainerError):

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from stream_trainer.errors import SourceError
+from stream_trainer.errors import SourceAwayError, SourceError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.commits import Commits
 from stream_trainer.ingest.cursor import Cursor
@@ -23,7 +23,7 @@ from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Partition, Record
 from stream_trainer.samples.decoder import Decoder
 from stream_trainer.settings.schema import DeadLetterSettings
-from stream_trainer.sources.base import Source, SourceAwayError
+from stream_trainer.sources.base import Source
 
 POLL_TIMEOUT_S = 0.1
 LAG_INTERVAL_S = 5.0

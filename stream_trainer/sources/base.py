@@ -3,12 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from stream_trainer.errors import SourceError
 from stream_trainer.records import Partition, Record
-
-
-class SourceAwayError(SourceError):
-    """Nobody answers, which may mend itself: a later `start` may succeed."""
 
 
 class Source(Protocol):

@@ -16,9 +16,8 @@ from kafka.codec import has_lz4, has_snappy, has_zstd
 from kafka.errors import KafkaError, for_code
 from kafka.net.compat import KafkaNetClient
 
-from stream_trainer.errors import SettingsError, SourceError
+from stream_trainer.errors import SettingsError, SourceAwayError, SourceError
 from stream_trainer.settings.source import KafkaSettings
-from stream_trainer.sources.base import SourceAwayError
 from stream_trainer.sources.security import security_options
 
 UNKNOWN_TOPIC = 3  # Kafka's error code UNKNOWN_TOPIC_OR_PARTITION

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gradient_selectors.state import load_states
 
-from stream_trainer.errors import FencedError, PoisonError, SourceError
+from stream_trainer.errors import FencedError, PoisonError, SourceAwayError, SourceError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.letter import read_dead_letters
@@ -21,7 +21,7 @@ from stream_trainer.records import Outcome, Partition, Record, Sample
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.samples.decoder import REASONS, Decoder
 from stream_trainer.settings.schema import BufferSettings, DeadLetterSettings, SampleSettings
-from stream_trainer.sources.base import Source, SourceAwayError
+from stream_trainer.sources.base import Source
 from tests.helpers.fakes import LOG, ListDeadLetters, ListSource, records_of
 from tests.helpers.malformed import malformed, malformed_values
 

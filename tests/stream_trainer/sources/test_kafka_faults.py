@@ -10,12 +10,11 @@ import pytest
 from kafka import KafkaProducer
 
 from stream_trainer.demo.broker import free_port
-from stream_trainer.errors import DataLossError, FencedError, SourceError
+from stream_trainer.errors import DataLossError, FencedError, SourceAwayError, SourceError
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.records import Outcome, Partition
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources import kafka as kafka_source
-from stream_trainer.sources.base import SourceAwayError
 from stream_trainer.sources.connection import Topic, require_topic
 from stream_trainer.sources.kafka import KafkaSource
 from stream_trainer.sources.transactions import SAY_AFTER_S, OpenTransactions
