@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install lint docs test coverage test-lowest demo page \
+.PHONY: help venv install lint docs test test-faults coverage test-lowest demo page \
 	crash-proof soak fuzz \
 	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-mask-refresh bench-learning bench-claims bench-fidelity bench-ingest
 
@@ -30,6 +30,9 @@ docs: $(VENV)/.installed ## Build the documentation into build/site; a dead link
 # The tests' models are so small that threads only wait for each other: one each, and a process for each core.
 test: lint docs ## Check style, types and documentation, then run every test; this is what CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-faults: $(VENV)/.installed ## Run the proofs under faults that take long: two trainers, letters, three brokers, soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m faults
 
 coverage: $(VENV)/.installed ## Run every test, and say which lines of the packages none of them reached
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing:skip-covered

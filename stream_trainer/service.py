@@ -167,6 +167,8 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
         logger.info("resumed from %s at step %d", checkpoint.path, state.step)
     stack.callback(ingest.stop)
+    if not stop.is_set():
+        trainer.begin()
     ingest.start(cursor.positions(), state.source_identity if state is not None else {})
     return trainer
 

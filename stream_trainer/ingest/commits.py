@@ -73,8 +73,11 @@ class Commits:
             self._commit(*request, partitions)
 
     def _commit(self, positions: Mapping[Partition, int], step: int, partitions: Collection[Partition]) -> None:
+        read = {p: at for p, at in positions.items() if p in partitions}
+        if not read:
+            return
         try:
-            self._source.commit({p: at for p, at in positions.items() if p in partitions}, step)
+            self._source.commit(read, step)
             self._failing = False
         except FencedError:
             raise

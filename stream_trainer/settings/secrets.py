@@ -8,7 +8,7 @@ MASK = "**********"
 _WORDS = r"pass|pasw|psw|pwd|secret|credential|api_?key|jaas"
 _NAME = re.compile(rf"{_WORDS}|(^|[._-])(token|auth|pw)$", re.IGNORECASE)
 # A value may be a password without standing in a field of that kind: a misplaced line, or a URL with a user in it.
-_VALUE = re.compile(rf"[^\s/:]+:[^\s/@]+@|({_WORDS}|token)\w*[\"']?\s*[=: ]|^\s*\[?\s*\{{", re.IGNORECASE)
+_VALUE = re.compile(rf"[^\s/:]+:[^\s/@]+@|({_WORDS}|token(?!s\b|izer))\w*[\"']?\s*[=: ]|^\s*\[?\s*\{{", re.IGNORECASE)
 _BESIDE = re.compile(r"source|kafka|sasl|ssl", re.IGNORECASE)  # what the names of settings beside a secret have in them
 _PLAIN_NAME = re.compile(r"[A-Za-z_-]+")
 # The words of argparse's own message, before it quotes what it was given.

@@ -96,6 +96,17 @@ class Trainer:
         shortest = min(self.evaluation_sets["target"], key=lambda sample: sample.num_tokens)
         self._steps = Steps(self.engine, self._pad_id, shortest, self._accuse, self._attempts)
 
+    def begin(self) -> None:
+        """Make the first checkpoint, if there is none, so that there is something to go back to.
+
+        To be called before anything is read: what a killed run leaves of it, letters and draws, is then made again.
+        Raises TrainingError if the model is not finite.
+        """
+        self.saver.begin(self.step)
+        self._require_sound()
+        if self.saver.saved is None:
+            self._checkpoint()
+
     def run(self) -> None:
         """Train until stopped, until `training.max_steps`, or until a finite stream ends; then checkpoint.
 
@@ -104,11 +115,9 @@ class Trainer:
         TrainingError if the model is not finite and no checkpoint helps, or if a step fails that no sample is to blame
         for.
         """
-        self.saver.begin(self.step)
         self._owner_seen = time.monotonic()
         self._attempts.begin(self.saver.saved)
         expect_layers(self.metrics, self.engine)
-        self._require_sound()
         self.evaluate()
         try:
             self._loop()
@@ -147,8 +156,6 @@ class Trainer:
                     return
                 self._checkpoint()
                 continue
-            if self.saver.saved is None and self.saver.failing is None:
-                self._checkpoint()  # so that there is something to go back to
             survived = self._step(pool, started - asked)
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()

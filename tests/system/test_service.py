@@ -20,7 +20,7 @@ from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.samples.decoder import Decoder, read_samples
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import SampleSettings, Settings
-from stream_trainer.training import trainer
+from stream_trainer.training import saver
 from stream_trainer.training.step import StepReport
 from tests.helpers.malformed import malformed_values
 from tests.helpers.service import (
@@ -169,7 +169,7 @@ def test_a_checkpoint_that_fails_does_not_hide_why_the_run_ends(
     def lose(*_: object, **__: object) -> None:
         raise SourceError("dead_letters.path cannot be written")
 
-    monkeypatch.setattr(trainer, "save_checkpoint", fail)
+    monkeypatch.setattr(saver, "save_checkpoint", fail)
     monkeypatch.setattr(FileDeadLetters, "send", lose)
     with pytest.raises(SourceError, match=r"^dead_letters.path cannot be written"):
         serve_until(stream([*goods(200), b"not JSON"], buffer={"max_records": 8, "wait_s": 60.0}))

@@ -112,7 +112,7 @@ def test_probes_come_soon_at_first_and_then_ever_later_while_they_find_no_news()
     for step in range(160):
         probed += [step] if draw.probes else []
         steps(draw, 1, rng)
-    assert probed[:4] == [0, 1, 4, 12]
+    assert probed[:4] == [0, 1, 4, 13]
     gaps = np.diff(probed)
     assert max(gaps) > OPTIONS.probe_every
     assert max(gaps) <= OPTIONS.max_probe_every

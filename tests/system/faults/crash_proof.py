@@ -67,7 +67,7 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("default", 800, {"filter_then_weight": {"solver_time_limit_s": 60.0}}),
+    Variant("default", 800, {"filter_then_weight": {"solver_max_iterations": 1000}}),
     Variant("everything", 240, ALL_ON),
 )
 

@@ -182,7 +182,7 @@ def soak(seconds: float, restart_s: float, allowed: float, folder: Path) -> dict
 def _config(broker: ApacheKafka, folder: Path) -> dict[str, Any]:
     create_topic(broker.bootstrap_servers, TOPIC, PARTITIONS)
     source = kafka(broker.bootstrap_servers, TOPIC, stop_at_end=False)
-    selection = {"filter_then_weight": {"solver_time_limit_s": 60.0}}
+    selection = {"filter_then_weight": {"solver_max_iterations": 1000}}
     checkpoint, buffer = {"every_steps": 500, "every_seconds": 30.0}, {"wait_s": 1.0}
     config = on_free_port(configuration(folder, source, checkpoint=checkpoint, buffer=buffer))
     config |= {"selection": selection, "log": {"level": "WARNING"}}

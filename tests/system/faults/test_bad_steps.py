@@ -250,7 +250,7 @@ def test_a_selector_that_fails_on_everything_ends_the_run_with_what_was_learned(
     assert e.value.exit_code == 7
     assert "\n" not in str(e.value)
     assert caplog.text.count("Traceback") == 1
-    assert checkpoints(config)[-1].name == "step-00000003"
+    assert checkpoints(config)[-1].name == "step-00000003.e1"
     assert counts(config)["dead_lettered"] == 0
     assert sum(counts(config).values()) == 3 * POOL
     summary, steps = serve_until(config)

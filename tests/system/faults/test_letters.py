@@ -32,6 +32,8 @@ from tests.helpers.service import (
     write_lines,
 )
 
+pytestmark = pytest.mark.faults
+
 GOOD, BAD = 400, 200
 
 

@@ -19,6 +19,8 @@ from tests.helpers.service import (
     wait_for,
 )
 
+pytestmark = pytest.mark.faults
+
 BAD = 20
 
 

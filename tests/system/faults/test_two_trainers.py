@@ -38,6 +38,8 @@ RECORDS = 800
 # Machines apart do not see each other's locks.
 APART = f"""
 import errno, fcntl, os
+
+pytestmark = pytest.mark.faults
 def flock(*_):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 fcntl.flock = flock
