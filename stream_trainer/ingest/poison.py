@@ -32,6 +32,9 @@ HINTS = {
     "no_loss_tokens": "shorten the prompts, or raise samples.max_tokens",
     "tokenizer": "remove odd characters",
     "undecodable": "see what the producer writes as headers",
+    "step_failed": "see the detail of the letters, and try the model on such a record by itself",
+    "out_of_memory": "lower samples.max_tokens or selection.micro_tokens",
+    "killed": "lower samples.max_tokens or selection.micro_tokens, or give the process more memory",
     "unexpected": "report this error, please",
 }
 

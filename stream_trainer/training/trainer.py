@@ -105,7 +105,7 @@ class Trainer:
         self.saver.begin(self.step)
         self._require_sound()
         if self.saver.saved is None:
-            self._checkpoint()
+            self.saver.save_or_retry(self.step, states_of(self._parts))
 
     def run(self) -> None:
         """Train until stopped, until `training.max_steps`, or until a finite stream ends; then checkpoint.
@@ -115,7 +115,7 @@ class Trainer:
         TrainingError if the model is not finite and no checkpoint helps, or if a step fails that no sample is to blame
         for.
         """
-        self._owner_seen = time.monotonic()
+        self._look_for_a_successor()  # whose notes of attempts stay as they are
         self._attempts.begin(self.saver.saved)
         expect_layers(self.metrics, self.engine)
         self.evaluate()
@@ -187,10 +187,13 @@ class Trainer:
     def _is_interrupted(self) -> bool:
         """Whether to wait no longer for samples. Raises FencedError as soon as it is known."""
         if time.monotonic() - self._owner_seen >= OWNER_LOOK_S:
-            self._owner_seen = time.monotonic()
-            with suppress(CheckpointError):  # the next checkpoint tells
-                self.saver.owner.confirm()
+            self._look_for_a_successor()
         return self.stopped() or self.saver.is_due_while_idle(self.step)
+
+    def _look_for_a_successor(self) -> None:
+        self._owner_seen = time.monotonic()
+        with suppress(CheckpointError):  # the next checkpoint tells
+            self.saver.owner.confirm()
 
     def _step(self, drawn: Sequence[Sample], waited: float) -> bool:
         """Make a step and decide its records. Returns whether it got past a sample that killed earlier processes."""

@@ -134,8 +134,9 @@ class Points:
 
 
 def _kind(path: Any) -> str:
-    """The name of a file without what differs from one checkpoint to the next."""
-    return re.sub(r"\d+(\.e\d+)?", "N", os.path.basename(os.fspath(path)))
+    """The name of a file without what differs from one checkpoint or run to the next."""
+    name = re.sub(r"(\.tmp-e\d+|\.trial)-[0-9a-f]+", r"\1", os.path.basename(os.fspath(path)))
+    return re.sub(r"\d+(\.e\d+)?", "N", name)
 
 
 def fork(work: Callable[[], int]) -> int:

@@ -482,7 +482,7 @@ def test_without_the_groups_coordinator_reading_goes_on(tmp_path: Path, topic: s
             publish(servers, topic, letters("g"))
             assert values(read(source, 1)) == letters("g")
             assert source.reachable
-        unknown = f"group_id=group-of-{topic}: where the group stands in .* is unknown, .* set source.kafka.group_id"
+        unknown = f"group_id=group-of-{topic}: its coordinator does not answer .* set source.kafka.group_id to null"
         with pytest.raises(SourceError, match=unknown), started(servers, topic):
             pass
         with started(servers, topic, group_id=None) as source:

@@ -279,7 +279,7 @@ def test_the_older_of_two_trainers_is_fenced(apache_kafka: ApacheKafka, topic: s
     publish(servers, topic, letters("abc"))
     with started(servers, topic) as older:
         older.commit({p: 1}, step=1)
-        with started(servers, topic) as newer:
+        with started(servers, topic, on_lost_checkpoint="continue") as newer:
             with pytest.raises(FencedError, match=rf"another trainer of topic {topic} has taken over"):
                 older.commit({p: 3}, step=3)
             newer.commit({p: 2}, step=2)

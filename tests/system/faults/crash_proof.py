@@ -48,6 +48,7 @@ POISON_EVERY = 33
 PARTITIONS = 3
 FETCH_BYTES = 1_400_000  # of each partition: the client fetches 1 MiB of one at a time
 MAX_KILLS = 3
+ALONE = 10**9  # the number of the run that is left alone, above all seeds: points are named without numbers
 TIMEOUT_S = 180.0
 MEMORY = Path("/dev/shm")  # a killed process loses nothing of what it wrote, so a disk would prove no more
 
@@ -260,7 +261,7 @@ def run(seeds: range, variants: Sequence[Variant], with_kafka: bool, folder: Pat
             servers = up.enter_context(apache_kafka(folder / "broker")).bootstrap_servers
         for variant in variants:
             stream = kafka_stream(variant, servers) if with_kafka else file_stream(variant, folder)
-            expected = leave_alone(variant, stream, folder / f"{variant.name}-alone")
+            expected = leave_alone(variant, stream, folder / f"{variant.name}-{ALONE}")
             print(
                 f"{variant.name}: {len(expected.steps)} steps in {expected.seconds:.1f} s", expected.points, flush=True
             )
