@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install lint docs test test-faults coverage test-lowest demo page \
+.PHONY: help venv install lint docs test test-slow coverage test-lowest demo page \
 	crash-proof soak fuzz \
 	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-mask-refresh bench-learning bench-claims bench-fidelity bench-ingest
 
@@ -31,8 +31,8 @@ docs: $(VENV)/.installed ## Build the documentation into build/site; a dead link
 test: lint docs ## Check style, types and documentation, then run every test; this is what CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-faults: $(VENV)/.installed ## Run the proofs under faults that take long: two trainers, letters, three brokers, soak
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m faults
+test-slow: $(VENV)/.installed ## Run the tests that take long: two trainers, three brokers, soak, large files
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 coverage: $(VENV)/.installed ## Run every test, and say which lines of the packages none of them reached
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing:skip-covered

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import memory
 
 
+@pytest.mark.slow
 def test_the_command_writes_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "memory.json"
     assert memory.main(["--tiny", "--json", str(path)]) == 0

@@ -57,6 +57,7 @@ def test_where_no_feature_tells_and_scoring_is_cheap_it_scores_every_pool() -> N
     assert ways[-100:].count("scored") > 80
 
 
+@pytest.mark.slow
 def test_it_finds_out_that_selection_pays_again() -> None:
     draw, rng = auto_of(), np.random.default_rng(3)
     steps(draw, 800, rng, dict.fromkeys(range(4), 0.1), noise=0.01)

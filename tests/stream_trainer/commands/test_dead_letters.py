@@ -127,7 +127,7 @@ def test_a_replay_gives_back_the_records_and_a_second_one_nothing(
     assert "0  would be published" in capsys.readouterr().out
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("committed", [False, True])
 def test_a_replay_that_dies_between_ledger_and_brokers_is_gone_on_with_exactly(
     committed: bool, apache_kafka: ApacheKafka, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -284,6 +284,7 @@ def test_what_was_published_is_passed_over_unless_it_is_wanted_again(
     assert values[:21] == [b"math-%d" % i for i in range(21)] == values[21:42]
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_killed_in_the_middle_changes_nothing(topic: str, tmp_path: Path) -> None:
     if reason := why_no_apache_kafka():
         pytest.skip(reason)

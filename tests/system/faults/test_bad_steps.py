@@ -191,16 +191,36 @@ def failing_model(error: Callable[[], Exception]) -> Callable[..., LoadedModel]:
     return load
 
 
+ERRORS: dict[str, tuple[str, Callable[[], Exception]]] = {
+    "memory of a GPU": ("out_of_memory", lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")),
+    "memory of a CPU": (
+        "out_of_memory",
+        lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+    ),
+    "the model": ("step_failed", lambda: IndexError("index out of range in self")),
+}
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "thorough": {},
+    "everything": ALL_ON,
+    "auto": {"draw": "auto"},
+    "middle loss": {"draw": "middle_loss"},
+}
+QUICK = {("thorough", "memory of a GPU"), ("everything", "the model"), ("middle loss", "memory of a CPU")}
+
+
 @pytest.mark.parametrize(
-    ("reason", "error"),
+    ("selection", "reason", "error"),
     [
-        ("out_of_memory", lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")),
-        ("out_of_memory", lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")),
-        ("step_failed", lambda: IndexError("index out of range in self")),
+        pytest.param(
+            SELECTIONS[one],
+            *ERRORS[other],
+            id=f"{one}, {other}",
+            marks=() if (one, other) in QUICK else pytest.mark.slow,
+        )
+        for one in SELECTIONS
+        for other in ERRORS
     ],
-    ids=["memory of a GPU", "memory of a CPU", "the model"],
 )
-@pytest.mark.parametrize("selection", [{}, ALL_ON, {"draw": "auto"}, {"draw": "middle_loss"}])
 def test_samples_that_a_step_fails_on_are_dead_lettered_and_the_step_is_made_without_them(
     selection: dict[str, Any],
     reason: str,

@@ -32,7 +32,7 @@ from tests.helpers.service import (
     write_lines,
 )
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 GOOD, BAD = 400, 200
 

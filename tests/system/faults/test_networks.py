@@ -19,7 +19,7 @@ from tests.helpers.service import (
     wait_for,
 )
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 BAD = 20
 

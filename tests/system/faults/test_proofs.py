@@ -37,7 +37,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_one_that_was_not(variant: str, fi
     assert not found["failures"]
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_on_three_partitions_that_is_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
     if reason := why_no_apache_kafka():
@@ -60,7 +60,7 @@ def test_any_tree_gives_settings_or_lines_that_say_what_is_wrong(tmp_path: Path)
     fuzz_settings(60, tmp_path)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nothing_grows_or_is_lost_while_the_broker_restarts() -> None:
     """Too short to see a slow leak of memory; threads, descriptors and the ledger count in full."""

@@ -57,7 +57,7 @@ class Alarm:
         patch.setattr(owner, name, called)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "n"),
     [

@@ -32,7 +32,7 @@ from tests.helpers.service import (
 )
 from tests.system.faults.ends import differences, newest
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.slow
 
 STARTS = int(os.environ.get("STREAM_TRAINER_STARTS", "4"))
 RECORDS = 800
