@@ -11,7 +11,7 @@
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from stream_trainer.records import Partition, Record
 
 DETAIL_CHARS = 200
 HEADER = "stream-trainer-"
+MAX_HELD = 1000
+MAX_HELD_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,11 @@ class DeadLetter:
         record = self.record
         named = sum(len(name) + len(value or b"") for name, value in record.headers)
         return len(record.value or b"") + len(record.key or b"") + named + 500
+
+
+def are_too_many(held: Collection[DeadLetter]) -> bool:
+    """Whether so many letters wait for their place that nothing more should be read."""
+    return len(held) >= MAX_HELD or sum(letter.size for letter in held) >= MAX_HELD_BYTES
 
 
 def read_dead_letters(path: Path) -> Iterator[DeadLetter]:

@@ -20,11 +20,9 @@ from typing import Any
 
 from stream_trainer.checkpoints.trouble import sync_directory
 from stream_trainer.errors import SettingsError, SourceError
-from stream_trainer.ingest.letter import DeadLetter, to_json
+from stream_trainer.ingest.letter import DeadLetter, are_too_many, to_json
 from stream_trainer.ingest.letter_mark import Mark, aside, cut_back, mark_at_end, rotated
 
-MAX_HELD = 1000
-MAX_HELD_BYTES = 64 * 1024 * 1024
 RETRY_S = 1.0
 
 logger = logging.getLogger(__name__)
@@ -97,7 +95,7 @@ class FileDeadLetters:
     def full(self) -> bool:
         """Whether to read nothing more for now."""
         with self._lock:
-            return len(self._held) >= MAX_HELD or sum(letter.size for letter in self._held) >= MAX_HELD_BYTES
+            return are_too_many(self._held)
 
     def state_dict(self) -> dict[str, Any]:
         """Which file is written, how long it is, and the position of the letter that ends there."""

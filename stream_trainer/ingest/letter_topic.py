@@ -17,13 +17,11 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from stream_trainer.errors import SettingsError, SourceError
-from stream_trainer.ingest.letter import DeadLetter, to_message
+from stream_trainer.ingest.letter import DeadLetter, are_too_many, to_message
 from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.connection import connect
 
-MAX_HELD = 1000
-MAX_HELD_BYTES = 64 * 1024 * 1024
 PATIENCE_S = 60.0  # a letter held for longer pauses reading: else what is decided behind it would pile up in the cursor
 SETTLE_S = 5.0  # so long a checkpoint waits for a letter that was sent just now
 BLOCK_MS = 500  # so long the ingest thread may stand still for the brokers' metadata
@@ -113,11 +111,8 @@ class TopicDeadLetters:
     def full(self) -> bool:
         """Whether to read nothing more for now."""
         with self._lock:
-            return bool(self._held) and (
-                len(self._held) >= MAX_HELD
-                or time.monotonic() - self._held[0].since > PATIENCE_S
-                or sum(held.letter.size for held in self._held) >= MAX_HELD_BYTES
-            )
+            waits_long = bool(self._held) and time.monotonic() - self._held[0].since > PATIENCE_S
+            return waits_long or are_too_many([held.letter for held in self._held])
 
     def state_dict(self) -> dict[str, Any]:
         """That of the file, if it was needed."""

@@ -154,7 +154,7 @@ def test_a_full_disk_holds_letters_until_it_takes_them(
 
 
 def test_too_many_held_letters_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stream_trainer.ingest.letter_file.MAX_HELD", 3)
+    monkeypatch.setattr("stream_trainer.ingest.letter.MAX_HELD", 3)
     letters = FileDeadLetters(Path("/dev/full"))
     for _ in range(3):
         assert not letters.full

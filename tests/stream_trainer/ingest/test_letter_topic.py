@@ -145,7 +145,7 @@ def test_what_is_too_large_goes_to_the_file(producer: Producer, letters: TopicDe
 def test_it_is_full_with_many_letters_or_with_an_old_one(
     producer: Producer, letters: TopicDeadLetters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(letter_topic, "MAX_HELD", 2)
+    monkeypatch.setattr("stream_trainer.ingest.letter.MAX_HELD", 2)
     letters.send(letter(0))
     assert [letters.full] == [False]
     letters.send(letter(1))
