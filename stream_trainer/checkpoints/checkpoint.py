@@ -15,6 +15,7 @@ at any point leaves it whole or not at all. On resume the newest that verifies i
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from gradient_selectors.state import flatten, unflatten
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -207,13 +209,21 @@ def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: NamedOptimiz
 
 def _require_finite(loaded: LoadedModel, optimizer: NamedOptimizer) -> None:
     tensors = {name: weight for name, weight in loaded.model.named_parameters() if weight.requires_grad}
-    for name, tensor in [*tensors.items(), *optimizer.state_dict().items()]:
-        # A sum is one pass without memory. Only if that is not finite, which great numbers may do, each is looked at.
-        if not tensor.detach().sum().isfinite() and not tensor.detach().isfinite().all():
-            raise NotFiniteError(
-                f"checkpoint.dir: {name} is not finite, so nothing is written; lower optimizer.learning_rate and start "
-                "again, the run goes on from the checkpoint before"
-            )
+    name = first_not_finite(tensors) or first_not_finite(optimizer.state_dict())
+    if name is not None:
+        raise NotFiniteError(
+            f"checkpoint.dir: {name} is not finite, so nothing is written; lower optimizer.learning_rate and start "
+            "again, the run goes on from the checkpoint before"
+        )
+
+
+def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor that holds a value that is not finite; None if there is none."""
+    # The largest absolute value: a sum of squares would overflow for values that are finite.
+    found = {name: t.detach() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if math.isfinite(float(torch.nn.utils.get_total_norm(found.values(), math.inf))):
+        return None
+    return next(name for name, tensor in found.items() if not bool(tensor.isfinite().all()))
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """Whether a model is alive: a checkpoint of one that is not would be worth nothing, and push out a good one."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from gradient_selectors import Batch, GradientCapture
-from torch import Tensor
+
+from stream_trainer.checkpoints.checkpoint import first_not_finite
 
 LEARNED = 1e-3  # nats per token: below it, a gradient may round to zero
 
@@ -25,7 +25,7 @@ def why_unsound(capture: GradientCapture, optimizer: HasState, batch: Batch) -> 
     pass over memory, and two over `batch`, the target's. Whatever was in `.grad` is gone.
     """
     for kind, tensors in (("weight", capture.parameters), ("optimizer's", optimizer.state_dict())):
-        name = _first_not_finite(tensors)
+        name = first_not_finite(tensors)
         if name is not None:
             return f"the {kind} {name} is not finite"
     losses_N = capture.losses(batch)
@@ -50,11 +50,3 @@ def _gradient_length(capture: GradientCapture, batch: Batch) -> float:
     for parameter in parameters:
         parameter.grad = None
     return length
-
-
-def _first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    # The largest absolute value: a sum of squares would overflow for values that are finite.
-    found = {name: t.detach() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
-    if math.isfinite(float(torch.nn.utils.get_total_norm(found.values(), math.inf))):
-        return None
-    return next(name for name, tensor in found.items() if not bool(tensor.isfinite().all()))
