@@ -27,7 +27,7 @@ import cvxpy as cp
 import numpy as np
 
 from gradient_selectors.weigh.fallback import solve_without_solver
-from gradient_selectors.weigh.program import Matrix, Program, Vector, project, residual, scaled, step
+from gradient_selectors.weigh.program import Matrix, Program, Vector, project, residual, scaled, shortest, step
 
 RESIDUAL_TOLERANCE = 1e-9  # of the scaled problem, whose numbers are of order 1
 ACTIVE_SET_ITERATIONS = 20
@@ -133,7 +133,7 @@ class CoefficientSolver:
         if problem.variable.value is None:
             return None, "fallback_failed"
         # It is right to 1e-5 only and never exactly zero, but near enough for a guess of what is free.
-        found_n = _active_set(program, project(problem.variable.value, upper_n), upper_n, _shortest)
+        found_n = _active_set(program, project(problem.variable.value, upper_n), upper_n, shortest)
         return found_n, "fallback_failed" if found_n is None else "optimal"
 
     def _problem(self, size: int, capped: bool) -> _Problem:
@@ -188,8 +188,3 @@ def _active_set(
 def _only(matrix: Matrix, right: Vector) -> Vector:
     """The one solution of a regular system."""
     return np.linalg.solve(matrix, right).astype(np.float64, copy=False)
-
-
-def _shortest(matrix: Matrix, right: Vector) -> Vector:
-    """The shortest of all solutions of a singular system: copies share."""
-    return np.linalg.lstsq(matrix, right, rcond=None)[0].astype(np.float64, copy=False)

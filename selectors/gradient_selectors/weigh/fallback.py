@@ -7,7 +7,7 @@ exact: it goes from one feasible point to a better one, along the shortest step 
 import numpy as np
 import numpy.typing as npt
 
-from gradient_selectors.weigh.program import Matrix, Program, Vector, project
+from gradient_selectors.weigh.program import Matrix, Program, Vector, project, shortest
 
 Mask = npt.NDArray[np.bool_]
 
@@ -79,7 +79,7 @@ def _move(program: Program, point_n: Vector, slope_n: Vector, free_n: Mask, uppe
 
 def _shortest_step(matrix: Matrix, right: Vector) -> tuple[Vector, bool]:
     """The shortest step to the best point: copies move alike. Where there is none, a way down that never ends."""
-    step: Vector = np.linalg.lstsq(matrix, right, rcond=None)[0].astype(np.float64)
+    step: Vector = shortest(matrix, right)
     rest: Vector = right - matrix @ step
     ends = bool(np.abs(rest).max() <= TOLERANCE * max(1.0, float(np.abs(step).max())))
     return (step if ends else rest), ends

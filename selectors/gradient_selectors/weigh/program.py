@@ -45,3 +45,8 @@ def step(program: Program, point_n: Vector) -> Vector:
 def residual(program: Program, point_n: Vector, upper_n: Vector) -> float:
     """Largest violation of the optimality (KKT) conditions; 0 at the optimum."""
     return float(np.abs(project(step(program, point_n), upper_n) - point_n).max())
+
+
+def shortest(matrix: Matrix, right: Vector) -> Vector:
+    """The shortest of all solutions of a singular system: copies share."""
+    return np.linalg.lstsq(matrix, right, rcond=None)[0].astype(np.float64, copy=False)
