@@ -20,7 +20,7 @@ from stream_trainer.demo.broker import HOST, free_port
 from stream_trainer.errors import StreamTrainerError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
-from stream_trainer.ingest.dead_letters import FileDeadLetters
+from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Outcome, Sample

@@ -7,12 +7,10 @@ at any time: a record whose letter is held is undecided in it, and is read and j
 import hashlib
 from typing import Any, Protocol
 
-from stream_trainer.ingest.letter import DeadLetter, read_dead_letters
+from stream_trainer.ingest.letter import DeadLetter
 from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.ingest.letter_topic import TopicDeadLetters
 from stream_trainer.settings.schema import Settings
-
-__all__ = ["DeadLetter", "DeadLetters", "FileDeadLetters", "TopicDeadLetters", "open_dead_letters", "read_dead_letters"]
 
 
 class DeadLetters(Protocol):

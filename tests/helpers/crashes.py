@@ -27,7 +27,7 @@ from torch.optim import optimizer as torch_optimizer
 from stream_trainer.errors import StreamTrainerError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
-from stream_trainer.ingest.dead_letters import FileDeadLetters
+from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.records import Outcome, Partition, Sample
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings

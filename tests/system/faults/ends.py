@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from stream_trainer.ingest.dead_letters import read_dead_letters
+from stream_trainer.ingest.letter import read_dead_letters
 from tests.helpers.crashes import Place
 
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from stream_trainer.errors import SampleError, SettingsError
-from stream_trainer.ingest.dead_letters import read_dead_letters
+from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.samples.decoder import REASONS, Decoder

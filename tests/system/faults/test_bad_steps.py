@@ -16,7 +16,7 @@ from torch import nn
 
 from stream_trainer import service
 from stream_trainer.errors import TrainingError
-from stream_trainer.ingest.dead_letters import read_dead_letters
+from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.service import Summary, serve
 from stream_trainer.settings.schema import Settings
