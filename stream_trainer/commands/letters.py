@@ -13,7 +13,7 @@ from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.kafka import KafkaSource
 
 POLL_S = 0.2
-GROUP = "stream-trainer-dead-letters"  # nothing is ever committed for it
+CLIENT_ID = "stream-trainer-dead-letters"
 
 
 def add_letter_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def _from_file(path: Path) -> Iterator[DeadLetter]:
 def _from_topic(settings: KafkaSettings) -> Iterator[DeadLetter]:
     """Up to where the topic ends now."""
     reading = settings.model_copy(update={"group_id": None, "stop_at_end": True, "start": "earliest"})
-    with closing(KafkaSource(reading, GROUP)) as source:
+    with closing(KafkaSource(reading, CLIENT_ID)) as source:
         source.start({}, {}, {})
         while not source.exhausted:
             for message in source.poll(POLL_S):

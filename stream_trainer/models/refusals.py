@@ -21,6 +21,6 @@ def loading(setting: str, remedy: str, extra: str) -> Iterator[None]:
         raise SettingsError(f"{setting} cannot be loaded ({first_line(error)}); {remedy}") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, cut to its first line; its kind if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -83,6 +83,11 @@ def _batches(fetched: bytes) -> Iterator[_Batch]:
         at += len(data)
 
 
+def in_one_line(error: BaseException) -> str:
+    """The kind of an error and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _fault(batch: _Batch) -> str:
     """Why the client cannot decode a batch; empty if it can."""
     try:
@@ -92,7 +97,7 @@ def _fault(batch: _Batch) -> str:
         for _ in found:
             pass
     except Exception as error:  # whatever a decompressor raises
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        return in_one_line(error)
     return ""
 
 
@@ -117,7 +122,7 @@ def _each(batch: Any, body: bytearray, partition: Partition) -> Iterator[Record]
         try:
             record = _decode(batch, body[start:at], partition)
         except (IndexError, ValueError) as error:
-            damage = " ".join(f"{type(error).__name__}: {error}".split())
+            damage = in_one_line(error)
             record = Record(partition, offset, offset + 1, bytes(body[start:at]), damage=damage)
         yield record
         offset = record.next_offset

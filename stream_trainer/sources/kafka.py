@@ -22,12 +22,11 @@ from stream_trainer.sources.beginning import Brokers, Cursor, where_to_begin
 from stream_trainer.sources.connection import connect, describe_topic, require_codecs, require_topic
 from stream_trainer.sources.group import Group
 from stream_trainer.sources.loss import LossPolicy
-from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS, TopicLog, from_kafka, to_kafka
+from stream_trainer.sources.topic_log import FETCH_BYTES, REQUEST_TIMEOUT_MS, TopicLog, from_kafka, to_kafka
 from stream_trainer.sources.transactions import OpenTransactions
 from stream_trainer.sources.undecodable import usable_records
 
 CLOSE_TIMEOUT_MS = 2_000
-FETCH_BYTES = 1024 * 1024  # of one partition at a time
 
 logger = logging.getLogger(__name__)
 

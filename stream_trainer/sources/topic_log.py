@@ -14,7 +14,7 @@ from kafka.protocol.consumer import FetchRequest, IsolationLevel, OffsetForLeade
 from stream_trainer.records import Partition
 
 REQUEST_TIMEOUT_MS = 5_000  # look-ups and commits that run between polls: an outage must not hold the thread longer
-FETCH_BYTES = 1024 * 1024  # as the consumer's own; a first batch that is larger comes whole all the same
+FETCH_BYTES = 1024 * 1024  # of one partition at a time; a first batch that is larger comes whole all the same
 
 
 def to_kafka(partition: Partition) -> Any:

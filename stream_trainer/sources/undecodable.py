@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from stream_trainer.errors import SourceError
 from stream_trainer.records import Partition, Record
 from stream_trainer.settings.source import KafkaSettings
-from stream_trainer.sources.batches import salvage
+from stream_trainer.sources.batches import in_one_line, salvage
 from stream_trainer.sources.topic_log import TopicLog
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def usable_records(
         records = salvage(log.raw(partition, position), partition, position)
         if records:
             return _allowed(settings, records)
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = in_one_line(error)
     raise SourceError(f"source.kafka.topic={settings.topic} cannot be read ({reason}); check the brokers") from error
 
 

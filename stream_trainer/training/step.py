@@ -12,6 +12,7 @@ from gradient_selectors.preconditioner import optimizer_steps
 from gradient_selectors.target import TargetError
 
 from stream_trainer.errors import SettingsError, TrainingError
+from stream_trainer.models.refusals import first_line
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import OptimizerSettings
@@ -134,8 +135,3 @@ def _apply(optimizer: torch.optim.Optimizer) -> None:
             f"the optimizer failed in the midst of an update ({type(error).__name__}: {first_line(error)}); start "
             "again from the last checkpoint, with more memory or with model.lora"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, shortened to a line."""
-    return (str(error).splitlines() or [""])[0][:200]

@@ -15,8 +15,9 @@ import torch
 from gradient_selectors import Decision
 
 from stream_trainer.errors import StreamTrainerError
+from stream_trainer.models.refusals import first_line
 from stream_trainer.records import Sample
-from stream_trainer.training.step import SKIPPED_FAILED, StepReport, first_line
+from stream_trainer.training.step import SKIPPED_FAILED, StepReport
 
 STEP_FAILED, OUT_OF_MEMORY, KILLED = "step_failed", "out_of_memory", "killed"  # reasons of dead letters
 MAX_TRIES = 3  # of one step
