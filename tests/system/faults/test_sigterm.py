@@ -3,6 +3,7 @@
 Starting, loading, idle and with a full buffer are there.
 """
 
+import itertools
 import os
 import signal
 import subprocess
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from gradient_selectors import SelectionEngine
-from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.weigh.coefficients import CoefficientSolver
 
 from stream_trainer.service import run
 from stream_trainer.settings.schema import Settings
+from stream_trainer.training import trainer
+from stream_trainer.training.faults.steps import Steps
 from tests.helpers.brokers import ApacheKafka, create_topic, prepare_kafka, publish, running, why_no_apache_kafka
 from tests.helpers.service import (
     LONG_S,
@@ -40,15 +42,22 @@ SOON_S = 20.0
 
 
 class Alarm:
-    """Sends SIGTERM at the n-th call of what it is put in place of, and remembers when."""
+    """Sends SIGTERM at the n-th call of what it is put in place of, from step `after` on, and remembers when."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, name: str, n: int) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, name: str, n: int, after: int) -> None:
         self._inner, self._left = getattr(owner, name), n
         self.rang: float | None = None
-        alarm = self
+        alarm, make, made = self, Steps.make, itertools.count(1)
+
+        def step(*args: Any, **options: Any) -> Any:
+            alarm.steps = next(made)
+            return make(*args, **options)
+
+        self.steps = 0
+        patch.setattr(Steps, "make", step)
 
         def called(*args: Any, **options: Any) -> Any:
-            alarm._left -= 1
+            alarm._left -= alarm.steps >= after
             if alarm._left == 0:
                 alarm.rang = time.monotonic()
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -59,17 +68,17 @@ class Alarm:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("owner", "name", "n"),
+    ("owner", "name", "n", "after"),
     [
-        (SelectionEngine, "backward", 5),
-        (torch.autograd, "backward", 5),
-        (CoefficientSolver, "solve", 5),
-        (torch.nn.utils, "clip_grad_norm_", 5),  # the update follows
-        (os, "fsync", 4),  # the first checkpoint, which comes after the third step
-        (os, "rename", 1),
-        (os, "unlink", 1),  # when the fourth checkpoint is made, the first one goes
-        (GradientCapture, "losses", 1),  # the evaluation before the first step
-        (GradientCapture, "losses", 3),  # and that after the fourth
+        (SelectionEngine, "backward", 5, 1),
+        (torch.autograd, "backward", 5, 1),
+        (CoefficientSolver, "solve", 5, 1),
+        (torch.nn.utils, "clip_grad_norm_", 5, 1),  # the update follows
+        (os, "fsync", 4, 3),  # the checkpoint that comes after the third step
+        (os, "rename", 1, 3),
+        (os, "unlink", 1, 6),  # when the one after the ninth is made, that before the first goes
+        (trainer, "mean_loss", 1, 0),  # the evaluation before the first step
+        (trainer, "mean_loss", 1, 4),  # and that after the fourth
     ],
     ids=[
         "scoring",
@@ -84,22 +93,19 @@ class Alarm:
     ],
 )
 def test_sigterm_within_whatever_the_trainer_does(
-    owner: Any, name: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, name: str, n: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lines(tmp_path / "samples.jsonl", goods(RECORDS))
     checkpoint, evaluation = {"every_steps": 3}, {"every_steps": 4, "retention_path": str(tmp_path / "target.jsonl")}
     config = configuration(tmp_path, jsonl(tmp_path / "samples.jsonl"), checkpoint=checkpoint, evaluation=evaluation)
-    alarm = Alarm(monkeypatch, owner, name, n)
+    alarm = Alarm(monkeypatch, owner, name, n, after)
     assert run(Settings(**config)) == 0
     assert alarm.rang is not None
     assert time.monotonic() - alarm.rang < SOON_S
-    if name == "losses" and n == 1:
-        assert not list(Path(config["checkpoint"]["dir"]).glob("step-*"))  # nothing happened that would have to be kept
-        return
     kept = newest(config)
     assert is_whole(kept)
     assert not list(kept.parent.glob(".*")), "nothing half written or half deleted stays"
-    assert 0 < trainer_of(kept)["step"] < RECORDS // POOL
+    assert after - 1 <= trainer_of(kept)["step"] < RECORDS // POOL
     assert sum(trainer_of(kept)["cursor"]["counts"].values()) == POOL * trainer_of(kept)["step"]
 
 
