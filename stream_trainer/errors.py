@@ -59,7 +59,7 @@ class FencedError(StreamTrainerError):
 
 
 class TrainingError(StreamTrainerError):
-    """The model dies again after every rollback, or steps fail whatever their samples are."""
+    """The model dies again after every rollback, or steps or the first evaluation fail whatever their samples are."""
 
     exit_code = 7
 

@@ -32,7 +32,7 @@ SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 PHASES = ("wait", "target", "score", "weigh", "train", "update", "second_pass", "evaluate", "checkpoint")
 WAYS = ("learned", "scored", "rival", "uniform")
 STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps", "skipped_failed")
-DEGRADED_CAUSES = ("checkpoint",)
+DEGRADED_CAUSES = ("checkpoint", "evaluation")
 RESUME_KINDS = (
     *("model", "target", "selection", "optimizer", "training", "memory", "samples", "buffer"),
     *("source", "processor", "versions"),

@@ -26,6 +26,7 @@ from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.letter import DeadLetter
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.models.loading import LoadedModel
+from stream_trainer.models.refusals import first_line
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Record, Sample
 from stream_trainer.samples.collate import collate
@@ -288,23 +289,38 @@ class Trainer:
         self.metrics.state.state(state.value)
 
     def evaluate(self) -> None:
-        """Measure the loss of every evaluation set, once a step."""
+        """Measure the loss of every evaluation set, once a step.
+
+        Raises TrainingError if the first of a run fails; a later one that fails leaves the losses as they were.
+        """
         if self.evaluated_step == self.step:
             return
-        self.evaluated_step = self.step
-        began = time.perf_counter()
+        is_first, self.evaluated_step = self.evaluated_step is None, self.step
+        began, fails = time.perf_counter(), False
         for name, samples in self.evaluation_sets.items():
             if self.stopped():
                 return
-            started = time.perf_counter()
-            loss = mean_loss(self.engine.capture, [collate(samples, self._pad_id)])
-            self.losses[name] = loss
-            self.metrics.evaluation_loss.labels(name).set(loss)
-            self.metrics.evaluation_time.labels(name).set_to_current_time()
-            self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - started)
-            logger.info("step %d: %s loss %.4f", self.step, name, loss)
+            try:
+                self._measure(name, samples)
+            except Exception as error:  # of the model, or of the device: out of memory, for one
+                fails = True
+                what = f"the loss of {name} cannot be measured ({type(error).__name__}: {first_line(error)})"
+                if is_first:
+                    raise TrainingError(f"{what}; lower evaluation.max_samples or target.max_samples") from error
+                self.recovery.trouble = f"step {self.step}: {what}"
+                logger.error("%s; training goes on", self.recovery.trouble)
+        self.metrics.degraded.labels("evaluation").set(fails)
         if self.on_evaluation is not None:
             self.on_evaluation(self.step, dict(self.losses), time.perf_counter() - began)
+
+    def _measure(self, name: str, samples: Sequence[Sample]) -> None:
+        started = time.perf_counter()
+        loss = mean_loss(self.engine.capture, [collate(samples, self._pad_id)])
+        self.losses[name] = loss
+        self.metrics.evaluation_loss.labels(name).set(loss)
+        self.metrics.evaluation_time.labels(name).set_to_current_time()
+        self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - started)
+        logger.info("step %d: %s loss %.4f", self.step, name, loss)
 
     def restore(self, state: TrainerState) -> None:
         """Take up where a checkpoint left off; model, optimizer and cursor are restored elsewhere.
