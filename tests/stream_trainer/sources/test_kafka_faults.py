@@ -285,7 +285,8 @@ def test_the_older_of_two_trainers_is_fenced(apache_kafka: ApacheKafka, topic: s
             newer.commit({p: 2}, step=2)
             assert older.fences
     assert committed(servers, f"group-of-{topic}", topic) == (2, "step=2")
-    with started(servers, topic, fencing="off") as third, started(servers, topic, fencing="off"):
+    others: dict[str, Any] = {"fencing": "off", "on_lost_checkpoint": "continue"}
+    with started(servers, topic, **others) as third, started(servers, topic, **others):
         third.commit({p: 3}, step=3)
         assert not third.fences
 
