@@ -88,8 +88,8 @@ class Group:
                 raise
             raise SourceAwayError(
                 f"source.kafka.group_id={self._settings.group_id}: its coordinator does not answer "
-                f"({type(error).__name__}), so where to begin is unknown; check that all brokers "
-                "run, or set source.kafka.group_id to null to begin at source.kafka.start"
+                f"({type(error).__name__}), so where to begin is unknown; check that all brokers run, "
+                "or set source.kafka.group_id to null to begin at source.kafka.start"
             ) from error
 
     def commit(self, positions: Mapping[Partition, int], step: int) -> None:

@@ -12,6 +12,7 @@ from gradient_selectors.preconditioner import optimizer_steps
 from gradient_selectors.target import TargetError
 
 from stream_trainer.errors import SettingsError, TrainingError
+from stream_trainer.ingest.letter import DETAIL_CHARS
 from stream_trainer.models.refusals import first_line
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
@@ -131,7 +132,8 @@ def _apply(optimizer: torch.optim.Optimizer) -> None:
     try:
         optimizer.step()
     except Exception as error:  # of torch, of bitsandbytes, of the device
+        what = f"{type(error).__name__}: {first_line(error)[:DETAIL_CHARS]}"
         raise TrainingError(
-            f"the optimizer failed in the midst of an update ({type(error).__name__}: {first_line(error)}); start "
-            "again from the last checkpoint, with more memory or with model.lora"
+            f"the optimizer failed in the midst of an update ({what}); start again from the last checkpoint, with more "
+            "memory or with model.lora"
         ) from error

@@ -15,6 +15,7 @@ import torch
 from gradient_selectors import Decision
 
 from stream_trainer.errors import StreamTrainerError
+from stream_trainer.ingest.letter import DETAIL_CHARS
 from stream_trainer.models.refusals import first_line
 from stream_trainer.records import Sample
 from stream_trainer.training.step import SKIPPED_FAILED, StepReport
@@ -43,7 +44,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        detail = f"{type(error).__name__}: {first_line(error)}"
+        detail = f"{type(error).__name__}: {first_line(error)[:DETAIL_CHARS]}"
         return cls(OUT_OF_MEMORY if _is_out_of_memory(error) else STEP_FAILED, detail, traceback.format_exc())
 
 

@@ -1,9 +1,11 @@
 """Offsets of the group are advisory: what they cost while they cannot be committed is bounded."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka import KafkaConsumer
 from kafka.errors import KafkaTimeoutError
 
 from stream_trainer.errors import SourceError
@@ -12,6 +14,9 @@ from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources import group as groups
 from stream_trainer.sources.group import HASTE_S, HASTY_TIMEOUT_MS, Group
 from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS
+from tests.helpers.brokers import ApacheKafka, create_topic, publish, why_no_apache_kafka
+from tests.helpers.brokers import apache_kafka as run_apache_kafka
+from tests.stream_trainer.sources.test_kafka import WAIT_S, letters, read, started, values
 
 AT = {Partition("t", 0): 6}
 
@@ -57,3 +62,43 @@ def test_without_a_group_there_is_nothing_to_know_or_to_commit(monkeypatch: pyte
     assert group.committed(Partition("t", 0)) is None
     group.commit(AT, step=1)
     group.close()
+
+
+def test_without_the_groups_coordinator_reading_goes_on(tmp_path: Path, topic: str) -> None:
+    """Three replicas of the group's offsets, which a lone broker cannot give: the coordinator is never there."""
+    if reason := why_no_apache_kafka():
+        pytest.skip(reason)
+    with run_apache_kafka(tmp_path, offsets_topic_replication_factor="3") as kafka:
+        servers = kafka.bootstrap_servers
+        create_topic(servers, topic)
+        publish(servers, topic, letters("abcdef"))
+        with started(servers, topic, {Partition(topic, 0): 2}) as source:
+            assert values(read(source, 4)) == letters("cdef")
+            with pytest.raises(SourceError, match="could not be committed"):
+                source.commit({Partition(topic, 0): 6}, step=1)
+            publish(servers, topic, letters("g"))
+            assert values(read(source, 1)) == letters("g")
+            assert source.reachable
+        unknown = f"group_id=group-of-{topic}: its coordinator does not answer .* set source.kafka.group_id to null"
+        with pytest.raises(SourceError, match=unknown), started(servers, topic):
+            pass
+        with started(servers, topic, group_id=None) as source:
+            assert values(read(source, 7)) == letters("abcdefg")
+            source.commit({Partition(topic, 0): 7}, step=1)
+
+
+def test_a_group_with_members_of_its_own_cannot_be_committed_to(apache_kafka: ApacheKafka, topic: str) -> None:
+    servers = apache_kafka.bootstrap_servers
+    create_topic(servers, topic)
+    member = KafkaConsumer(topic, bootstrap_servers=servers, group_id=f"group-of-{topic}", metadata_max_age_ms=300)
+    deadline = time.monotonic() + WAIT_S
+    while not member.assignment() and time.monotonic() < deadline:
+        member.poll(timeout_ms=200)
+    try:
+        with (
+            started(servers, topic) as source,
+            pytest.raises(SourceError, match=rf"source\.kafka\.group_id=group-of-{topic} is in use"),
+        ):
+            source.commit({Partition(topic, 0): 0}, step=1)
+    finally:
+        member.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaProducer
 
 from stream_trainer.demo.broker import embedded_broker as run_embedded_broker
 from stream_trainer.demo.broker import free_port
@@ -30,9 +30,7 @@ from tests.helpers.brokers import (
     delete_records,
     delete_topic,
     publish,
-    why_no_apache_kafka,
 )
-from tests.helpers.brokers import apache_kafka as run_apache_kafka
 
 WAIT_S = 30.0  # patience of a test, never its measure
 
@@ -465,43 +463,3 @@ def test_advertised_addresses_that_lead_elsewhere_are_named(apache_kafka: Apache
     for line in (str(raised.value), str(probed.value)):
         assert f"bootstrap_servers={servers} answers, but the brokers call themselves {ELSEWHERE} (" in line
         assert "correct advertised.listeners" in line
-
-
-def test_without_the_groups_coordinator_reading_goes_on(tmp_path: Path, topic: str) -> None:
-    """Three replicas of the group's offsets, which a lone broker cannot give: the coordinator is never there."""
-    if reason := why_no_apache_kafka():
-        pytest.skip(reason)
-    with run_apache_kafka(tmp_path, offsets_topic_replication_factor="3") as kafka:
-        servers = kafka.bootstrap_servers
-        create_topic(servers, topic)
-        publish(servers, topic, letters("abcdef"))
-        with started(servers, topic, {Partition(topic, 0): 2}) as source:
-            assert values(read(source, 4)) == letters("cdef")
-            with pytest.raises(SourceError, match="could not be committed"):
-                source.commit({Partition(topic, 0): 6}, step=1)
-            publish(servers, topic, letters("g"))
-            assert values(read(source, 1)) == letters("g")
-            assert source.reachable
-        unknown = f"group_id=group-of-{topic}: its coordinator does not answer .* set source.kafka.group_id to null"
-        with pytest.raises(SourceError, match=unknown), started(servers, topic):
-            pass
-        with started(servers, topic, group_id=None) as source:
-            assert values(read(source, 7)) == letters("abcdefg")
-            source.commit({Partition(topic, 0): 7}, step=1)
-
-
-def test_a_group_with_members_of_its_own_cannot_be_committed_to(apache_kafka: ApacheKafka, topic: str) -> None:
-    servers = apache_kafka.bootstrap_servers
-    create_topic(servers, topic)
-    member = KafkaConsumer(topic, bootstrap_servers=servers, group_id=f"group-of-{topic}", metadata_max_age_ms=300)
-    deadline = time.monotonic() + WAIT_S
-    while not member.assignment() and time.monotonic() < deadline:
-        member.poll(timeout_ms=200)
-    try:
-        with (
-            started(servers, topic) as source,
-            pytest.raises(SourceError, match=rf"source\.kafka\.group_id=group-of-{topic} is in use"),
-        ):
-            source.commit({Partition(topic, 0): 0}, step=1)
-    finally:
-        member.close()
