@@ -106,7 +106,10 @@ def test_a_disk_that_fails_for_too_long_ends_the_run(disk: Disk, tmp_path: Path)
 
 
 @pytest.mark.parametrize("mended", [True, False])
-def test_told_to_stop_while_the_disk_fails_it_tries_once_more(mended: bool, disk: Disk, tmp_path: Path) -> None:
+def test_told_to_stop_while_the_disk_fails_it_tries_once_more(
+    mended: bool, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failing, "FIRST_PAUSE_S", 60.0)  # so that it is not tried before
     config, stop = config_of(tmp_path / "run"), threading.Event()
     failures = list[float]()
 
