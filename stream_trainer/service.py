@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from stream_trainer import __version__
-from stream_trainer.checkpoints.checkpoint import load_latest, restore
+from stream_trainer.checkpoints.checkpoint import Checkpoint, TrainerState, load_latest, restore
 from stream_trainer.checkpoints.fingerprint import check_resume, consumed, fingerprint_of
 from stream_trainer.checkpoints.ownership import claim, locked
 from stream_trainer.checkpoints.trouble import try_out
@@ -39,7 +39,8 @@ from stream_trainer.training.optimizer import make_optimizer
 from stream_trainer.training.sampling import make_sampler
 from stream_trainer.training.saver import Saver
 from stream_trainer.training.status import Status
-from stream_trainer.training.trainer import OnEvaluation, OnStep, Trainer
+from stream_trainer.training.trainer import Trainer
+from stream_trainer.training.watchers import Watcher, Watchers
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +68,8 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def serve(
-    settings: Settings,
-    stop: threading.Event,
-    on_step: OnStep | None = None,
-    on_evaluation: OnEvaluation | None = None,
-) -> Summary:
-    """Train until `stop` is set or the work is done; ends in a checkpoint.
+def serve(settings: Settings, stop: threading.Event, *watchers: Watcher) -> Summary:
+    """Train until `stop` is set or the work is done, and tell the watchers; ends in a checkpoint.
 
     Raises StreamTrainerError for whatever an operator can mend.
     """
@@ -92,8 +88,7 @@ def serve(
             stack.callback(server.stop)
             logger.info("serving http://%s:%d/metrics", host, port)
         try:
-            trainer = _build(settings, metrics, stop, stack)
-            trainer.on_step, trainer.on_evaluation = on_step, on_evaluation
+            trainer = _build(settings, metrics, Watchers([*watchers]), stop, stack)
             status.trainer = trainer
             if not stop.is_set():
                 trainer.run()
@@ -112,7 +107,9 @@ def _take_directory(directory: Path, stack: ExitStack) -> None:
         logger.warning("checkpoint.dir=%s is on a mount that cannot flush directories", directory)
 
 
-def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: ExitStack) -> Trainer:
+def _build(
+    settings: Settings, metrics: Metrics, watchers: Watchers, stop: threading.Event, stack: ExitStack
+) -> Trainer:
     """Load model, samples and checkpoint, and begin to read. What must be closed goes onto `stack`."""
     metrics.state.state(State.LOADING.value)
     started = time.perf_counter()
@@ -144,6 +141,7 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         owner=owner,
         fingerprint=fingerprint,
         jitter=random.SystemRandom(),
+        watchers=watchers,
     )
     trainer = Trainer(
         settings=settings,
@@ -158,19 +156,28 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         saver=saver,
         metrics=metrics,
         stopped=stop.is_set,
+        watchers=watchers,
     )
     if checkpoint is not None and state is not None:
-        now = fingerprint | consumed(settings.source, state.cursor)
-        trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
-        metrics.resumed_otherwise(trainer.changed)
-        trainer.restore(state)
-        metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
-        logger.info("resumed from %s at step %d", checkpoint.path, state.step)
+        _resume(trainer, checkpoint, state)
     stack.callback(ingest.stop)
     if not stop.is_set():
         trainer.begin()
     ingest.start(cursor.positions(), state.source_identity if state is not None else {})
     return trainer
+
+
+def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> None:
+    """Go on from a checkpoint, if what it was made with allows that."""
+    settings = trainer.settings
+    now = trainer.saver.fingerprint | consumed(settings.source, state.cursor)
+    trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
+    trainer.metrics.resumed_otherwise(trainer.changed)
+    if trainer.changed:
+        trainer.watchers.event(state.step, "settings_changed", ", ".join(trainer.changed))
+    trainer.restore(state)
+    trainer.metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
+    logger.info("resumed from %s at step %d", checkpoint.path, state.step)
 
 
 def _evaluation_sets(settings: Settings, decoder: Decoder) -> dict[str, list[Sample]]:

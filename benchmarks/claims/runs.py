@@ -23,6 +23,7 @@ from stream_trainer.samples.collate import collate
 from stream_trainer.samples.decoder import Decoder, read_samples
 from stream_trainer.service import serve
 from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.training.watchers import Watcher
 
 SHARE = 25  # of the target's domain in a stream, in percent
 ON_ALL = {"profile": "plain", "batch_size": BATCH}  # train on all that comes
@@ -83,7 +84,8 @@ def on_stream(bench: Bench, tier: Tier, stream: Stream, selection: Mapping[str, 
     settings = settings.model_copy(update={"selection": SelectionSettings.model_validate(selection)})
     points: list[Point] = []
     try:
-        serve(settings, bench.stop, None, lambda step, losses, _: points.append({"step": step, **losses}))
+        watcher = Watcher(on_evaluation=lambda step, losses, _: points.append({"step": step, **losses}))
+        serve(settings, bench.stop, watcher)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if bench.stop.is_set():

@@ -29,6 +29,7 @@ from stream_trainer.service import serve
 from stream_trainer.settings.schema import BufferSettings, Settings
 from stream_trainer.settings.source import SourceSettings
 from stream_trainer.sources import open_source
+from stream_trainer.training.watchers import Watcher
 
 POOL = 16
 TAKEN_PER_S, PUBLISHED_PER_S = 200, 400  # records
@@ -148,7 +149,7 @@ def train(source: SourceSettings, tokenizer: Any, folder: Path, steps: int) -> d
         if number in (1, steps + 1):
             seen[number] = _phase_seconds(port)
 
-    serve(_training_settings(source, tokenizer, folder, steps + 1, port), threading.Event(), on_step)
+    serve(_training_settings(source, tokenizer, folder, steps + 1, port), threading.Event(), Watcher(on_step))
     return {phase: seconds - seen[1][phase] for phase, seconds in seen[steps + 1].items()}
 
 

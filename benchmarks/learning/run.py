@@ -30,6 +30,7 @@ from stream_trainer.records import Sample
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.step import StepReport
+from stream_trainer.training.watchers import Watcher
 
 EXTRA = 1  # evaluations after the reference's loss is reached, before a run ends early
 NEVER = 10**9  # steps or seconds
@@ -136,7 +137,7 @@ def train(bench: Bench, run: Run, reference: float | None) -> list[Point] | None
     stop = threading.Event()
     watch = Watch(stop, bench.stop, stream.labels, reference if run.tier.stops_early else None, bench.tell)
     try:
-        serve(settings, stop, watch.on_step, watch.on_evaluation)
+        serve(settings, stop, Watcher(watch.on_step, watch.on_evaluation))
     finally:
         shutil.rmtree(work, ignore_errors=True)  # a checkpoint is as large as the model and its moments
     return None if bench.stop.is_set() else watch.points
@@ -254,4 +255,4 @@ def warm_up(bench: Bench, tier: Tier) -> bool:
         loss = sum(report.losses) / len(report.losses)
         bench.tell(f"warm-up step {step} of {tier.warm_up_steps}, loss {loss:.3f}, {left:.0f} s left")
 
-    return serve(settings, bench.stop, on_step).step == tier.warm_up_steps
+    return serve(settings, bench.stop, Watcher(on_step)).step == tier.warm_up_steps

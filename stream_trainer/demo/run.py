@@ -40,6 +40,7 @@ from stream_trainer.settings.schema import (
 )
 from stream_trainer.settings.selection import SelectionSettings
 from stream_trainer.settings.source import JsonlSettings, KafkaSettings, SourceSettings
+from stream_trainer.training.watchers import Watcher
 
 INTAKE = 32  # records of the stream that come in for each step
 WAITING = 128
@@ -211,7 +212,7 @@ def _serve(demo: _Demo, settings: Settings, steps: int) -> _Run:
     """One run of the service."""
     watch = Watch(UNIFORM if settings.selection.draw == "uniform" else SELECTION, steps)
     demo.display.begin(watch)
-    summary = service.serve(settings, demo.stop, demo.display.step, watch.evaluated)
+    summary = service.serve(settings, demo.stop, Watcher(demo.display.step, watch.evaluated))
     return _Run(watch, summary.counts)
 
 

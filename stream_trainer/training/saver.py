@@ -24,6 +24,7 @@ from stream_trainer.records import Partition
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.failing import Failing, failed_again
 from stream_trainer.training.optimizer import NamedAdamW
+from stream_trainer.training.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Saver:
         owner: of the directory of checkpoints.
         fingerprint: what the run is made with.
         jitter: source of what pauses between tries vary by.
+        watchers: told of every checkpoint, and of those that fail.
         failing: while checkpoints cannot be written, since when and why.
         saved: step of the newest checkpoint; None before there is one.
     """
@@ -50,6 +52,7 @@ class Saver:
     owner: Owner
     fingerprint: dict[str, object]
     jitter: random.Random
+    watchers: Watchers
     failing: Failing | None = None
     saved: int | None = None
     _time: float = field(default=0.0, init=False)
@@ -85,6 +88,8 @@ class Saver:
             raise  # the disk is well, and time mends nothing
         except CheckpointError as error:
             now, limit = time.monotonic(), self.settings.checkpoint.max_failing_s
+            if self.failing is None:
+                self.watchers.event(step, "checkpoint_failed", str(error))
             self.failing = failed_again(self.failing, error, now, self.jitter)
             self.metrics.degraded.labels("checkpoint").set(1)
             if now - self.failing.since >= limit:
@@ -131,6 +136,7 @@ class Saver:
         self.metrics.durable(step, time.time(), saved.bytes)
         logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, seconds)
         self.ingest.request_commit(positions, step)
+        self.watchers.checkpoint(step, saved.path)
 
     def _note(self, step: int, counts: object) -> None:
         if self.failing is not None:

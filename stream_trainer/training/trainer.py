@@ -41,15 +41,13 @@ from stream_trainer.training.optimizer import NamedAdamW
 from stream_trainer.training.pools import PoolSampler
 from stream_trainer.training.saver import Saver
 from stream_trainer.training.step import StepReport
+from stream_trainer.training.watchers import Watchers
 
 CONTROL_SAMPLES = 8  # of the target set, which a model that is alive has a finite loss on
 
 logger = logging.getLogger(__name__)
 
 OWNER_LOOK_S = 5.0  # between looks whether another trainer has taken over
-
-OnStep = Callable[[int, Sequence[Sample], StepReport], None]
-OnEvaluation = Callable[[int, Mapping[str, float], float], None]
 
 
 @dataclass
@@ -60,8 +58,7 @@ class Trainer:
         evaluation_sets: fixed samples by name (`target`, `retention`) whose loss is watched.
         saver: makes the checkpoints.
         stopped: turns true when the service is told to stop.
-        on_step: told of every step, for progress displays.
-        on_evaluation: told of every evaluation: step, loss by set, and the seconds it took.
+        watchers: told of whatever happens.
         step: steps made over the life of the model, skipped ones included.
         losses: the last loss of each evaluation set, measured at `evaluated_step`.
         changed: what the resumed checkpoint was made with and is other now, by name.
@@ -80,8 +77,7 @@ class Trainer:
     saver: Saver
     metrics: Metrics
     stopped: Callable[[], bool]
-    on_step: OnStep | None = None
-    on_evaluation: OnEvaluation | None = None
+    watchers: Watchers = field(default_factory=Watchers)
     step: int = 0
     state: State = State.LOADING
     losses: dict[str, float] = field(default_factory=dict)
@@ -254,6 +250,7 @@ class Trainer:
         rate = self.recovery.rates.learning_rate
         self.recovery.trouble = f"step {self.step}: {why}; went back to step {state.step}, learning rate {rate:g}"
         logger.error("%s; %d records are discarded", self.recovery.trouble, discarded)
+        self.watchers.event(self.step, "rollback", self.recovery.trouble)
         self._require_sound()
 
     def _resolve(self, made: Made, undrawn: Sequence[Sample]) -> None:
@@ -281,6 +278,7 @@ class Trainer:
         why = f"{sample.partition} offset {sample.offset} is dead-lettered as {failure.reason}: {failure.detail}"
         self.recovery.trouble = why
         logger.warning("%s", why)
+        self.watchers.event(self.step, "accused", why)
 
     def enter(self, state: State) -> None:
         """Go to a state, and count that as progress."""
@@ -309,9 +307,9 @@ class Trainer:
                     raise TrainingError(f"{what}; lower evaluation.max_samples or target.max_samples") from error
                 self.recovery.trouble = f"step {self.step}: {what}"
                 logger.error("%s; training goes on", self.recovery.trouble)
+                self.watchers.event(self.step, "evaluation_failed", self.recovery.trouble)
         self.metrics.degraded.labels("evaluation").set(fails)
-        if self.on_evaluation is not None:
-            self.on_evaluation(self.step, dict(self.losses), time.perf_counter() - began)
+        self.watchers.evaluation(self.step, self.losses, time.perf_counter() - began)
 
     def _measure(self, name: str, samples: Sequence[Sample]) -> None:
         started = time.perf_counter()
@@ -353,5 +351,4 @@ class Trainer:
         logger.debug(
             "step %d: %s, pool loss %.4f, selected %s", self.step, report.result, losses.mean(), report.selected
         )
-        if self.on_step is not None:
-            self.on_step(self.step, pool, report)
+        self.watchers.step(self.step, pool, report)

@@ -34,6 +34,7 @@ from stream_trainer.settings.schema import Settings
 from stream_trainer.sources.jsonl import JsonlSource
 from stream_trainer.sources.kafka import KafkaSource
 from stream_trainer.training.step import StepReport
+from stream_trainer.training.watchers import Watcher
 
 # Where a kill may fall is named by what is wrapped. `take`: samples come from the buffer; `step`: a pool is scored or
 # trained on, and planned by then; `capture`: a backward pass; `solve`: the program for the coefficients; `optimizer`;
@@ -187,7 +188,7 @@ def _serve(config: dict[str, Any], place: Place, kill: Kill | None) -> int:
     points.install()
     _tell_decisions(place.ledger)
     try:
-        serve(Settings(**config), threading.Event(), _tell_steps(place.trace))
+        serve(Settings(**config), threading.Event(), Watcher(_tell_steps(place.trace)))
     except StreamTrainerError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -25,6 +25,7 @@ from stream_trainer.records import Sample
 from stream_trainer.service import Summary, run, serve
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.step import StepReport
+from stream_trainer.training.watchers import Watcher
 
 LONG_S = 240.0  # for what takes seconds: a busy machine is no failure
 MAIN = "import sys; from stream_trainer.cli import main; sys.exit(main())"
@@ -140,7 +141,7 @@ def serve_until(config: dict[str, Any], last_step: int | None = None) -> tuple[S
         if number == last_step:
             stop.set()
 
-    return serve(Settings(**config), stop, on_step), steps
+    return serve(Settings(**config), stop, Watcher(on_step)), steps
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from stream_trainer.service import serve
 from stream_trainer.settings.schema import SampleSettings, Settings
 from stream_trainer.training import saver
 from stream_trainer.training.step import StepReport
+from stream_trainer.training.watchers import Watcher
 from tests.helpers.malformed import malformed_values
 from tests.helpers.service import (
     MODEL,
@@ -186,7 +187,7 @@ def test_what_it_shows_in_the_middle_of_training(tmp_path: Path) -> None:
             (state_of(config), get(config, "/readyz")[0], decided(config), metrics(config)["step_seconds_count"])
         )
 
-    serve(Settings(**config), threading.Event(), on_step)
+    serve(Settings(**config), threading.Event(), Watcher(on_step))
     assert seen == [("training", 200, 8.0 * number, float(number)) for number in range(1, 11)]
 
 
@@ -217,7 +218,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_service_goes_on(
             assert metrics(config)['steps_total{result="skipped_nonfinite"}'] == 1
             weight.copy_(kept[0])
 
-    summary = serve(Settings(**config), threading.Event(), on_step)
+    summary = serve(Settings(**config), threading.Event(), Watcher(on_step))
     assert results == ["applied"] * 2 + ["skipped_nonfinite"] + ["applied"] * 7
     assert sum(summary.counts.values()) == 80
     assert summary.counts["not_selected"] >= 8  # those of the skipped step

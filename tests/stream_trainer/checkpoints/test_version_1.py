@@ -21,6 +21,7 @@ from stream_trainer.service import serve
 from stream_trainer.settings.loading import load_settings
 from stream_trainer.settings.mistakes import GONE, RENAMED
 from stream_trainer.training.step import StepReport
+from stream_trainer.training.watchers import Watcher
 
 KEPT = Path(__file__).parents[2] / "data" / "checkpoint-format-1"
 CHECKPOINT = KEPT / "checkpoints" / "step-00000011"
@@ -58,7 +59,7 @@ def go_on(place: Path, last_step: int, monkeypatch: pytest.MonkeyPatch) -> list[
     settings = load_settings(place / "settings-today.yaml", [f"--training.max_steps={last_step}"])
     with (place / "stream.jsonl").open() as stream:
         monkeypatch.setattr(sys, "stdin", stream)
-        serve(settings, threading.Event(), on_step)
+        serve(settings, threading.Event(), Watcher(on_step))
     return decided
 
 

@@ -22,6 +22,7 @@ from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.service import Summary, serve
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training import trainer
+from stream_trainer.training.watchers import Watcher
 from tests.helpers.service import (
     ALL_ON,
     LONG_S,
@@ -95,7 +96,7 @@ def test_one_rollback_is_shown_and_the_run_goes_on(tmp_path: Path) -> None:
         assert health["ok"]
         shown.append((_result(config), metrics(config)["rollbacks_total"], health["detail"]))
 
-    summary = serve(Settings(**config), threading.Event(), on_step)
+    summary = serve(Settings(**config), threading.Event(), Watcher(on_step))
     assert [rollbacks for _, rollbacks, _ in shown] == [0.0] * 4 + [1.0] * 16
     assert "step 4: 3 steps in a row were not finite; went back to step 0, learning rate 0.001" in shown[4][2]
     assert summary.counts["discarded"] == 4 * POOL
@@ -132,7 +133,7 @@ def serve_with_crashes(config: dict[str, Any], crashes: list[int]) -> Summary:
                 raise CrashError
 
         with pytest.raises(CrashError):
-            serve(Settings(**config), threading.Event(), crash)
+            serve(Settings(**config), threading.Event(), Watcher(crash))
     return serve(Settings(**config), threading.Event())
 
 

@@ -13,6 +13,7 @@ from stream_trainer.errors import CheckpointError
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training import failing
+from stream_trainer.training.watchers import Watcher
 from tests.helpers.service import (
     checkpoints,
     configuration,
@@ -76,7 +77,7 @@ def test_a_disk_that_fails_for_a_while_degrades_the_run_and_no_more(
             assert checkpoints(config)[-1].name == "step-00000002.e1"
 
     with caplog.at_level("INFO"):
-        summary = serve(Settings(**config), threading.Event(), on_step)
+        summary = serve(Settings(**config), threading.Event(), Watcher(on_step))
     # One is due after step 4, and then after every step until it is written.
     assert [degraded for _, _, degraded in seen.values()] == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
     assert {ready for _, ready, _ in seen.values()} == {200}
@@ -100,7 +101,7 @@ def test_a_disk_that_fails_for_too_long_ends_the_run(disk: Disk, tmp_path: Path)
         disk.number = errno.ENOSPC if step >= 3 else None
 
     with pytest.raises(CheckpointError, match=r"free space; this lasts longer than checkpoint.max_failing_s=0$"):
-        serve(Settings(**config), threading.Event(), on_step)
+        serve(Settings(**config), threading.Event(), Watcher(on_step))
     assert steps[-1] == 4
     assert checkpoints(config)[-1].name == "step-00000002.e1"
 
@@ -121,11 +122,11 @@ def test_told_to_stop_while_the_disk_fails_it_tries_once_more(
             stop.set()
 
     if mended:
-        assert serve(Settings(**config), stop, on_step).step == 5
+        assert serve(Settings(**config), stop, Watcher(on_step)).step == 5
         assert checkpoints(config)[-1].name == "step-00000005.e1"
     else:
         with pytest.raises(CheckpointError, match="check the disk"):
-            serve(Settings(**config), stop, on_step)
+            serve(Settings(**config), stop, Watcher(on_step))
         assert checkpoints(config)[-1].name == "step-00000002.e1"
     assert failures == [1]
 

@@ -13,6 +13,7 @@ from stream_trainer.errors import PoisonError
 from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
+from stream_trainer.training.watchers import Watcher
 from tests.helpers.brokers import ApacheKafka, create_topic, delete_topic, publish
 from tests.helpers.service import (
     configuration,
@@ -65,7 +66,7 @@ def crash(config: dict[str, Any], step: int) -> None:
             raise CrashError
 
     with pytest.raises(CrashError):
-        serve(Settings(**config), threading.Event(), on_step)
+        serve(Settings(**config), threading.Event(), Watcher(on_step))
 
 
 def config_of(folder: Path, max_bytes: int | None) -> dict[str, Any]:
