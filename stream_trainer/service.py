@@ -8,11 +8,12 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import load_latest, restore
 from stream_trainer.checkpoints.fingerprint import check_resume, consumed, fingerprint_of
 from stream_trainer.checkpoints.ownership import claim, locked
+from stream_trainer.checkpoints.plan import PlanFile
 from stream_trainer.checkpoints.trouble import try_out
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
@@ -36,6 +38,7 @@ from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.training.build import make_engine
 from stream_trainer.training.optimizer import make_optimizer
+from stream_trainer.training.planning import Plan
 from stream_trainer.training.sampling import make_sampler
 from stream_trainer.training.saver import Saver
 from stream_trainer.training.status import Status
@@ -52,11 +55,13 @@ class Summary:
         step: steps over the life of the model.
         counts: records by outcome over the life of the model.
         losses: last loss of each evaluation set (nats per token).
+        changed: what the checkpoint that it began with was made with and was other now, by name.
     """
 
     step: int
     counts: dict[str, int]
     losses: dict[str, float]
+    changed: Sequence[str] = ()
 
 
 def run(settings: Settings) -> int:
@@ -72,10 +77,13 @@ def serve(
     stop: threading.Event,
     on_step: OnStep | None = None,
     on_evaluation: OnEvaluation | None = None,
+    *,
+    strict: bool = False,
 ) -> Summary:
     """Train until `stop` is set or the work is done; ends in a checkpoint.
 
-    Raises StreamTrainerError for whatever an operator can mend.
+    With `strict` steps are only made again as `plan.jsonl` has them. Raises NotAsPlannedError if that fails, and
+    StreamTrainerError for whatever else an operator can mend.
     """
     selection = settings.selection
     metrics = Metrics(REASONS, arms=selection.cluster_ucb.clusters if selection.draw == "cluster_ucb" else 0)
@@ -92,7 +100,7 @@ def serve(
             stack.callback(server.stop)
             logger.info("serving http://%s:%d/metrics", host, port)
         try:
-            trainer = _build(settings, metrics, stop, stack)
+            trainer = _build(settings, metrics, stop, stack, strict=strict)
             trainer.on_step, trainer.on_evaluation = on_step, on_evaluation
             status.trainer = trainer
             if not stop.is_set():
@@ -102,7 +110,7 @@ def serve(
             raise
         counts = {outcome.value: count for outcome, count in trainer.cursor.counts.items()}
         logger.info("step %d: stopped; records %s", trainer.step, counts)
-        return Summary(trainer.step, counts, trainer.losses)
+        return Summary(trainer.step, counts, trainer.losses, trainer.changed)
 
 
 def _take_directory(directory: Path, stack: ExitStack) -> None:
@@ -112,7 +120,9 @@ def _take_directory(directory: Path, stack: ExitStack) -> None:
         logger.warning("checkpoint.dir=%s is on a mount that cannot flush directories", directory)
 
 
-def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: ExitStack) -> Trainer:
+def _build(
+    settings: Settings, metrics: Metrics, stop: threading.Event, stack: ExitStack, *, strict: bool = False
+) -> Trainer:
     """Load model, samples and checkpoint, and begin to read. What must be closed goes onto `stack`."""
     metrics.state.state(State.LOADING.value)
     started = time.perf_counter()
@@ -133,6 +143,8 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
     dead_letters = open_dead_letters(settings)
     stack.callback(dead_letters.close)
     ingest = Ingest(open_source(settings.source), decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
+    plan = Plan(PlanFile(settings.checkpoint.dir, owner), cursor, buffer, strict)
+    stack.callback(plan.file.close)
     saver = Saver(
         settings=settings,
         loaded=loaded,
@@ -142,6 +154,7 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         dead_letters=dead_letters,
         metrics=metrics,
         owner=owner,
+        plan=plan.file,
         fingerprint=fingerprint,
         jitter=random.SystemRandom(),
     )
@@ -156,6 +169,7 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         sampler=sampler,
         ingest=ingest,
         saver=saver,
+        plan=plan,
         metrics=metrics,
         stopped=stop.is_set,
     )
@@ -163,7 +177,7 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         now = fingerprint | consumed(settings.source, state.cursor)
         trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
         metrics.resumed_otherwise(trainer.changed)
-        trainer.restore(state)
+        trainer.restore(replace(state, parts=_without_letters(state.parts)) if strict else state)
         metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
         logger.info("resumed from %s at step %d", checkpoint.path, state.step)
     stack.callback(ingest.stop)
@@ -171,6 +185,11 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         trainer.begin()
     ingest.start(cursor.positions(), state.source_identity if state is not None else {})
     return trainer
+
+
+def _without_letters(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is made again keeps its letters elsewhere."""
+    return {name: state for name, state in parts.items() if name != "dead_letters"}
 
 
 def _evaluation_sets(settings: Settings, decoder: Decoder) -> dict[str, list[Sample]]:
