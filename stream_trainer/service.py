@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from stream_trainer import __version__
-from stream_trainer.checkpoints.checkpoint import load_latest, restore
+from stream_trainer.checkpoints.checkpoint import Checkpoint, TrainerState, load_latest, restore
 from stream_trainer.checkpoints.fingerprint import check_resume, consumed, fingerprint_of
 from stream_trainer.checkpoints.ownership import claim, locked
 from stream_trainer.checkpoints.plan import PlanFile
@@ -174,17 +174,23 @@ def _build(
         stopped=stop.is_set,
     )
     if checkpoint is not None and state is not None:
-        now = fingerprint | consumed(settings.source, state.cursor)
-        trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
-        metrics.resumed_otherwise(trainer.changed)
-        trainer.restore(replace(state, parts=_without_letters(state.parts)) if strict else state)
-        metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
-        logger.info("resumed from %s at step %d", checkpoint.path, state.step)
+        _resume(trainer, checkpoint, replace(state, parts=_without_letters(state.parts)) if strict else state)
     stack.callback(ingest.stop)
     if not stop.is_set():
         trainer.begin()
     ingest.start(cursor.positions(), state.source_identity if state is not None else {})
     return trainer
+
+
+def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> None:
+    """Go on from a checkpoint that model and optimizer are restored from, if it goes with what is there now."""
+    settings, metrics = trainer.settings, trainer.metrics
+    now = trainer.saver.fingerprint | consumed(settings.source, state.cursor)
+    trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
+    metrics.resumed_otherwise(trainer.changed)
+    trainer.restore(state)
+    metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
+    logger.info("resumed from %s at step %d", checkpoint.path, state.step)
 
 
 def _without_letters(parts: Mapping[str, Any]) -> dict[str, Any]:

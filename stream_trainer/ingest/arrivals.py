@@ -21,7 +21,7 @@ class Arrivals:
     broken: str = ""
     _come: deque[tuple[Partition, int]] = field(default_factory=deque)
     _planned: deque[tuple[Partition, int]] = field(default_factory=deque)
-    _limit: int = MAX_RECORDS
+    _limit: int = field(default_factory=lambda: MAX_RECORDS)
 
     def note(self, partition: Partition, offset: int, is_undecided: Callable[[Partition, int], bool]) -> None:
         """Take note of a record that came and is undecided yet."""
