@@ -51,7 +51,7 @@ class State:
 
     @classmethod
     def of(cls, checkpoint: Path) -> "State":
-        tensors = {}
+        tensors: dict[str, str] = {}
         for file in sorted(checkpoint.rglob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
                 name = file.relative_to(checkpoint)
@@ -204,7 +204,7 @@ def _compare(found: State, expected: State, steps: int, records: int) -> int:
 
 def _digest(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

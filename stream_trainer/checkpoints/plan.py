@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class Planned:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "Planned":
-        """Inverse of `asdict`. Raises KeyError, TypeError or ValueError if it is none."""
+        """Inverse of `to_text`. Raises KeyError, TypeError or ValueError if it is none."""
         records, drawn = (tuple(Position(int(p), int(at)) for p, at in line[name]) for name in ("records", "drawn"))
         saved = None if line["saved"] is None else int(line["saved"])
         return cls(int(line["step"]), saved, str(line["topic"]), records, int(line["candidates"]), drawn)
@@ -83,7 +83,7 @@ class Made:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "Made":
-        """Inverse of `asdict`. Raises KeyError, TypeError or ValueError if it is none."""
+        """Inverse of `to_text`. Raises KeyError, TypeError or ValueError if it is none."""
         accused = tuple((int(p), int(at), str(why)) for p, at, why in line["accused"])
         numbers = float(line["seconds"]), float(line["factor"])
         return cls(int(line["step"]), str(line["result"]), line["solver"], *numbers, accused)
@@ -117,7 +117,7 @@ def read_plan(path: Path) -> dict[int, Entry]:
 
 def to_text(line: Planned | Made) -> bytes:
     """A line of the file."""
-    return json.dumps(asdict(line), separators=(",", ":")).encode() + b"\n"
+    return json.dumps(vars(line), separators=(",", ":")).encode() + b"\n"
 
 
 def lines_of(entries: Iterable[Entry]) -> bytes:
