@@ -26,6 +26,7 @@ commands:
   select        choose the best samples of a file, or parameters to train, once and offline
   config        show, check or describe the settings
   dead-letters  what could not be used and why; publish it again
+  replay        make the steps between two checkpoints again, and compare to the bit
 
 examples:
   stream-trainer demo
@@ -69,6 +70,21 @@ SIGTERM and Ctrl-C end the run with a checkpoint; the next run with the same che
 Exit codes: 0 done, 2 settings, 3 stream, 4 data loss, 5 checkpoint, 6 taken over by another trainer, 7 training,
 8 too many dead letters.
 """
+
+
+_REPLAY_EXAMPLES = """\
+examples:
+  stream-trainer replay --config stream-trainer.yaml --from step-00000200.e1 --to step-00000400.e1
+  stream-trainer replay --config stream-trainer.yaml --from step-00000200.e1 --to step-00000400.e1 --scratch /big/disk
+
+Use the settings and the machine of the run. The trainer may go on meanwhile: nothing of it is written.
+It takes about as long as the steps took, and the memory of a trainer. `--scratch` needs room for checkpoints.
+
+Exit codes: 0 equal, 1 something differs, 2 no such checkpoint, or the plan or records between them are gone.
+All others as of `stream-trainer run`.
+"""
+
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -250,6 +266,31 @@ def _dead_letters(arguments: Sequence[str]) -> int:
     return run(action.parse_args(known.arguments))
 
 
+def _replay(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "stream-trainer replay",
+        "Make the steps between two checkpoints again, undisturbed, and compare weights and state to the bit.",
+        _REPLAY_EXAMPLES,
+        takes_settings=True,
+    )
+    parser.usage = f"{parser.prog} --from CHECKPOINT --to CHECKPOINT [--config FILE] [--section.name=VALUE ...]"
+    what = "checkpoint to {}: its name in checkpoint.dir, or a path"
+    parser.add_argument("--from", dest="first", required=True, metavar="CHECKPOINT", help=what.format("begin with"))
+    parser.add_argument("--to", dest="last", required=True, metavar="CHECKPOINT", help=what.format("end at"))
+    scratch = "directory for what is made again; the system's for temporary files unless given"
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help=scratch)
+    known, overrides = parser.parse_known_args(arguments)
+    from stream_trainer.monitoring.logs import configure_logging
+    from stream_trainer.settings.loading import load_settings
+
+    settings = load_settings(known.config, overrides)
+    configure_logging(settings.log.model_copy(update={"level": max(settings.log.level, "WARNING", key=_LEVELS.index)}))
+
+    from stream_trainer.replay import run
+
+    return run(settings, known.first, known.last, known.scratch)
+
+
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "produce": _produce,
@@ -257,6 +298,7 @@ _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "select": _select,
     "config": _config,
     "dead-letters": _dead_letters,
+    "replay": _replay,
 }
 
 

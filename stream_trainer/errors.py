@@ -1,6 +1,7 @@
 """The exception tree. Every message is one line that names the setting or object, its value and the remedy.
 
 StreamTrainerError            exit code 1
+├── NotAsPlannedError         exit code 1   a replay cannot make a step again as it was recorded
 ├── SettingsError             exit code 2   a setting is wrong, or names something that is not there
 ├── SourceError               exit code 3   the stream cannot be read
 │   ├── SourceAwayError       exit code 3   nobody answers, which may mend itself
@@ -18,6 +19,18 @@ class StreamTrainerError(Exception):
     """Base of every error that is reported in one line instead of a traceback."""
 
     exit_code = 1
+
+
+class NotAsPlannedError(StreamTrainerError):
+    """A step cannot be made again as it was.
+
+    Attributes:
+        gone: whether that is because records are gone, and not because of another result.
+    """
+
+    def __init__(self, message: str, *, gone: bool) -> None:
+        super().__init__(message)
+        self.gone = gone
 
 
 class SettingsError(StreamTrainerError):

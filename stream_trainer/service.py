@@ -8,25 +8,28 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import transformers
+from gradient_selectors import MaskedAdamW, SelectionEngine
 
 from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import Checkpoint, TrainerState, load_latest, restore
 from stream_trainer.checkpoints.fingerprint import check_resume, consumed, fingerprint_of
 from stream_trainer.checkpoints.ownership import claim, locked
+from stream_trainer.checkpoints.plan import PlanFile
 from stream_trainer.checkpoints.trouble import try_out
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import open_dead_letters
 from stream_trainer.ingest.thread import Ingest
-from stream_trainer.models.loading import load_model
+from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.monitoring.allocator import keep_freed_memory
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.monitoring.server import Server
@@ -35,8 +38,9 @@ from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.training.build import make_engine
-from stream_trainer.training.optimizer import make_optimizer
-from stream_trainer.training.sampling import make_sampler
+from stream_trainer.training.draw.sampling import make_sampler
+from stream_trainer.training.optimizer import NamedAdamW, make_optimizer
+from stream_trainer.training.planning import Plan
 from stream_trainer.training.saver import Saver
 from stream_trainer.training.status import Status
 from stream_trainer.training.trainer import Trainer
@@ -53,11 +57,13 @@ class Summary:
         step: steps over the life of the model.
         counts: records by outcome over the life of the model.
         losses: last loss of each evaluation set (nats per token).
+        changed: what the checkpoint that it began with was made with and was other now, by name.
     """
 
     step: int
     counts: dict[str, int]
     losses: dict[str, float]
+    changed: Sequence[str] = ()
 
 
 def run(settings: Settings) -> int:
@@ -68,10 +74,11 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def serve(settings: Settings, stop: threading.Event, *watchers: Watcher) -> Summary:
+def serve(settings: Settings, stop: threading.Event, *watchers: Watcher, strict: bool = False) -> Summary:
     """Train until `stop` is set or the work is done, and tell the watchers; ends in a checkpoint.
 
-    Raises StreamTrainerError for whatever an operator can mend.
+    With `strict` steps are only made again as `plan.jsonl` has them. Raises NotAsPlannedError if that fails, and
+    StreamTrainerError for whatever else an operator can mend.
     """
     selection = settings.selection
     metrics = Metrics(REASONS, arms=selection.cluster_ucb.clusters if selection.draw == "cluster_ucb" else 0)
@@ -88,7 +95,7 @@ def serve(settings: Settings, stop: threading.Event, *watchers: Watcher) -> Summ
             stack.callback(server.stop)
             logger.info("serving http://%s:%d/metrics", host, port)
         try:
-            trainer = _build(settings, metrics, Watchers([*watchers]), stop, stack)
+            trainer = _build(_Run(settings, metrics, Watchers([*watchers]), stop, stack, strict))
             status.trainer = trainer
             if not stop.is_set():
                 trainer.run()
@@ -97,7 +104,7 @@ def serve(settings: Settings, stop: threading.Event, *watchers: Watcher) -> Summ
             raise
         counts = {outcome.value: count for outcome, count in trainer.cursor.counts.items()}
         logger.info("step %d: stopped; records %s", trainer.step, counts)
-        return Summary(trainer.step, counts, trainer.losses)
+        return Summary(trainer.step, counts, trainer.losses, trainer.changed)
 
 
 def _take_directory(directory: Path, stack: ExitStack) -> None:
@@ -107,77 +114,129 @@ def _take_directory(directory: Path, stack: ExitStack) -> None:
         logger.warning("checkpoint.dir=%s is on a mount that cannot flush directories", directory)
 
 
-def _build(
-    settings: Settings, metrics: Metrics, watchers: Watchers, stop: threading.Event, stack: ExitStack
-) -> Trainer:
-    """Load model, samples and checkpoint, and begin to read. What must be closed goes onto `stack`."""
+@dataclass(frozen=True)
+class _Run:
+    """What a run is asked for, and what must know of it.
+
+    Attributes:
+        stack: takes what must be closed at the end.
+        strict: whether steps are only made again as they are planned.
+    """
+
+    settings: Settings
+    metrics: Metrics
+    watchers: Watchers
+    stop: threading.Event
+    stack: ExitStack
+    strict: bool
+
+
+def _build(run: _Run) -> Trainer:
+    """Load model, samples and checkpoint, and begin to read."""
+    settings, metrics, stack = run.settings, run.metrics, run.stack
     metrics.state.state(State.LOADING.value)
     started = time.perf_counter()
-    loaded = load_model(settings.model, settings.training.seed)
-    decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
-    sets = _evaluation_sets(settings, decoder)
-    optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
-    engine = make_engine(settings, loaded, optimizer, sets["target"], _anchors(settings, decoder))
+    learner = _learner(settings)
     buffer = Buffer(settings.buffer)
-    sampler = make_sampler(settings, buffer, loaded, engine, sets["target"])
-    fingerprint = fingerprint_of(settings, loaded, __version__)
+    sampler = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"])
+    fingerprint = fingerprint_of(settings, learner.loaded, __version__)
     owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
     checkpoint = load_latest(settings.checkpoint.dir)
-    state = restore(checkpoint, loaded, optimizer) if checkpoint is not None else None
+    state = restore(checkpoint, learner.loaded, learner.optimizer) if checkpoint is not None else None
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
     cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
     metrics.count_outcomes(lambda: cursor.counts)
     dead_letters = open_dead_letters(settings)
     stack.callback(dead_letters.close)
-    ingest = Ingest(open_source(settings.source), decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
+    ingest = Ingest(
+        open_source(settings.source), learner.decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters
+    )
+    plan = Plan(PlanFile(settings.checkpoint.dir, owner), cursor, buffer, run.strict)
+    stack.callback(plan.file.close)
     saver = Saver(
         settings=settings,
-        loaded=loaded,
-        optimizer=optimizer,
+        loaded=learner.loaded,
+        optimizer=learner.optimizer,
         cursor=cursor,
         ingest=ingest,
         dead_letters=dead_letters,
         metrics=metrics,
         owner=owner,
+        plan=plan.file,
         fingerprint=fingerprint,
         jitter=random.SystemRandom(),
-        watchers=watchers,
+        watchers=run.watchers,
     )
     trainer = Trainer(
         settings=settings,
-        loaded=loaded,
-        optimizer=optimizer,
-        engine=engine,
-        evaluation_sets=sets,
+        loaded=learner.loaded,
+        optimizer=learner.optimizer,
+        engine=learner.engine,
+        evaluation_sets=learner.sets,
         cursor=cursor,
         buffer=buffer,
         sampler=sampler,
         ingest=ingest,
         saver=saver,
+        plan=plan,
         metrics=metrics,
-        stopped=stop.is_set,
-        watchers=watchers,
+        stopped=run.stop.is_set,
+        watchers=run.watchers,
     )
-    if checkpoint is not None and state is not None:
-        _resume(trainer, checkpoint, state)
-    stack.callback(ingest.stop)
-    if not stop.is_set():
-        trainer.begin()
-    ingest.start(cursor.positions(), state.source_identity if state is not None else {})
+    _begin(run, trainer, checkpoint, state)
     return trainer
 
 
+def _begin(run: _Run, trainer: Trainer, checkpoint: Checkpoint | None, state: TrainerState | None) -> None:
+    """Go on from the checkpoint, or make the first one; then begin to read."""
+    if checkpoint is not None and state is not None:
+        _resume(trainer, checkpoint, replace(state, parts=_without_letters(state.parts)) if run.strict else state)
+    run.stack.callback(trainer.ingest.stop)
+    if not run.stop.is_set():
+        trainer.begin()
+    trainer.ingest.start(trainer.cursor.positions(), state.source_identity if state is not None else {})
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """The model and what trains it, before anything is restored.
+
+    Attributes:
+        sets: fixed samples by name, whose loss is watched.
+    """
+
+    loaded: LoadedModel
+    decoder: Decoder
+    sets: dict[str, list[Sample]]
+    optimizer: NamedAdamW | MaskedAdamW
+    engine: SelectionEngine
+
+
+def _learner(settings: Settings) -> _Learner:
+    loaded = load_model(settings.model, settings.training.seed)
+    decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
+    sets = _evaluation_sets(settings, decoder)
+    optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
+    engine = make_engine(settings, loaded, optimizer, sets["target"], _anchors(settings, decoder))
+    return _Learner(loaded, decoder, sets, optimizer, engine)
+
+
 def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> None:
-    """Go on from a checkpoint, if what it was made with allows that."""
-    settings = trainer.settings
+    """Go on from a checkpoint that model and optimizer are restored from, if it goes with what is there now."""
+    settings, metrics = trainer.settings, trainer.metrics
     now = trainer.saver.fingerprint | consumed(settings.source, state.cursor)
     trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
-    trainer.metrics.resumed_otherwise(trainer.changed)
+    metrics.resumed_otherwise(trainer.changed)
     if trainer.changed:
         trainer.watchers.event(state.step, "settings_changed", ", ".join(trainer.changed))
     trainer.restore(state)
-    trainer.metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
+    metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
     logger.info("resumed from %s at step %d", checkpoint.path, state.step)
+
+
+def _without_letters(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is made again keeps its letters elsewhere."""
+    return {name: state for name, state in parts.items() if name != "dead_letters"}
 
 
 def _evaluation_sets(settings: Settings, decoder: Decoder) -> dict[str, list[Sample]]:

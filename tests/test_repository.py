@@ -66,11 +66,12 @@ SERVICE_ROOMS = {
         *("training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
         *("settings", "records", "__init__"),
     ),
+    "replay": ("service", "training", "checkpoints", "settings", "records", "errors"),
     "demo": (
         *("service", "commands", "training", "monitoring"),
         *("settings", "records", "errors"),
     ),
-    "cli": ("demo", "service", "commands", "monitoring", "settings", "errors", "__init__"),
+    "cli": ("demo", "replay", "service", "commands", "monitoring", "settings", "errors", "__init__"),
 }
 
 KAFKA = {

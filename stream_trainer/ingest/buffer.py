@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from stream_trainer.records import Sample
 from stream_trainer.settings.schema import BufferSettings
@@ -12,7 +12,11 @@ STOP_CHECK_S = 0.1  # a stop is noticed within this time
 
 
 class Buffer:
-    """Thread-safe, first in, first out. The limits are advice to the one who puts: `put` never blocks or drops."""
+    """Thread-safe, first in, first out. The limits are advice to the one who puts: `put` never blocks or drops.
+
+    Attributes:
+        taken: samples that were ever taken; `last_taken` is the newest of them.
+    """
 
     def __init__(self, settings: BufferSettings) -> None:
         self._settings = settings
@@ -24,6 +28,9 @@ class Buffer:
         self._error: BaseException | None = None
         self._ended_by: BaseException | None = None
         self._starved = False
+        self._planned: int | None = None
+        self.taken = 0
+        self.last_taken: Sample | None = None
 
     def put(self, *samples: Sample) -> None:
         """Append samples, in this order. A taker is woken once for all of them."""
@@ -42,6 +49,19 @@ class Buffer:
         With `or_none` the taker can do without: the wait begins at once, and what came by its end is enough, even
         nothing. Raises what `fail` was given, and what `end` was given once all is taken that came before.
         """
+        taken = self._take(n, wait_s, stopped, or_none) if self._planned is None else self._take_planned(stopped)
+        self.taken += len(taken)
+        self.last_taken = taken[-1] if taken else self.last_taken
+        return taken
+
+    def plan(self, n: int | None) -> None:
+        """Have the next `take` return `n` samples, however long that takes, or fewer if the stream ends; None ends it.
+
+        As many as were taken once before, when they came at other times: limits say nothing then.
+        """
+        self._planned = n
+
+    def _take(self, n: int, wait_s: float, stopped: Callable[[], bool], or_none: bool) -> list[Sample]:
         with self._changed:
             deadline = time.monotonic() + wait_s if or_none else None
             while not stopped():
@@ -57,6 +77,28 @@ class Buffer:
                 self._starved = True
                 self._changed.wait(STOP_CHECK_S if deadline is None else min(STOP_CHECK_S, deadline - now))
             return []
+
+    def _take_planned(self, stopped: Callable[[], bool]) -> list[Sample]:
+        taken: list[Sample] = []
+        with self._changed:
+            while not stopped():
+                if self._error is not None:
+                    raise self._error
+                while self._samples and len(taken) < (self._planned or 0):
+                    taken += self._pop(1)
+                if self._ended_by is not None and self._planned and not taken:
+                    raise self._ended_by
+                if len(taken) == self._planned or self._ended:
+                    return taken
+                self._starved = True
+                self._changed.wait(STOP_CHECK_S)
+            self._put_back(taken)
+            return []
+
+    def _put_back(self, samples: Sequence[Sample]) -> None:
+        self._samples.extendleft(reversed(samples))
+        self._bytes += sum(sample.size for sample in samples)
+        self._tokens += sum(sample.num_tokens for sample in samples)
 
     def _pop(self, n: int) -> list[Sample]:
         """Up to `n` samples, and no more than reach a limit: how many came by now must not change what a step gets."""

@@ -12,10 +12,11 @@ goes on where it was. Within a partition the order is that of the offsets, so it
 
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stream_trainer.ingest.arrivals import Arrivals
 from stream_trainer.records import Outcome, Partition
 
 
@@ -101,6 +102,7 @@ class Cursor:
         self._logs: dict[Partition, _Log] = {}
         self._counts: Counter[Outcome] = Counter()
         self._arrivals = 0
+        self._order = Arrivals()
         self._last: Partition | None = None
         self._to_reread: deque[Partition] = deque()
 
@@ -118,6 +120,33 @@ class Cursor:
             for partition, offset in (replaced or {}).items():
                 self._logs[partition].forget_from(offset)
             self._to_reread = deque(p for p in self._to_reread if p in kept)
+            self._order.begin({p: log.reread_to for p, log in self._logs.items()}, positions)
+
+    def follow(self, records: Iterable[tuple[Partition, int]]) -> None:
+        """Have these records come in this order, after those that waited. To be called before `begin`, or to end it."""
+        with self._lock:
+            self._order.plan(records)
+
+    def arrived_to(self, partition: Partition, offset: int) -> list[tuple[Partition, int]]:
+        """Records that came since the last call, up to one that did, in order, whatever became of them."""
+        with self._lock:
+            return self._order.take_to(partition, offset)
+
+    @property
+    def planned(self) -> Partition | None:
+        """Whose record comes next by the plan that is followed, once all that waited was read again."""
+        with self._lock:
+            return None if self._to_reread else self._order.next
+
+    @property
+    def plan_broken(self) -> str:
+        """Why records cannot come as planned; empty if they can, for all that is known."""
+        return self._order.broken
+
+    def gives_nothing(self, partition: Partition) -> None:
+        """Take note that what is planned of a partition does not come."""
+        with self._lock:
+            self._order.gave_all(partition)
 
     def fetched(self, partition: Partition, offset: int, next_offset: int, mark: str = "") -> bool:
         """Take note of a record that was read, in the order of its partition and of arrival.
@@ -132,6 +161,7 @@ class Cursor:
             log.read_to = next_offset
             if not entry.decided:
                 log.undecided[offset] = entry
+                self._order.note(partition, offset, lambda p, at: at in self._logs[p].undecided)
                 self._arrived(partition, offset < log.reread_to)
             if log.entries or not entry.decided:
                 log.entries.append(entry)
@@ -160,6 +190,7 @@ class Cursor:
             log.read_to = max(log.read_to, position)
             if log.read_to >= log.reread_to:
                 self._gave_all(partition)
+            self._order.gave_all(partition, position)
 
     def resolve(self, partition: Partition, offset: int, outcome: Outcome) -> None:
         """Settle what became of a record. Asserts that it was fetched and is undecided."""

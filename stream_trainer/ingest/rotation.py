@@ -7,7 +7,8 @@ At its turn a partition may have nothing here. A finite run waits for it until i
 passes it over: at once if it is at its end as far as is known, else after `PATIENCE_S`, and then until it gives
 something again; which is counted, for from there on the order is that of this run alone.
 
-What waited for its decision when a run ended comes first, in the order in which it had come.
+What waited for its decision when a run ended comes first, in the order in which it had come. Then comes what an earlier
+process planned and did not live to save, as it was planned: a live run too waits for that.
 """
 
 import time
@@ -19,6 +20,7 @@ from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.records import Partition, Record
 
 PATIENCE_S = 1.0  # twice what a broker holds back a fetch that finds nothing
+PLAN_PATIENCE_S = 60.0  # for a record that was there before: a partition may be without a leader
 # What may be held here for a partition that is waited for; its fetches go on, those of the others stop.
 MAX_RECORDS = 8192
 MAX_BYTES = 64 * 1024 * 1024
@@ -87,34 +89,37 @@ class Rotation:
 
     def _whose_turn(self) -> Partition | None:
         """A record that was decided before a restart takes no turn: the cursor then leaves the turn as it is."""
-        for partition in self._in_turn():
+        known = self._cursor.to_reread or self._cursor.planned
+        for partition in self._in_turn(known):
             if self._queues[partition]:
                 self._late.discard(partition)
                 self._passed.discard(partition)
                 self._awaited = None
                 return partition
-            if self._records and not self._may_pass(partition):
+            patience_s = PLAN_PATIENCE_S if partition == known else PATIENCE_S
+            if (self._records or partition == known) and not self._may_pass(partition, patience_s):
                 return None
+            if partition == known:
+                self._cursor.gives_nothing(partition)
         return None
 
-    def _in_turn(self) -> Iterator[Partition]:
-        """Partitions in the order in which they are asked for a record."""
-        first = self._cursor.to_reread
-        if first is not None:
-            yield first
+    def _in_turn(self, known: Partition | None) -> Iterator[Partition]:
+        """Partitions in the order in which they are asked for a record; first the one whose record is known to come."""
+        if known is not None:
+            yield known
         last = self._cursor.last
         start = 0 if last is None else bisect_right(self._partitions, last)
         yield from self._partitions[start:]
         yield from self._partitions[:start]
 
-    def _may_pass(self, partition: Partition) -> bool:
+    def _may_pass(self, partition: Partition, patience_s: float) -> bool:
         """Whether to go on without a partition that has nothing here."""
         if self._finite:
             return partition in self._drained
         if partition not in self._drained and partition not in self._late:
             if self._awaited != partition:
                 self._awaited, self._awaited_since = partition, self._clock()
-            if self._clock() - self._awaited_since < PATIENCE_S:
+            if self._clock() - self._awaited_since < patience_s:
                 return False
             self._late.add(partition)
         if partition not in self._passed:

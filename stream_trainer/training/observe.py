@@ -10,9 +10,9 @@ from gradient_selectors.features.columns import UNSEEN
 
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Sample
-from stream_trainer.training.pools import PoolSampler
+from stream_trainer.training.draw.pools import PoolSampler
+from stream_trainer.training.draw.waiting import BanditSampler, LearnedSampler, RivalSampler
 from stream_trainer.training.step import StepReport
-from stream_trainer.training.waiting import BanditSampler, LearnedSampler, RivalSampler
 
 
 def observe_step(

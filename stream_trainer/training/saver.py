@@ -14,6 +14,7 @@ from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import TrainerState, save_checkpoint
 from stream_trainer.checkpoints.fingerprint import consumed
 from stream_trainer.checkpoints.ownership import Owner
+from stream_trainer.checkpoints.plan import PlanFile
 from stream_trainer.errors import CheckpointError, NotFiniteError
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters
@@ -35,6 +36,7 @@ class Saver:
 
     Attributes:
         owner: of the directory of checkpoints.
+        plan: what the steps are made of, which is made durable before each checkpoint.
         fingerprint: what the run is made with.
         jitter: source of what pauses between tries vary by.
         watchers: told of every checkpoint, and of those that fail.
@@ -50,6 +52,7 @@ class Saver:
     dead_letters: DeadLetters
     metrics: Metrics
     owner: Owner
+    plan: PlanFile
     fingerprint: dict[str, object]
     jitter: random.Random
     watchers: Watchers
@@ -116,6 +119,7 @@ class Saver:
         try:
             self.owner.confirm()
             self.dead_letters.flush()
+            self.plan.flush()
             saved = save_checkpoint(
                 self.settings.checkpoint.dir,
                 self.loaded,
@@ -130,6 +134,7 @@ class Saver:
             self.metrics.checkpoint_failures.inc()
             raise
         self._note(step, snapshot.counts)
+        self.plan.prune()
         seconds = time.perf_counter() - started
         self.metrics.checkpoint_seconds.observe(seconds)
         self.metrics.phase_seconds.labels("checkpoint").inc(seconds)

@@ -31,6 +31,7 @@ from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Record, Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
+from stream_trainer.training.draw.pools import PoolSampler
 from stream_trainer.training.faults.attempts import Attempts
 from stream_trainer.training.faults.culprits import Failure, Made
 from stream_trainer.training.faults.recovery import Recovery
@@ -38,7 +39,7 @@ from stream_trainer.training.faults.soundness import why_unsound
 from stream_trainer.training.faults.steps import Steps
 from stream_trainer.training.observe import expect_layers, observe_stages, observe_step
 from stream_trainer.training.optimizer import NamedAdamW
-from stream_trainer.training.pools import PoolSampler
+from stream_trainer.training.planning import Plan
 from stream_trainer.training.saver import Saver
 from stream_trainer.training.step import StepReport
 from stream_trainer.training.watchers import Watchers
@@ -57,6 +58,7 @@ class Trainer:
     Attributes:
         evaluation_sets: fixed samples by name (`target`, `retention`) whose loss is watched.
         saver: makes the checkpoints.
+        plan: has what each step is made of, and was made of before a crash.
         stopped: turns true when the service is told to stop.
         watchers: told of whatever happens.
         step: steps made over the life of the model, skipped ones included.
@@ -75,6 +77,7 @@ class Trainer:
     sampler: PoolSampler
     ingest: Ingest
     saver: Saver
+    plan: Plan
     metrics: Metrics
     stopped: Callable[[], bool]
     watchers: Watchers = field(default_factory=Watchers)
@@ -97,12 +100,15 @@ class Trainer:
         """Make the first checkpoint, if there is none, so that there is something to go back to.
 
         To be called before anything is read: what a killed run leaves of it, letters and draws, is then made again.
-        Raises TrainingError if the model is not finite.
+        Raises TrainingError if the model is not finite, FencedError if another trainer has taken over.
         """
         self.saver.begin(self.step)
         self._require_sound()
         if self.saver.saved is None:
             self.saver.save_or_retry(self.step, states_of(self._parts))
+            self.plan.begin(self.step, follow=False)
+        else:
+            self.plan.begin(self.step, follow=self.plan.strict or not self.changed)
 
     def run(self) -> None:
         """Train until stopped, until `training.max_steps`, or until a finite stream ends; then checkpoint.
@@ -125,6 +131,7 @@ class Trainer:
             self._drain()
         finally:
             self._attempts.close()
+            self.plan.file.close()
         if not self.stopped():
             self.evaluate()
 
@@ -156,7 +163,7 @@ class Trainer:
             survived = self._step(pool, started - asked)
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()
-            if survived or self.saver.is_due(self.step):
+            if survived or self.saver.is_due(self.step) or self.plan.saves_after(self.step):
                 self._checkpoint()
 
     def _checkpoint(self) -> None:
@@ -177,7 +184,7 @@ class Trainer:
         """Empty only when there is nothing left to do, or a checkpoint became due while none came."""
         if self.buffer.records + self.sampler.waiting == 0:
             self.enter(State.IDLE)
-        pool = self.sampler.next(self._is_interrupted)
+        pool = self.plan.next(self.sampler, self.step + 1, self.saver.saved, self._is_interrupted)
         self.enter(State.CATCHING_UP if self.ingest.paused else State.TRAINING)
         return pool
 
@@ -196,12 +203,13 @@ class Trainer:
         """Make a step and decide its records. Returns whether it got past a sample that killed earlier processes."""
         started = time.perf_counter()
         rates, scores = self.recovery.rates, self.sampler.scores
-        made, survived = self._steps.make(drawn, self.step + 1, rates, scores=scores)
+        known = self.plan.killers(self.step + 1)
+        made, survived = self._steps.make(drawn, self.step + 1, rates, known, scores=scores)
         if isinstance(made, Failure):
             logger.error("step %d failed\n%s", self.step + 1, made.trace)
             self._end_for(f"step {self.step + 1} failed, and no sample is to blame ({made.detail})")
         self.step += 1
-        undrawn = self.sampler.feedback(made.whole)
+        undrawn = self.sampler.feedback(self.plan.made(self.step, made.whole, self.recovery.factor))
         self._resolve(made, undrawn)
         self._observe(made, undrawn, waited, time.perf_counter() - started)
         if self.recovery.gives_up:
@@ -275,6 +283,7 @@ class Trainer:
         """Dead-letter a sample that steps fail on."""
         record = sample.record or Record(sample.partition, sample.offset, sample.offset + 1, None)
         self.ingest.dead_letter(DeadLetter(record, failure.reason, failure.detail))
+        self.plan.accuse(sample, failure)
         why = f"{sample.partition} offset {sample.offset} is dead-lettered as {failure.reason}: {failure.detail}"
         self.recovery.trouble = why
         logger.warning("%s", why)

@@ -24,6 +24,7 @@ from gradient_selectors import SelectionEngine
 from gradient_selectors.weigh.coefficients import CoefficientSolver
 from torch.optim import optimizer as torch_optimizer
 
+from stream_trainer.checkpoints.plan import PlanFile
 from stream_trainer.errors import StreamTrainerError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
@@ -38,8 +39,9 @@ from stream_trainer.training.watchers import Watcher
 
 # Where a kill may fall is named by what is wrapped. `take`: samples come from the buffer; `step`: a pool is scored or
 # trained on, and planned by then; `capture`: a backward pass; `solve`: the program for the coefficients; `optimizer`;
-# `letter`: one dead letter is written; `commit`: the source is told; `fsync`, `rename` and `delete`, each with the kind
-# of file: those of a checkpoint, and the dead letters' own flush.
+# `plan`: a line says what a step is made of, or how it went; `letter`: one dead letter is written; `commit`: the source
+# is told; `fsync`, `rename` and `delete`, each with the kind of file: those of a checkpoint, and the dead letters' own
+# flush.
 RANDOM = "random"  # at a moment that the parent chooses
 
 
@@ -124,6 +126,7 @@ class Points:
         self.wrap(CoefficientSolver, "solve", "solve")
         torch_optimizer.register_optimizer_step_pre_hook(lambda *_: self.reached("optimizer"))
         torch_optimizer.register_optimizer_step_post_hook(lambda *_: self.reached("optimizer"))
+        self.wrap(PlanFile, "append", "plan")
         self.wrap(FileDeadLetters, "send", "letter")
         self.wrap(os, "fsync", "fsync", lambda fd: _kind(os.readlink(f"/proc/self/fd/{fd}")))
         for name in ("rename", "replace"):

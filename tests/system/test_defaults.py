@@ -8,8 +8,8 @@ from gradient_selectors import FilterThenWeight, Sketched
 
 from stream_trainer import service
 from stream_trainer.checkpoints.directory import checkpoints_in
+from stream_trainer.training.draw.waiting import LearnedSampler
 from stream_trainer.training.trainer import Trainer
-from stream_trainer.training.waiting import LearnedSampler
 from tests.helpers.service import MODEL, goods, hashes, jsonl, serve_until, write_lines
 
 RECORDS = 600

@@ -27,8 +27,8 @@ from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.training.build import make_engine
+from stream_trainer.training.draw.sampling import make_sampler
 from stream_trainer.training.optimizer import make_optimizer
-from stream_trainer.training.sampling import make_sampler
 from stream_trainer.training.step import APPLIED, StepReport, train_step
 
 WARM_UP_STEPS = 2  # the second is the first under Adam's preconditioner

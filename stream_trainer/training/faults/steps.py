@@ -13,6 +13,8 @@ from stream_trainer.training.faults.attempts import Attempts
 from stream_trainer.training.faults.culprits import KILLED, Failure, Hands, Made, make_step
 from stream_trainer.training.step import train_step
 
+KILLER = Failure(KILLED, "two processes in a row were killed while they tried this sample")
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -30,9 +32,18 @@ class Steps:
     attempts: Attempts
 
     def make(
-        self, drawn: Sequence[Sample], step: int, rates: OptimizerSettings, *, scores: bool
+        self,
+        drawn: Sequence[Sample],
+        step: int,
+        rates: OptimizerSettings,
+        known: Sequence[tuple[int, int]] = (),
+        *,
+        scores: bool,
     ) -> tuple[Made | Failure, bool]:
-        """Make a step, and whether it got past a sample that killed earlier processes."""
+        """Make a step, and whether it got past a sample that killed earlier processes.
+
+        `known` are partition and offset of those that did when the step was first made.
+        """
         hands = Hands(
             step=lambda pool: train_step(self.engine, pool, self.pad_id, rates, scores=scores),
             rehearse=lambda pool: self.engine.rehearse(collate(pool, self.pad_id), scores=scores),
@@ -40,17 +51,20 @@ class Steps:
             scores=scores,
             control=[self.control],
         )
-        killers = self._killers(drawn, step, hands) if self.attempts.enter(step) else []
-        made = make_step(drawn, hands, killers)
+        survived = self._killers(drawn, step, hands) if self.attempts.enter(step) else []
+        again = [i for i, sample in enumerate(drawn) if (sample.partition.number, sample.offset) in known]
+        for i in set(again) - set(survived):
+            hands.accuse(drawn[i], KILLER)
+        made = make_step(drawn, hands, sorted({*again, *survived}))
         if isinstance(made, Made):
             self.attempts.leave(step)
-        return made, bool(killers)
+        return made, bool(survived)
 
     def _killers(self, drawn: Sequence[Sample], step: int, hands: Hands) -> list[int]:
         """Give away what killed earlier processes in this step, and try each of the others with a note of it."""
         killers = [i for i, sample in enumerate(drawn) if self.attempts.has_killed(sample)]
         for i in killers:
-            hands.accuse(drawn[i], Failure(KILLED, "two processes in a row were killed while they tried this sample"))
+            hands.accuse(drawn[i], KILLER)
         rest = [sample for i, sample in enumerate(drawn) if i not in killers]
         for sample in rest:
             self.attempts.trying(step, [sample])

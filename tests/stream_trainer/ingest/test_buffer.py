@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from stream_trainer.ingest.buffer import Buffer
+from stream_trainer.records import Sample
 from stream_trainer.settings.schema import BufferSettings
 from tests.helpers.fakes import sample
 
@@ -159,3 +160,34 @@ def test_a_failure_is_raised_to_the_taker_now_and_later() -> None:
     thread.join()
     with pytest.raises(RuntimeError, match="broken"):
         buffer.take(1, LONG_S, never)
+
+
+def test_as_many_are_taken_as_were_planned_however_late_they_come() -> None:
+    buffer = Buffer(BufferSettings(max_records=4))
+    buffer.plan(6)
+    taken: list[list[Sample]] = []
+    thread = threading.Thread(target=lambda: taken.append(buffer.take(3, 0.0, lambda: False)))
+    thread.start()
+    samples = [sample(number) for number in range(8)]
+    for one in samples:
+        buffer.put(one)
+    thread.join()
+    assert taken == [samples[:6]]
+    assert buffer.taken == 6
+    assert buffer.last_taken == samples[5]
+    buffer.plan(0)
+    assert buffer.take(3, 60.0, lambda: False) == []
+    buffer.plan(None)
+    assert buffer.take(3, 0.0, lambda: False) == samples[6:]
+
+
+def test_a_taker_that_is_stopped_leaves_what_was_planned() -> None:
+    buffer = Buffer(BufferSettings())
+    samples = [sample(number) for number in range(3)]
+    buffer.put(*samples)
+    buffer.plan(5)
+    looks = iter((False, False, True))
+    assert buffer.take(5, 0.0, lambda: next(looks)) == []
+    assert (buffer.records, buffer.taken) == (3, 0)
+    buffer.end()
+    assert buffer.take(5, 0.0, lambda: False) == samples

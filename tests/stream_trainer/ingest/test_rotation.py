@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from stream_trainer.ingest import arrivals
 from stream_trainer.ingest.cursor import Cursor
-from stream_trainer.ingest.rotation import MAX_RECORDS, PATIENCE_S, Rotation
+from stream_trainer.ingest.rotation import MAX_RECORDS, PATIENCE_S, PLAN_PATIENCE_S, Rotation
 from stream_trainer.records import Outcome, Partition, Record
 from tests.helpers.fakes import ListSource, records_of
 from tests.stream_trainer.ingest.test_thread import Service, good, running
@@ -159,3 +160,86 @@ def test_what_is_held_for_a_partition_that_is_waited_for_is_bounded() -> None:
     while rotation.next() is not None:
         pass
     assert rotation.to_hold() == frozenset()
+
+
+def test_a_live_stream_comes_in_the_order_that_was_planned() -> None:
+    """Whatever is here first. Then the turn goes on from there: C is waited for as it always is."""
+    cursor = Cursor()
+    order = [(B, 0), (B, 1), (A, 0), (C, 0), (C, 1), (C, 2), (A, 1)]
+    cursor.follow(order)
+    cursor.begin(dict.fromkeys(PARTITIONS, 0))
+    rotation = Rotation(cursor, clock=lambda: 0.0)
+    rotation.know(PARTITIONS, (), finite=False)
+    found = []
+    for partition in (A, C, B):
+        rotation.put(LOGS[partition][:3])
+        while (turn := rotation.next()) is not None:
+            found.append((turn[0].partition, turn[0].offset))
+    assert found[: len(order)] == order
+    assert found[len(order) :] == [(B, 2)]
+    assert cursor.arrived_to(C, 2) == order[:6]
+    assert cursor.arrived_to(A, 1) == order[6:]
+    assert not cursor.plan_broken
+
+
+def test_records_that_were_read_already_are_not_waited_for_again() -> None:
+    before = Cursor()
+    before.begin(dict.fromkeys(PARTITIONS, 0))
+    for offset in range(4):
+        before.fetched(A, offset, offset + 1)
+    before.resolve(A, 1, Outcome.TRAINED)
+    cursor = Cursor.restore(before.state_dict())
+    cursor.follow([(A, 1), (A, 2), (A, 3), (B, 0), (A, 4), (A, 4), (B, 0)])
+    cursor.begin(cursor.positions() | {B: 0})
+    rotation = Rotation(cursor, clock=lambda: 0.0)
+    rotation.know([A, B], (), finite=False)
+    rotation.put(LOGS[A][:6])
+    turns = [rotation.next() for _ in range(5)]
+    assert [turn and (turn[0].offset, turn[1]) for turn in turns] == [(0, True), (1, False), (2, True), (3, True), None]
+    rotation.put(LOGS[B][:1])
+    assert [turn and turn[0].partition for turn in (rotation.next(), rotation.next())] == [B, A]
+    assert not cursor.plan_broken
+
+
+@pytest.mark.parametrize("drained", [True, False])
+def test_a_planned_record_that_does_not_come_is_waited_for_in_vain_only_so_long(drained: bool) -> None:
+    now, cursor = [0.0], Cursor()
+    cursor.follow([(A, 0), (B, 0), (A, 1)])
+    cursor.begin({A: 0, B: 0})
+    rotation = Rotation(cursor, clock=lambda: now[0])
+    rotation.know([A, B], [B] if drained else [], finite=False)
+    rotation.put(LOGS[A][:3])
+    assert rotation.next() is not None
+    if not drained:
+        now[0] = 10 * PATIENCE_S
+        assert rotation.next() is None
+        assert not cursor.plan_broken
+        now[0] += PLAN_PATIENCE_S
+    turn = rotation.next() or rotation.next()
+    assert turn is not None
+    assert turn[0].offset == 1
+    assert cursor.plan_broken == "log:1 does not give offset 0 any more"
+
+
+def test_a_planned_record_that_the_log_has_lost_is_told() -> None:
+    cursor = Cursor()
+    cursor.follow([(A, 0), (A, 5)])
+    cursor.begin({A: 3})
+    assert cursor.plan_broken == "log:0 does not hold offset 0 any more"
+    cursor.follow(())
+    assert not cursor.plan_broken
+
+
+def test_what_no_step_takes_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrivals, "MAX_RECORDS", 50)
+    cursor = Cursor()
+    cursor.begin({A: 0, B: 0})
+    cursor.fetched(B, 7, 8)
+    for offset in range(500):
+        cursor.fetched(A, offset, offset + 1)
+        if offset < 490:
+            cursor.resolve(A, offset, Outcome.FILTERED)
+    found = cursor.arrived_to(A, 499)
+    assert found[0] == (B, 7)
+    assert found[-10:] == [(A, offset) for offset in range(490, 500)]
+    assert len(found) < 150

@@ -13,9 +13,9 @@ from stream_trainer.errors import SettingsError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.settings.selection import SelectionSettings
 from stream_trainer.training.build import Generators, make_route, make_scoring, make_selector
-from stream_trainer.training.pools import LossSampler, SequentialSampler, UniformSampler
-from stream_trainer.training.sampling import make_sampler
-from stream_trainer.training.waiting import BanditSampler, LearnedSampler, RivalSampler
+from stream_trainer.training.draw.pools import LossSampler, SequentialSampler, UniformSampler
+from stream_trainer.training.draw.sampling import make_sampler
+from stream_trainer.training.draw.waiting import BanditSampler, LearnedSampler, RivalSampler
 from tests.helpers.service import ALL_ON
 from tests.helpers.steps import make_samples, setup_of
 

@@ -9,8 +9,8 @@ import torch
 from stream_trainer.errors import SettingsError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.monitoring.metrics import WAYS, Metrics
+from stream_trainer.training.draw.sampling import make_sampler
 from stream_trainer.training.observe import expect_layers, layers_of, observe_stages, observe_step
-from stream_trainer.training.sampling import make_sampler
 from tests.helpers.service import ALL_ON
 from tests.helpers.steps import make_samples, setup_of
 

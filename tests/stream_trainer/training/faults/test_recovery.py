@@ -13,9 +13,9 @@ from stream_trainer.checkpoints.checkpoint import TrainerState, load_latest, res
 from stream_trainer.errors import TrainingError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.settings.schema import OptimizerSettings, TrainingSettings
+from stream_trainer.training.draw.pools import PoolSampler
+from stream_trainer.training.draw.sampling import make_sampler
 from stream_trainer.training.faults.recovery import ADVISE_AFTER, MAX_ROLLBACKS, Recovery
-from stream_trainer.training.pools import PoolSampler
-from stream_trainer.training.sampling import make_sampler
 from stream_trainer.training.step import APPLIED, SKIPPED_NONE_HELPS, SKIPPED_NONFINITE, train_step
 from tests.helpers.service import ALL_ON
 from tests.helpers.steps import Setup, make_samples, setup_of

@@ -17,8 +17,8 @@ from gradient_selectors.features.traits import Traits, describe
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.records import Sample
 from stream_trainer.settings.schema import BufferSettings
-from stream_trainer.training.pools import PoolSampler, SequentialSampler, UniformSampler
-from stream_trainer.training.waiting import BanditSampler, LearnedSampler, RivalSampler, WaitingRoom
+from stream_trainer.training.draw.pools import PoolSampler, SequentialSampler, UniformSampler
+from stream_trainer.training.draw.waiting import BanditSampler, LearnedSampler, RivalSampler, WaitingRoom
 from tests.helpers.fakes import step_report, varied
 
 FEATURES = EmbeddingFeatures(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)).bfloat16())

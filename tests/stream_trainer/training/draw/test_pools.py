@@ -9,7 +9,7 @@ from torch import Tensor
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.records import Sample
 from stream_trainer.settings.schema import BufferSettings
-from stream_trainer.training.pools import LossSampler, PoolSampler, SequentialSampler, UniformSampler
+from stream_trainer.training.draw.pools import LossSampler, PoolSampler, SequentialSampler, UniformSampler
 from tests.helpers.fakes import sample, step_report
 
 

@@ -26,8 +26,8 @@ from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
 from stream_trainer.settings.selection import PREDICTS, ClusterUcbSettings, LearnedSettings, SelectionSettings
 from stream_trainer.training.build import Generators
-from stream_trainer.training.pools import LossSampler, PoolSampler, SequentialSampler, UniformSampler
-from stream_trainer.training.waiting import BanditSampler, LearnedSampler, RivalSampler, WaitingRoom
+from stream_trainer.training.draw.pools import LossSampler, PoolSampler, SequentialSampler, UniformSampler
+from stream_trainer.training.draw.waiting import BanditSampler, LearnedSampler, RivalSampler, WaitingRoom
 
 MICRO_BATCH = 16  # samples of a forward pass
 
