@@ -36,7 +36,7 @@ from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.training.build import make_engine
 from stream_trainer.training.optimizer import make_optimizer
-from stream_trainer.training.sampling import make_sampler
+from stream_trainer.training.sampling import make_paying, make_sampler, resting
 from stream_trainer.training.saver import Saver
 from stream_trainer.training.status import Status
 from stream_trainer.training.trainer import Trainer
@@ -119,7 +119,8 @@ def _build(
     optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
     engine = make_engine(settings, loaded, optimizer, sets["target"], _anchors(settings, decoder))
     buffer = Buffer(settings.buffer)
-    sampler = make_sampler(settings, buffer, loaded, engine, sets["target"])
+    paying = make_paying(settings)
+    sampler = resting(make_sampler(settings, buffer, loaded, engine, sets["target"]), paying, settings)
     fingerprint = fingerprint_of(settings, loaded, __version__)
     owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
     checkpoint = load_latest(settings.checkpoint.dir)
@@ -152,6 +153,7 @@ def _build(
         cursor=cursor,
         buffer=buffer,
         sampler=sampler,
+        paying=paying,
         ingest=ingest,
         saver=saver,
         metrics=metrics,

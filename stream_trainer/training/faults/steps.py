@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import torch
 from gradient_selectors import SelectionEngine
 
 from stream_trainer.records import Sample
@@ -30,11 +31,17 @@ class Steps:
     attempts: Attempts
 
     def make(
-        self, drawn: Sequence[Sample], step: int, rates: OptimizerSettings, *, scores: bool
+        self,
+        drawn: Sequence[Sample],
+        step: int,
+        rates: OptimizerSettings,
+        *,
+        scores: bool,
+        rival: torch.Generator | None = None,
     ) -> tuple[Made | Failure, bool]:
         """Make a step, and whether it got past a sample that killed earlier processes."""
         hands = Hands(
-            step=lambda pool: train_step(self.engine, pool, self.pad_id, rates, scores=scores),
+            step=lambda pool: train_step(self.engine, pool, self.pad_id, rates, scores=scores, rival=rival),
             rehearse=lambda pool: self.engine.rehearse(collate(pool, self.pad_id), scores=scores),
             accuse=self.accuse,
             scores=scores,
