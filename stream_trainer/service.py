@@ -38,7 +38,7 @@ from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.training.build import make_engine
-from stream_trainer.training.draw.sampling import make_sampler
+from stream_trainer.training.draw.sampling import make_paying, make_sampler, resting
 from stream_trainer.training.optimizer import NamedAdamW, make_optimizer
 from stream_trainer.training.planning import Plan
 from stream_trainer.training.saver import Saver
@@ -138,7 +138,9 @@ def _build(run: _Run) -> Trainer:
     started = time.perf_counter()
     learner = _learner(settings)
     buffer = Buffer(settings.buffer)
+    paying = make_paying(settings)
     sampler = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"])
+    sampler = resting(sampler, paying, settings)
     fingerprint = fingerprint_of(settings, learner.loaded, __version__)
     owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
     checkpoint = load_latest(settings.checkpoint.dir)
@@ -176,6 +178,7 @@ def _build(run: _Run) -> Trainer:
         cursor=cursor,
         buffer=buffer,
         sampler=sampler,
+        paying=paying,
         ingest=ingest,
         saver=saver,
         plan=plan,

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +21,7 @@ from gradient_selectors.preconditioner import optimizer_steps, preconditioner_of
 from gradient_selectors.route.gast import Gast
 from gradient_selectors.state import State, load_states, states_of
 from gradient_selectors.target import Target, is_finite
+from gradient_selectors.views.advantage import Comparison, compare
 from gradient_selectors.views.again import SecondPass, second_pass_of
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.pieces import Budget, padding_of, score_pool
@@ -28,6 +29,7 @@ from gradient_selectors.views.rank_one import RankOne
 from gradient_selectors.views.scoring import Exact, Scoring
 from gradient_selectors.weigh.baselines import Equal
 from gradient_selectors.weigh.selector import Decision, Selector, equal_coefficients, needs_target
+from gradient_selectors.weigh.stated import restated, restated_coefficients
 
 Batches = Iterable[Batch | Mapping[str, Any]]
 
@@ -42,10 +44,12 @@ class PoolReport:
         target_refreshed: whether the target's gradient was computed for this pass.
         target_refused: whether it was, but was not finite: the pass used the one before.
         mask_change: what a refresh of the mask changed, or None if there was none.
-        seconds: time by phase: `target`, `score`, `weigh`, `update`; and `second_pass`, where samples were run again.
+        seconds: time by phase: `target`, `score`, `weigh`, `compare`, `update`; and `second_pass`, where samples were
+            run again.
         pieces: passes that the pool was scored in.
         padding: share of padding in the tokens of these passes.
         second_pass_samples: samples that were run again for what was not kept of them, counted for each pass.
+        comparison: of the decision with a uniform one, if it was asked for.
     """
 
     losses_N: Tensor
@@ -57,6 +61,7 @@ class PoolReport:
     pieces: int = 1
     padding: float = 0.0
     second_pass_samples: int = 0
+    comparison: Comparison | None = None
 
 
 class SelectionEngine:
@@ -143,12 +148,15 @@ class SelectionEngine:
         parts = (route, mask) if isinstance(selector, Equal) and not reports_utilities else (selector,)
         self._trains_plainly = all(part is None for part in parts)  # nothing reads a sample's gradient
 
-    def backward(self, candidates: Batch | Mapping[str, Any]) -> Decision:
+    def backward(self, candidates: Batch | Mapping[str, Any], *, rival: torch.Generator | None = None) -> Decision:
         """Score the candidates, decide, and leave the update's gradient in `.grad`: None everywhere if nothing helps.
 
         `candidates`: `input_ids`, `labels` and `attention_mask`, (N, T) each, padded on the right. `weights` (N,) may
         state what each sample counts; coefficients are multiplied with these. Takes the place of `loss.backward()`:
         clipping and the optimizer's step are the caller's. Whatever was in `.grad` is overwritten.
+
+        With a generator `rival`, on the CPU, `last.comparison` says what the update is worth beside one of as many
+        samples that the generator draws, seen from the next samples of the target. Nothing else changes.
 
         A refresh of the target that is not finite is refused and reported in `last`; raises TargetError if it is the
         first one.
@@ -167,6 +175,10 @@ class SelectionEngine:
         if batch.weights_N is not None:
             decision = restated(decision, batch.weights_N)
         lap("weigh")
+        compared = None
+        if rival is not None:
+            compared = self._compare(interaction, decision, rival)
+            lap("compare")
         change = self._leave_gradient(pool, decision, direction)
         lap("update")
         self.last = PoolReport(
@@ -176,6 +188,7 @@ class SelectionEngine:
             target_refused=self.target is not None and self.target.refused,
             mask_change=change,
             seconds=clock.seconds,
+            comparison=compared,
             **self._passes(batch, pool),
         )
         return decision
@@ -228,7 +241,7 @@ class SelectionEngine:
             for parameter in self.capture.parameters.values():
                 parameter.grad = None
             part = batch if len(samples) == len(batch) else batch.among(samples)
-            coefficients_N = _restated(equal_coefficients(len(batch), samples), batch.weights_N)
+            coefficients_N = restated_coefficients(equal_coefficients(len(batch), samples), batch.weights_N)
             losses_N[samples] = self.capture.train(part, coefficients_N[samples]).to(losses_N.device)
             finite = [i for i in samples if math.isfinite(losses_N[i])]
             if finite == samples:
@@ -290,6 +303,13 @@ class SelectionEngine:
         gradients = score_pool(self.capture, batch, self.scoring, target, preconditioner, self._budget)
         return Interaction(gradients, target, preconditioner, self.scoring)
 
+    def _compare(self, seen: Interaction, decision: Decision, rival: torch.Generator) -> Comparison | None:
+        if self.target is None:
+            return None
+        fresh = self.target.next(self.capture, self._budget.micro_tokens)
+        coefficients = decision.coefficients_N if decision.coefficients_LN is None else decision.coefficients_LN
+        return compare(seen.gradients, coefficients, (seen.target, fresh), seen.preconditioner, rival)
+
     def _passes(self, batch: Batch, pool: PoolGradients) -> dict[str, Any]:
         """What a report says of the passes over a pool."""
         pieces, second = pieces_of(batch.lengths, self._budget.micro_tokens), second_pass_of(pool)
@@ -335,35 +355,6 @@ class SelectionEngine:
         """What is in `.grad`; None where it is not finite: it would spoil the mask's averages."""
         left = {name: p.grad for name, p in self.capture.parameters.items() if p.grad is not None}
         return left if is_finite(left) else None
-
-
-def restated(decision: Decision, weights_N: Tensor) -> Decision:
-    """A decision's coefficients times what each sample is stated to count."""
-    by_layer = decision.coefficients_LN
-    return replace(
-        decision,
-        coefficients_N=reweighted(decision.coefficients_N, weights_N),
-        coefficients_LN=None if by_layer is None else reweighted(by_layer, weights_N),
-    )
-
-
-def _restated(coefficients_N: Tensor, weights_N: Tensor | None) -> Tensor:
-    return coefficients_N if weights_N is None else reweighted(coefficients_N, weights_N)
-
-
-def reweighted(coefficients: Tensor, weights_N: Tensor) -> Tensor:
-    """Coefficients, (N,) or (L, N), times weights (N,) above 0; every row keeps its sum, natural or one."""
-    sums = coefficients.double().sum(-1, keepdim=True)
-    # In float64, and the largest scaled to one before each product and sum: any finite weight may be stated.
-    scaled = _largest_to_one(coefficients.double()) * weights_N
-    scaled = _largest_to_one(scaled)
-    shares = scaled / scaled.sum(-1, keepdim=True).clamp(min=1.0)
-    return torch.where(scaled.sum(-1, keepdim=True) > 0, shares * sums, coefficients.double()).float()
-
-
-def _largest_to_one(rows: Tensor) -> Tensor:
-    largest = rows.amax(-1, keepdim=True)
-    return torch.where(largest > 0, rows / largest, 0.0)
 
 
 def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -95,10 +95,22 @@ class Target:
         self.age += 1
         return self.gradient, due and not self.refused
 
-    def _refresh(self, capture: GradientCapture, micro_tokens: int | None) -> None:
+    def next(self, capture: GradientCapture, micro_tokens: int | None = None) -> Gradient:
+        """The gradient of the next refresh's samples, as the model is now. Nothing of it enters `gradient`.
+
+        Of the samples whose turn comes next, the least is in `gradient`: none before the set was gone through once.
+        """
+        return mean_gradient(capture, self._turn()[0], micro_tokens)
+
+    def _turn(self) -> tuple[list[Batch], int]:
+        """The samples of the next refresh, and the number of the first of them."""
         count, total = min(self.refresh_samples, len(self.samples)), len(self.samples)
         first = self.refreshes * count if count < total else 0
-        samples = [self.samples[i % total] for i in range(first, first + count)]
+        return [self.samples[i % total] for i in range(first, first + count)], first
+
+    def _refresh(self, capture: GradientCapture, micro_tokens: int | None) -> None:
+        samples, first = self._turn()
+        count, total = len(samples), len(self.samples)
         fresh = mean_gradient(capture, samples, micro_tokens)
         self.refused = not is_finite(fresh)
         if self.refused and self.gradient is None:

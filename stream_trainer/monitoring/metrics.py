@@ -29,7 +29,7 @@ STEP_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 AGE_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
 SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 
-PHASES = ("wait", "target", "score", "weigh", "train", "update", "second_pass", "evaluate", "checkpoint")
+PHASES = ("wait", "target", "score", "weigh", "compare", "train", "update", "second_pass", "evaluate", "checkpoint")
 WAYS = ("learned", "scored", "rival", "uniform")
 STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps", "skipped_failed")
 DEGRADED_CAUSES = ("checkpoint", "evaluation")
@@ -207,6 +207,15 @@ class Metrics:
         self.solver_runs = self._counter("solver_runs_total", "Solves, by how they ended.", ("status",))
         for status in SOLVER_STATUSES:
             self.solver_runs.labels(status)
+        self.comparisons = self._counter("comparisons_total", "Comparisons of selection with a uniform draw.")
+        self.advantage = self._gauge(
+            "selection_advantage", "What an update of selection is worth, in uniform ones; 0 before it is known."
+        )
+        self.pays = self._gauge("selection_pays", "0 while selection does not pay; 1 before it is known.")
+        self.pays.set(1)
+        self.target_agreement = self._gauge(
+            "target_agreement_ratio", "How steady the target's gradient is: 1 without noise, 0 of noise alone."
+        )
         self.target_refreshes = self._counter("target_refreshes_total", "Refreshes of the target gradient.")
         self.target_refusals = self._counter(
             "target_refreshes_refused_total", "Refreshes of the target gradient that were not finite and left out."

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from stream_trainer.settings.advantage import AdvantageSettings
 from stream_trainer.settings.base import Count, NonNegative, Positive, Section, Share
 
 
@@ -258,6 +259,7 @@ class SelectionSettings(Section):
     greedy: GreedySettings = GreedySettings()
     gast: GastSettings = GastSettings()
     dual_sft: DualSftSettings = DualSftSettings()
+    advantage: AdvantageSettings = AdvantageSettings()
 
     @property
     def num_drawn(self) -> int:
@@ -349,6 +351,15 @@ class SelectionSettings(Section):
             raise ValueError(
                 f"learned.max_probe_every={self.learned.max_probe_every} is less than "
                 f"learned.probe_every={self.learned.probe_every}; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _falls_back_where_nothing_is_taught(self) -> Self:
+        if self.learns and self.advantage.when_not_paying == "uniform":
+            raise ValueError(
+                f"advantage.when_not_paying=uniform does not go with draw={self.draw}, which learns from what is "
+                "scored; set draw=auto, which trains plainly where nothing pays, and when_not_paying=keep"
             )
         return self
 

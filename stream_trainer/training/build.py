@@ -47,10 +47,12 @@ class Generators:
     fallback: torch.Generator
     selector: torch.Generator
     draw: torch.Generator
+    paying: torch.Generator
+    resting: torch.Generator
 
     @classmethod
     def of(cls, seed: int) -> "Generators":
-        return cls(*(torch.Generator().manual_seed(seed + i) for i in range(6)))
+        return cls(*(torch.Generator().manual_seed(seed + i) for i in range(8)))
 
 
 def make_engine(

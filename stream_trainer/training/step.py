@@ -10,6 +10,7 @@ from gradient_selectors import Decision, SelectionEngine
 from gradient_selectors.mask.masked_adamw import MaskChange
 from gradient_selectors.preconditioner import optimizer_steps
 from gradient_selectors.target import TargetError
+from gradient_selectors.views.advantage import Comparison
 
 from stream_trainer.errors import SettingsError, TrainingError
 from stream_trainer.ingest.letter import DETAIL_CHARS
@@ -36,6 +37,7 @@ class StepReport:
         gradient_norm: length of the gradient before clipping.
         target_refused: whether a refresh of the target's gradient was not finite: the one before was used.
         mask_change: what a refresh of the mask changed, or None if there was none.
+        comparison: of the update with a uniform one, if it was asked for.
         seconds: time by phase.
     """
 
@@ -49,6 +51,7 @@ class StepReport:
     target_refreshed: bool = False
     target_refused: bool = False
     mask_change: MaskChange | None = None
+    comparison: Comparison | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -64,8 +67,11 @@ def train_step(
     settings: OptimizerSettings,
     *,
     scores: bool = True,
+    rival: torch.Generator | None = None,
 ) -> StepReport:
     """Score the pool, decide, update once; without `scores`, train on all of it. The pool is not empty.
+
+    With `rival`, compare the update with one of samples that it draws.
 
     A step whose gradient is not finite changes nothing and says so in the report. Raises SettingsError if that is the
     target's own, and there is no older one; TrainingError if the optimizer fails; and whatever model and selector
@@ -73,7 +79,7 @@ def train_step(
     """
     batch = collate(pool, pad_id)
     try:
-        decision = engine.backward(batch) if scores else engine.train(batch)
+        decision = engine.backward(batch, rival=rival) if scores else engine.train(batch)
     except TargetError as error:
         raise SettingsError(f"target.path: {error}") from error
     found = engine.last
@@ -96,6 +102,7 @@ def train_step(
         target_refreshed=found.target_refreshed,
         target_refused=found.target_refused,
         mask_change=found.mask_change,
+        comparison=found.comparison,
         seconds=seconds,
     )
 

@@ -31,13 +31,14 @@ from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Record, Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
+from stream_trainer.training.draw.paying import Paying, comparison_of
 from stream_trainer.training.draw.pools import PoolSampler
 from stream_trainer.training.faults.attempts import Attempts
 from stream_trainer.training.faults.culprits import Failure, Made
 from stream_trainer.training.faults.recovery import Recovery
 from stream_trainer.training.faults.soundness import why_unsound
 from stream_trainer.training.faults.steps import Steps
-from stream_trainer.training.observe import expect_layers, observe_stages, observe_step
+from stream_trainer.training.observe import expect_layers, observe_advantage, observe_stages, observe_step
 from stream_trainer.training.optimizer import NamedAdamW
 from stream_trainer.training.planning import Plan
 from stream_trainer.training.saver import Saver
@@ -75,6 +76,7 @@ class Trainer:
     cursor: Cursor
     buffer: Buffer
     sampler: PoolSampler
+    paying: Paying
     ingest: Ingest
     saver: Saver
     plan: Plan
@@ -203,13 +205,14 @@ class Trainer:
         """Make a step and decide its records. Returns whether it got past a sample that killed earlier processes."""
         started = time.perf_counter()
         rates, scores = self.recovery.rates, self.sampler.scores
-        known = self.plan.killers(self.step + 1)
-        made, survived = self._steps.make(drawn, self.step + 1, rates, known, scores=scores)
+        known, rival = self.plan.killers(self.step + 1), self.paying.rival if scores else None
+        made, survived = self._steps.make(drawn, self.step + 1, rates, known, scores=scores, rival=rival)
         if isinstance(made, Failure):
             logger.error("step %d failed\n%s", self.step + 1, made.trace)
             self._end_for(f"step {self.step + 1} failed, and no sample is to blame ({made.detail})")
         self.step += 1
         undrawn = self.sampler.feedback(self.plan.made(self.step, made.whole, self.recovery.factor))
+        self.paying.turn(scored=scores)
         self._resolve(made, undrawn)
         self._observe(made, undrawn, waited, time.perf_counter() - started)
         if self.recovery.gives_up:
@@ -252,7 +255,7 @@ class Trainer:
         if checkpoint is None:
             raise CheckpointError(f"checkpoint.dir={self.settings.checkpoint.dir} is empty, and {why}; start again")
         state = restore(checkpoint, self.loaded, self.optimizer)
-        load_states({"engine": self.engine, "sampler": self.sampler}, state.parts)
+        load_states({"engine": self.engine, "sampler": self.sampler, "paying": self.paying}, state.parts)
         discarded = self.cursor.discard(state.cursor["counts"])
         self.metrics.rollbacks.inc()
         rate = self.recovery.rates.learning_rate
@@ -277,7 +280,7 @@ class Trainer:
 
         The ingest thread's parts change while a checkpoint is made: a snapshot holds their state.
         """
-        return {"engine": self.engine, "sampler": self.sampler, "recovery": self.recovery}
+        return {"engine": self.engine, "sampler": self.sampler, "paying": self.paying, "recovery": self.recovery}
 
     def _accuse(self, sample: Sample, failure: Failure) -> None:
         """Dead-letter a sample that steps fail on."""
@@ -343,6 +346,18 @@ class Trainer:
                 "or set another checkpoint.dir"
             ) from error
 
+    def _observe_advantage(self, whole: StepReport) -> None:
+        """Whether selection pays; said once each time that this changes."""
+        found = comparison_of(self.sampler, whole)
+        changes = found is not None and self.paying.note(found)
+        if found is not None:
+            observe_advantage(self.metrics, self.paying)
+        if changes:
+            why = f"an update of selection is worth {self.paying.advantage:.2f} uniform ones"
+            text = f"selection {'pays again' if self.paying.pays else 'does not pay'}: {why}"
+            logger.warning("%s", text)
+            self.watchers.event(self.step, "selection_pays" if self.paying.pays else "selection_does_not_pay", text)
+
     def _observe(self, made: Made, undrawn: Sequence[Sample], waited: float, seconds: float) -> None:
         self.last_progress = time.monotonic()
         self.recovery.note(made.whole.result)
@@ -356,6 +371,7 @@ class Trainer:
         if self.settings.selection.mask != "none":
             self.metrics.mask_density.set(self.optimizer.density)
         observe_stages(self.metrics, self.engine, self.sampler, report)
+        self._observe_advantage(made.whole)
         losses = torch.tensor(report.losses)
         logger.debug(
             "step %d: %s, pool loss %.4f, selected %s", self.step, report.result, losses.mean(), report.selected

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from gradient_selectors.capture.batch import Batch
-from gradient_selectors.engine import SelectionEngine, reweighted
+from gradient_selectors.engine import SelectionEngine
 from gradient_selectors.mask.dual_sft import Anchors, DualSft, Response
 from gradient_selectors.mask.masked_adamw import MaskedAdamW
 from gradient_selectors.mask.rule import MaskRule
@@ -24,6 +24,7 @@ from gradient_selectors.views.sketches import Sketched
 from gradient_selectors.weigh.baselines import Equal, TopK
 from gradient_selectors.weigh.filter_then_weight import FilterThenWeight
 from gradient_selectors.weigh.selector import Decision
+from gradient_selectors.weigh.stated import reweighted
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -26,6 +26,7 @@ from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
 from stream_trainer.settings.selection import PREDICTS, ClusterUcbSettings, LearnedSettings, SelectionSettings
 from stream_trainer.training.build import Generators
+from stream_trainer.training.draw.paying import Paying, RestingSampler
 from stream_trainer.training.draw.pools import LossSampler, PoolSampler, SequentialSampler, UniformSampler
 from stream_trainer.training.draw.waiting import BanditSampler, LearnedSampler, RivalSampler, WaitingRoom
 
@@ -54,6 +55,23 @@ def make_sampler(
             return _waiting_sampler(settings, buffer, loaded, target)
         case _:
             assert_never(selection.draw)
+
+
+def make_paying(settings: Settings) -> Paying:
+    """What finds out whether selection pays. The learned draw's probes compare by themselves."""
+    selection, generators = settings.selection, Generators.of(settings.training.seed)
+    options = selection.advantage
+    if selection.draw in PREDICTS:
+        options = options.model_copy(update={"every_steps": None})
+    return Paying(options, generators.paying)
+
+
+def resting(sampler: PoolSampler, paying: Paying, settings: Settings) -> PoolSampler:
+    """The sampler, which rests while selection does not pay if that is asked for."""
+    selection = settings.selection
+    if selection.advantage.when_not_paying == "keep":
+        return sampler
+    return RestingSampler(sampler, paying, selection.batch_size, Generators.of(settings.training.seed).resting)
 
 
 def _losses(engine: SelectionEngine, pad_id: int) -> Any:

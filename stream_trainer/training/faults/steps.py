@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import torch
 from gradient_selectors import SelectionEngine
 
 from stream_trainer.records import Sample
@@ -39,13 +40,14 @@ class Steps:
         known: Sequence[tuple[int, int]] = (),
         *,
         scores: bool,
+        rival: torch.Generator | None = None,
     ) -> tuple[Made | Failure, bool]:
         """Make a step, and whether it got past a sample that killed earlier processes.
 
         `known` are partition and offset of those that did when the step was first made.
         """
         hands = Hands(
-            step=lambda pool: train_step(self.engine, pool, self.pad_id, rates, scores=scores),
+            step=lambda pool: train_step(self.engine, pool, self.pad_id, rates, scores=scores, rival=rival),
             rehearse=lambda pool: self.engine.rehearse(collate(pool, self.pad_id), scores=scores),
             accuse=self.accuse,
             scores=scores,

@@ -1,0 +1,24 @@
+"""Settings of the question whether selection pays."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stream_trainer.settings.base import Count, Section
+
+
+class AdvantageSettings(Section):
+    """Does selection pay, on this stream, now? Its update is compared with one of as many samples, drawn uniformly, as
+    samples of the target see it that had no say. With `draw: learned` and `auto` every probe compares, for nothing.
+    """
+
+    every_steps: Count | None = 32
+    """Scored steps between comparisons; `null` for none. Each takes one pass over `target.refresh_samples` samples and
+    two updates' gradients."""
+    window: Annotated[int, Field(ge=4)] = 16
+    """Comparisons that are remembered, and that are needed before anything is said."""
+    pays_from: Annotated[float, Field(ge=1)] = 1.1
+    """Selection pays while its updates are worth at least this many times uniform ones."""
+    when_not_paying: Literal["keep", "uniform"] = "keep"
+    """What to do while selection does not pay: `keep` on, and say so; or train on `batch_size` samples drawn uniformly,
+    plainly, and compare as often as before. With `draw: learned` set `draw: auto` instead."""
