@@ -218,8 +218,8 @@ class TopicDeadLetters:
             self._refusal = error
         elif _is_refusal(error):
             self._refusal = SourceError(
-                f"dead_letters.topic={self._topic} does not take records ({type(error).__name__}); grant Read and Write "
-                "on it, or set dead_letters.kind=file"
+                f"dead_letters.topic={self._topic} does not take records ({type(error).__name__}); grant Read and "
+                "Write on it, or set dead_letters.kind=file"
             )
         self._retry_at = time.monotonic() + RETRY_S
         if not self._failing and not self._closed:

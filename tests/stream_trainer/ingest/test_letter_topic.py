@@ -143,9 +143,7 @@ def test_what_the_brokers_do_not_take_now_is_sent_again(
     assert caplog.text.count("takes records again") == 1
 
 
-def test_what_became_of_a_batch_is_found_in_the_topic(
-    broker: Broker, opened: Callable[..., TopicDeadLetters]
-) -> None:
+def test_what_became_of_a_batch_is_found_in_the_topic(broker: Broker, opened: Callable[..., TopicDeadLetters]) -> None:
     letters = opened()
     broker.fail_after = KafkaError("the connection was lost")
     letters.send(letter(0))

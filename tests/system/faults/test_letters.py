@@ -1,21 +1,17 @@
 """Dead letters when things go wrong: a kill, a topic that takes none, a stream of nothing else."""
 
-import os
 import signal
 import threading
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stream_trainer.errors import PoisonError
-from stream_trainer.ingest.letter import from_message, read_dead_letters
+from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
-from stream_trainer.settings.source import KafkaSettings
-from stream_trainer.sources.kafka import KafkaSource
 from tests.helpers.brokers import ApacheKafka, create_topic, delete_topic, publish
 from tests.helpers.service import (
     configuration,
@@ -34,6 +30,7 @@ from tests.helpers.service import (
     trainer_json,
     write_lines,
 )
+from tests.system.faults.ends import letters_in
 
 pytestmark = pytest.mark.slow
 
@@ -42,17 +39,6 @@ GOOD, BAD = 400, 200
 
 def offsets_of(path: Path) -> list[int]:
     return [letter.record.offset for letter in read_dead_letters(path)]
-
-
-def letters_in(servers: str, topic: str) -> list[int]:
-    """Offsets of the records whose letters are in a topic, for readers of committed records."""
-    settings = KafkaSettings(bootstrap_servers=servers, topic=topic, group_id=None, stop_at_end=True)
-    offsets = []
-    with closing(KafkaSource(settings, "test")) as source:
-        source.start({}, {}, {})
-        while not source.exhausted:
-            offsets += [from_message(message).record.offset for message in source.poll(0.2)]
-    return sorted(offsets)
 
 
 def mixed(path: Path) -> None:
@@ -170,4 +156,4 @@ def test_sigterm_while_the_topic_takes_no_letters(apache_kafka: ApacheKafka, top
     assert counts(config)["dead_lettered"] == 5
     assert sum(counts(config).values()) == 45
     assert trainer_json(config)["cursor"]["partitions"][f"{topic}:0"] == {"next": 45, "decided": []}
-    assert letters_in(servers, dead) == [*range(40, 45)]
+    assert sorted(letter.record.offset for letter in letters_in(servers, dead)) == [*range(40, 45)]
