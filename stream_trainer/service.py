@@ -148,7 +148,7 @@ def _build(run: _Run) -> Trainer:
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
     cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
     metrics.count_outcomes(lambda: cursor.counts)
-    dead_letters = open_dead_letters(settings)
+    dead_letters = open_dead_letters(settings, owner.confirm)
     stack.callback(dead_letters.close)
     ingest = Ingest(
         open_source(settings.source), learner.decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters

@@ -77,6 +77,7 @@ SERVICE_ROOMS = {
 KAFKA = {
     "stream_trainer/commands/produce.py",
     "stream_trainer/commands/publish.py",
+    "stream_trainer/ingest/letter_sender.py",
     "stream_trainer/ingest/letter_topic.py",
     "stream_trainer/sources/batches.py",
     "stream_trainer/sources/beginning.py",

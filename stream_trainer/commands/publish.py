@@ -7,7 +7,7 @@ reads that number and goes on behind it: readers of committed records see every 
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
@@ -17,7 +17,7 @@ from kafka.structs import OffsetAndMetadata
 
 from stream_trainer.errors import SourceError
 from stream_trainer.settings.source import KafkaSettings
-from stream_trainer.sources.connection import connect
+from stream_trainer.sources.connection import abandon, connect
 
 IN_FLIGHT_RECORDS = 2_000  # the client has no memory limit of its own, so wait for acknowledgements this often
 IN_FLIGHT_BYTES = 16 * 1024 * 1024
@@ -110,8 +110,7 @@ class Publisher:
 
     def close(self) -> None:
         """Disconnect. What was not committed is dropped, or unknown without transactions."""
-        with suppress(KafkaError):  # what is left unsent
-            self._producer.close(timeout=0)
+        abandon(self._producer)
 
     def _read_stored(self, settings: KafkaSettings) -> tuple[int, str]:
         consumer = connect(

@@ -1,4 +1,7 @@
-"""Telling the stream how far we are: for lag tools, and to find out whether another trainer has taken over."""
+"""Telling the stream how far we are: for lag tools, and to find out whether another trainer has taken over.
+
+What is committed is never ahead of what is durable: a run that is killed in between begins anew where it began.
+"""
 
 import logging
 import threading
@@ -31,25 +34,29 @@ class Commits:
     def __init__(self, source: Source, metrics: Metrics) -> None:
         self._source, self._metrics = source, metrics
         self._lock = threading.Lock()
+        self._durable: Mapping[Partition, int] = {}
         self._request: tuple[Mapping[Partition, int], int] | None = None
         self._confirmation: _Confirmation | None = None
         self._failing = False
 
+    def begin(self, positions: Mapping[Partition, int]) -> None:
+        """Take note of where reading begins."""
+        self._durable = positions
+
     def request(self, positions: Mapping[Partition, int], step: int) -> None:
-        """Have a commit made soon. The newest request wins; a failure is counted, not raised."""
-        if self._source.fences:
-            return  # `confirm` has done so
+        """Have positions that are durable committed soon. The newest request wins; a failure is counted, not raised."""
         with self._lock:
+            self._durable = positions
             self._request = (positions, step)
 
-    def confirm(self, positions: Mapping[Partition, int], step: int) -> None:
-        """Have a commit made now, where the stream refuses that of a trainer that was replaced.
+    def confirm(self, step: int) -> None:
+        """Have what is durable, at `step`, committed again now: the stream refuses that of a trainer that was replaced.
 
         Returns after `CONFIRM_TIMEOUT_S` at the latest, also if the stream did not answer. Raises FencedError.
         """
         if not self._source.fences:
             return
-        confirmation = _Confirmation(positions, step)
+        confirmation = _Confirmation(self._durable, step)
         with self._lock:
             self._confirmation = confirmation
         confirmation.made.wait(CONFIRM_TIMEOUT_S)

@@ -5,6 +5,7 @@ at any time: a record whose letter is held is undecided in it, and is read and j
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from stream_trainer.ingest.letter import DeadLetter
@@ -43,17 +44,24 @@ class DeadLetters(Protocol):
         """JSON of what is kept, to be stored with a cursor that counts exactly these letters as decided."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Cut off what was kept after this state: its records are read again. Raises ValueError if it is no state."""
+        """Cut off what was kept after this state, or take note of it: its records are read again.
+
+        Raises ValueError if it is no state.
+        """
 
     def close(self) -> None:
         """Wait, flush, and release files and connections. Idempotent. Raises SourceError as `flush` does."""
 
 
-def open_dead_letters(settings: Settings) -> DeadLetters:
-    """The kind that the settings name. Raises SettingsError if the file or the topic cannot be written."""
+def open_dead_letters(settings: Settings, confirm: Callable[[], None] = lambda: None) -> DeadLetters:
+    """The kind that the settings name. `confirm` raises FencedError if another trainer has taken over.
+
+    Raises SettingsError if the file or the topic cannot be written.
+    """
     if settings.dead_letters.kind == "file":
         return open_file(settings)
-    return TopicDeadLetters(settings.source.kafka, settings.dead_letters.topic, lambda: open_file(settings))
+    kafka, topic = settings.source.kafka, settings.dead_letters.topic
+    return TopicDeadLetters(kafka, topic, lambda: open_file(settings), confirm)
 
 
 def open_file(settings: Settings) -> FileDeadLetters:

@@ -4,9 +4,9 @@
   (base64 or null), `headers` (`[name, base64 or null]` pairs), `reason`, `detail`, `trainer_version`, `trainer` (whose
   letter it is: the checkpoint directory, hashed).
 - A Kafka topic: key, value and headers as they were, and the headers `stream-trainer-topic`, `-partition`, `-offset`,
-  `-timestamp` (milliseconds), `-reason`, `-detail` and `-version` after them. A record without a key gets
-  `topic:partition:offset` for one, marked by `stream-trainer-null-key`. Header values that were null are sent empty
-  and named by index in `stream-trainer-null-headers`.
+  `-timestamp` (milliseconds), `-reason`, `-detail`, `-version` and `-trainer` (whose letter it is: a random name) after
+  them. A record without a key gets `topic:partition:offset` for one, marked by `stream-trainer-null-key`. Header values
+  that were null are sent empty and named by index in `stream-trainer-null-headers`.
 """
 
 import base64
@@ -117,6 +117,8 @@ def to_message(letter: DeadLetter) -> tuple[bytes, list[tuple[str, bytes]]]:
         "detail": letter.detail[:DETAIL_CHARS],
         "version": letter.trainer_version,
     }
+    if letter.trainer:
+        ours["trainer"] = letter.trainer
     if record.timestamp is not None:
         ours["timestamp"] = round(record.timestamp * 1000)
     if record.key is None:
@@ -147,7 +149,7 @@ def from_message(message: Record) -> DeadLetter:
         headers=tuple((name, None if index in nulls else value) for index, (name, value) in original),
         timestamp=int(ours["timestamp"]) / 1000 if "timestamp" in ours else None,
     )
-    return DeadLetter(record, ours["reason"], ours["detail"], ours["version"])
+    return DeadLetter(record, ours["reason"], ours["detail"], ours["version"], ours.get("trainer", ""))
 
 
 def _encoded(data: bytes | None) -> str | None:

@@ -122,13 +122,13 @@ class Ingest:
         """Whatever takes back the `parts` of a snapshot, by name."""
         return self._judge.parts
 
-    def confirm(self, positions: Mapping[Partition, int], step: int) -> None:
+    def confirm(self, step: int) -> None:
         """Before a checkpoint becomes the newest: make sure that no other trainer has taken over, where that shows.
 
-        Returns soon, also if the stream did not answer. Raises FencedError.
+        `step` is that of the newest one before it. Returns soon, also if the stream did not answer. Raises FencedError.
         """
         if self.alive and self._started.is_set():
-            self._commits.confirm(positions, step)
+            self._commits.confirm(step)
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -189,6 +189,7 @@ class Ingest:
         begins = self._source.positions()
         self._cursor.begin(begins, self._source.replaced)
         self._partitions = frozenset(begins)
+        self._commits.begin(begins)
         self._started.set()
 
     def _close(self) -> None:

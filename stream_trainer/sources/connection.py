@@ -7,7 +7,7 @@ import difflib
 import logging
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ RECONNECT_BACKOFF_MAX_MS = 2_000  # the client's own 30 s would add to every out
 # Of the brokers' own addresses this many are tried at the start, until one answers.
 MAX_ADDRESSES = 5
 ADDRESS_TIMEOUT_S = 3.0
+ABANDON_TIMEOUT_S = 2.0
 REFUSALS = ("Authentication", "SSL", "CERTIFICATE", "Sasl")  # waiting mends none of these
 
 
@@ -80,9 +81,20 @@ def connect(client: Callable[..., Any], settings: KafkaSettings, client_id: str,
         for network in networks:
             _require_advertised(network, settings)
     except SourceError:
-        connected.close(**({"timeout": 0} if isinstance(connected, KafkaProducer) else {}))
+        abandon(connected) if isinstance(connected, KafkaProducer) else connected.close()
         raise
     return connected
+
+
+def abandon(producer: Any) -> None:
+    """Close a producer at once: what it has not sent is never sent, and a transaction that is open comes to nothing.
+
+    Its own `close(timeout=0)` fails where something is unsent. Then its thread lives on, and sends that when the
+    brokers are back.
+    """
+    producer._sender.force_close()
+    with suppress(KafkaError):
+        producer.close(timeout=ABANDON_TIMEOUT_S)
 
 
 def connection_options(settings: KafkaSettings, client_id: str) -> dict[str, Any]:

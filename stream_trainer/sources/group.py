@@ -44,20 +44,21 @@ class Group:
         fences: whether a commit fails once another trainer has taken over.
     """
 
-    def __init__(self, settings: KafkaSettings, consumer: Any, producer: Any) -> None:
+    def __init__(self, settings: KafkaSettings, consumer: Any = None, producer: Any = None, admin: Any = None) -> None:
         self._settings = settings
         self._consumer = consumer
         self._producer = producer
+        self._admin = admin
         self._hasty_until = 0.0
-        self._is_ours = False  # a first commit without a transaction shows whether the group has members of its own
+        self._is_ours = False  # transactions commit to a group that has members of its own, so it is asked once
         self._transaction: threading.Thread | None = None
         self._outcome: BaseException | None = None
 
     @classmethod
-    def connect(cls, settings: KafkaSettings, client_id: str) -> "Group":
-        """Raises SourceError if no broker can be reached."""
+    def connect(cls, settings: KafkaSettings, client_id: str, admin: Any) -> "Group":
+        """Raises SourceError if no broker can be reached. `admin` is closed by the caller."""
         if settings.group_id is None:
-            return cls(settings, None, None)
+            return cls(settings)
         consumer = connect(
             KafkaConsumer,
             settings,
@@ -67,7 +68,7 @@ class Group:
             allow_auto_create_topics=False,
         )
         producer = _claim(settings, client_id) if settings.fencing == "auto" else None
-        return cls(settings, consumer, producer)
+        return cls(settings, consumer, producer, admin)
 
     @property
     def fences(self) -> bool:
@@ -99,10 +100,9 @@ class Group:
         timeout_ms = HASTY_TIMEOUT_MS if time.monotonic() < self._hasty_until else REQUEST_TIMEOUT_MS
         offsets = {to_kafka(p): OffsetAndMetadata(offset, f"step={step}", -1) for p, offset in positions.items()}
         try:
-            if self._producer is None or not self._is_ours:
+            if self._producer is None:
                 self._consumer.commit(offsets, timeout_ms=timeout_ms)
-                self._is_ours = True
-            if self._producer is not None:
+            else:
                 self._commit_fenced(offsets, timeout_ms)
         except (CommitFailedError, IllegalGenerationError, UnknownMemberIdError) as error:
             raise SourceError(
@@ -145,6 +145,11 @@ class Group:
     def _transact(self, offsets: dict[Any, Any]) -> None:
         self._outcome = None
         try:
+            self._require_no_members()
+        except KafkaError as error:
+            self._outcome = error
+            return
+        try:
             self._producer.begin_transaction()
             self._producer.send_offsets_to_transaction(offsets, self._settings.group_id)
             self._producer.commit_transaction()
@@ -156,6 +161,15 @@ class Group:
                 self._producer.abort_transaction()
             except KafkaError as failure:
                 logger.debug("the transaction could not be aborted (%s)", type(failure).__name__)
+
+    def _require_no_members(self) -> None:
+        """Raise UnknownMemberIdError if the group has any: what is committed for these is theirs."""
+        if self._is_ours:
+            return
+        (found,) = self._admin.describe_groups([self._settings.group_id]).values()
+        if found["members"]:
+            raise UnknownMemberIdError(f"{len(found['members'])} members")
+        self._is_ours = True
 
 
 def _claim(settings: KafkaSettings, client_id: str) -> Any:

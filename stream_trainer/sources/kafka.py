@@ -264,7 +264,7 @@ class KafkaSource:
             allow_auto_create_topics=False,
         )
         self._log = TopicLog(self._consumer, self._admin)
-        self._group = Group.connect(self._settings, self._client_id)
+        self._group = Group.connect(self._settings, self._client_id, self._admin)
         return self._group
 
     def _read_from(self, positions: Mapping[Partition, int]) -> None:

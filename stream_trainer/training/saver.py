@@ -128,7 +128,7 @@ class Saver:
                 self.settings.checkpoint.keep,
                 self.owner.epoch,
                 self.owner.confirm,
-                before_rename=partial(self.ingest.confirm, positions, step),
+                before_rename=partial(self.ingest.confirm, self.saved or 0),
             )
         except CheckpointError:
             self.metrics.checkpoint_failures.inc()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from gradient_selectors import SelectionEngine
 from gradient_selectors.weigh.coefficients import CoefficientSolver
+from kafka import KafkaProducer
 from torch.optim import optimizer as torch_optimizer
 
 from stream_trainer.checkpoints.plan import PlanFile
@@ -29,6 +30,7 @@ from stream_trainer.errors import StreamTrainerError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.letter_file import FileDeadLetters
+from stream_trainer.ingest.letter_topic import TopicDeadLetters
 from stream_trainer.records import Outcome, Partition, Sample
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
@@ -39,9 +41,9 @@ from stream_trainer.training.watchers import Watcher
 
 # Where a kill may fall is named by what is wrapped. `take`: samples come from the buffer; `step`: a pool is scored or
 # trained on, and planned by then; `capture`: a backward pass; `solve`: the program for the coefficients; `optimizer`;
-# `plan`: a line says what a step is made of, or how it went; `letter`: one dead letter is written; `commit`: the source
-# is told; `fsync`, `rename` and `delete`, each with the kind of file: those of a checkpoint, and the dead letters' own
-# flush.
+# `plan`: a line says what a step is made of, or how it went; `letter`: one dead letter is written or handed over;
+# `transaction`, with what is done to it: letters or offsets are published; `commit`: the source is told; `fsync`,
+# `rename` and `delete`, each with the kind of file: those of a checkpoint, and the dead letters' own flush.
 RANDOM = "random"  # at a moment that the parent chooses
 
 
@@ -127,7 +129,10 @@ class Points:
         torch_optimizer.register_optimizer_step_pre_hook(lambda *_: self.reached("optimizer"))
         torch_optimizer.register_optimizer_step_post_hook(lambda *_: self.reached("optimizer"))
         self.wrap(PlanFile, "append", "plan")
-        self.wrap(FileDeadLetters, "send", "letter")
+        for place in (FileDeadLetters, TopicDeadLetters):
+            self.wrap(place, "send", "letter")
+        for name in ("init", "begin", "commit"):
+            self.wrap(KafkaProducer, f"{name}_transaction{'s' if name == 'init' else ''}", f"transaction {name}")
         self.wrap(os, "fsync", "fsync", lambda fd: _kind(os.readlink(f"/proc/self/fd/{fd}")))
         for name in ("rename", "replace"):
             self.wrap(os, name, "rename", lambda _, to: _kind(to))

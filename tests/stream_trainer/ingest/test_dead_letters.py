@@ -175,7 +175,12 @@ def test_a_line_that_is_no_dead_letter_is_named(tmp_path: Path, line: str) -> No
 
 def published(servers: str, topic: str, count: int) -> list[Any]:
     consumer = KafkaConsumer(
-        topic, bootstrap_servers=servers, auto_offset_reset="earliest", consumer_timeout_ms=20_000, group_id=None
+        topic,
+        bootstrap_servers=servers,
+        auto_offset_reset="earliest",
+        consumer_timeout_ms=20_000,
+        group_id=None,
+        isolation_level="read_committed",
     )
     try:
         return [next(consumer) for _ in range(count)]
@@ -204,6 +209,7 @@ def test_the_topic_gets_key_value_and_headers_as_they_were(embedded_broker: str,
         ("stream-trainer-reason", b"bad_json"),
         ("stream-trainer-detail", b"at character 9"),
         ("stream-trainer-version", __version__.encode()),
+        ("stream-trainer-trainer", letters.state_dict()["in_topic"]["owner"].encode()),
         ("stream-trainer-timestamp", b"1500"),
         ("stream-trainer-null-headers", b"1"),
     ]
@@ -237,7 +243,7 @@ def test_what_the_brokers_refuse_as_too_large_goes_to_the_file(
 def test_what_the_client_refuses_as_too_large_goes_to_the_file(
     embedded_broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stream_trainer.ingest.letter_topic.MAX_REQUEST_BYTES", 1000)
+    monkeypatch.setattr("stream_trainer.ingest.letter_sender.MAX_REQUEST_BYTES", 1000)
     path = tmp_path / "dead.jsonl"
     letters = open_dead_letters(settings_for(path, embedded_broker, f"dead-{uuid.uuid4().hex}"))
     record = Record(LOG, 0, 1, bytes(2000))

@@ -1,173 +1,276 @@
-"""Letters to a topic are held until they are acknowledged, and nobody waits for brokers that are away."""
+"""Letters to a topic are held until it has them, and nobody waits for brokers that are away."""
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kafka.errors import (
+    KafkaError,
     KafkaTimeoutError,
-    MessageSizeTooLargeError,
     NotEnoughReplicasError,
+    ProducerFencedError,
     TopicAuthorizationFailedError,
 )
-from kafka.future import Future
 
-from stream_trainer.errors import SourceError
+from stream_trainer.errors import FencedError, SourceAwayError, SourceError
 from stream_trainer.ingest import letter_topic
 from stream_trainer.ingest.letter import DeadLetter, from_message, read_dead_letters, to_message
 from stream_trainer.ingest.letter_file import FileDeadLetters
+from stream_trainer.ingest.letter_sender import TooLargeError, TopicMark
 from stream_trainer.ingest.letter_topic import TopicDeadLetters
 from stream_trainer.records import Partition, Record
 from stream_trainer.settings.source import KafkaSettings
 
 LOG = Partition("samples", 0)
+TOPIC = "samples.dead-letters"
 
 
-class Producer:
-    """Stands in for the client: futures that the test settles.
+class Broker:
+    """Stands in for the topic, and for the senders to it.
 
     Attributes:
-        sent: values and futures, in order.
-        fail_send: raised by the next calls of `send`.
-        flushes: timeouts of the calls of `flush`, which end at once.
+        letters: offsets of the records whose letters the topic has, in order.
+        fail_with: raised by the next calls of `publish`, before anything is there; `fail_after`, once all is there.
+        limit: size from which letters are refused.
+        goes_on: cleared while the brokers do not answer.
     """
 
     def __init__(self) -> None:
-        self.sent: list[tuple[bytes, Future]] = []
-        self.keys: list[bytes] = []
-        self.fail_send: Exception | None = None
-        self.flushes: list[float] = []
+        self.letters: list[int] = []
+        self.fail_with: Exception | None = None
+        self.fail_after: Exception | None = None
+        self.limit = 10**9
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+        self.opened = 0
 
-    def partitions_for(self, _: str) -> set[int]:
-        return {0}
+    def open(self, _: KafkaSettings, mark: TopicMark) -> "Sender":
+        self.opened += 1
+        return Sender(self, mark)
 
-    def send(self, _: str, value: bytes, key: bytes, **__: object) -> Future:
-        if self.fail_send is not None:
-            raise self.fail_send
-        self.sent.append((value, Future()))
-        self.keys.append(key)
-        return self.sent[-1][1]
 
-    def flush(self, timeout: float) -> None:
-        self.flushes.append(timeout)
-        raise KafkaTimeoutError
+class Sender:
+    def __init__(self, broker: Broker, mark: TopicMark) -> None:
+        found = frozenset(f"{LOG}:{offset}" for offset in broker.letters[mark.read_to.get(0, 0) :])
+        self._broker = broker
+        self.mark = replace(mark, read_to={0: len(broker.letters)}, ahead=mark.ahead | found)
 
-    def close(self, timeout: float) -> None:
+    def publish(self, letters: Sequence[DeadLetter]) -> None:
+        broker = self._broker
+        broker.goes_on.wait()
+        if broker.fail_with is not None:
+            raise broker.fail_with
+        if too_large := [letter.size for letter in letters if letter.size >= broker.limit]:
+            raise TooLargeError(max(too_large))
+        broker.letters += [letter.record.offset for letter in letters if letter.position not in self.mark.ahead]
+        if broker.fail_after is not None:
+            raise broker.fail_after
+        left = self.mark.ahead - {letter.position for letter in letters}
+        self.mark = replace(self.mark, read_to={0: len(broker.letters)}, ahead=left)
+
+    def close(self) -> None:
         pass
 
 
 @pytest.fixture
-def producer(monkeypatch: pytest.MonkeyPatch) -> Producer:
-    made = Producer()
-    monkeypatch.setattr(letter_topic, "connect", lambda *_, **__: made)
+def broker(monkeypatch: pytest.MonkeyPatch) -> Broker:
+    made = Broker()
+    monkeypatch.setattr(letter_topic, "LetterSender", made.open)
+    monkeypatch.setattr(letter_topic, "_first_mark", lambda _, topic: TopicMark(topic, read_to={0: len(made.letters)}))
     monkeypatch.setattr(letter_topic, "RETRY_S", 0.0)
+    monkeypatch.setattr(letter_topic, "SETTLE_S", 0.5)
     return made
 
 
 @pytest.fixture
-def letters(producer: Producer, tmp_path: Path) -> Iterator[TopicDeadLetters]:
-    found = TopicDeadLetters(KafkaSettings(topic="samples"), None, lambda: FileDeadLetters(tmp_path / "dead.jsonl"))
-    yield found
-    found.close()
+def opened(broker: Broker, tmp_path: Path) -> Iterator[Callable[..., TopicDeadLetters]]:
+    made: list[TopicDeadLetters] = []
+
+    def open_letters(**options: Any) -> TopicDeadLetters:
+        made.append(
+            TopicDeadLetters(
+                KafkaSettings(topic="samples"), None, lambda: FileDeadLetters(tmp_path / "dead.jsonl"), **options
+            )
+        )
+        return made[-1]
+
+    yield open_letters
+    broker.goes_on.set()
+    for letters in made:
+        letters.close()
 
 
-def letter(offset: int) -> DeadLetter:
-    return DeadLetter(Record(LOG, offset, offset + 1, b"%d" % offset), "bad_json", "")
+def letter(offset: int, size: int = 1) -> DeadLetter:
+    return DeadLetter(Record(LOG, offset, offset + 1, bytes(size)), "bad_json", "")
 
 
 def settled(letters: TopicDeadLetters) -> list[int]:
+    letters.wait()
     return [found.record.offset for found in letters.settled()]
 
 
-def test_a_letter_is_settled_when_it_is_acknowledged(producer: Producer, letters: TopicDeadLetters) -> None:
+def test_a_letter_is_settled_when_the_topic_has_it(broker: Broker, opened: Callable[..., TopicDeadLetters]) -> None:
+    letters = opened()
+    broker.goes_on.clear()
     for offset in range(3):
         letters.send(letter(offset))
     assert (settled(letters), letters.held) == ([], 3)
-    producer.sent[1][1].success(None)
-    assert (settled(letters), letters.held) == ([1], 2)
-    for index in (0, 2):
-        producer.sent[index][1].success(None)
-    assert (settled(letters), letters.held, settled(letters)) == ([0, 2], 0, [])
-    assert producer.keys == [b"samples:0:0", b"samples:0:1", b"samples:0:2"]
+    broker.goes_on.set()
+    letters.send(letter(3))
+    assert (settled(letters), letters.held, settled(letters)) == ([0, 1, 2, 3], 0, [])
+    assert (broker.letters, broker.opened) == ([0, 1, 2, 3], 1)
 
 
-@pytest.mark.parametrize("error", [KafkaTimeoutError("no leader"), NotEnoughReplicasError("one of two")])
+@pytest.mark.parametrize(
+    "error", [KafkaTimeoutError(), NotEnoughReplicasError(), ProducerFencedError(), SourceAwayError("nobody")]
+)
 def test_what_the_brokers_do_not_take_now_is_sent_again(
-    error: Exception, producer: Producer, letters: TopicDeadLetters, caplog: pytest.LogCaptureFixture
+    error: Exception, broker: Broker, opened: Callable[..., TopicDeadLetters], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    producer.fail_send = error
+    letters = opened()
+    broker.fail_with = error
     letters.send(letter(0))
+    assert (settled(letters), letters.held) == ([], 1)
+    broker.fail_with = None
     letters.send(letter(1))
-    assert (settled(letters), producer.sent) == ([], [])
-    producer.fail_send = None
-    assert (settled(letters), [value for value, _ in producer.sent]) == ([], [b"0", b"1"])
-    producer.sent[0][1].failure(error)
-    producer.sent[1][1].success(None)
-    assert settled(letters) == [1]
-    assert [value for value, _ in producer.sent] == [b"0", b"1", b"0"]
-    producer.sent[2][1].success(None)
-    assert (settled(letters), letters.held) == ([0], 0)
+    assert (settled(letters), letters.held, broker.letters) == ([0, 1], 0, [0, 1])
     assert caplog.text.count("takes no records for now") == 1
     assert caplog.text.count("takes records again") == 1
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_refusal_for_good_is_an_error(late: bool, producer: Producer, letters: TopicDeadLetters) -> None:
-    refusal = TopicAuthorizationFailedError("samples.dead-letters")
-    if late:
-        letters.send(letter(0))
-        producer.sent[0][1].failure(refusal)
-    else:
-        producer.fail_send = refusal
-    with pytest.raises(SourceError, match=r"^dead_letters.topic=samples.dead-letters does not take records"):
-        letters.settled() if late else letters.send(letter(0))
+def test_what_became_of_a_batch_is_found_in_the_topic(broker: Broker, opened: Callable[..., TopicDeadLetters]) -> None:
+    letters = opened()
+    broker.fail_after = KafkaError("the connection was lost")
+    letters.send(letter(0))
+    assert settled(letters) == []
+    broker.fail_after = None
+    letters.send(letter(1))
+    assert settled(letters) == [0, 1]
+    assert broker.letters == [0, 1]
+
+
+def test_what_the_topic_has_behind_a_checkpoint_is_not_sent_again(
+    broker: Broker, opened: Callable[..., TopicDeadLetters]
+) -> None:
+    """Also after a second crash, before all of them were judged again."""
+    first = opened()
+    first.send(letter(0))
+    assert settled(first) == [0]
+    stored = first.state_dict()
+    for offset in (5, 2, 7):
+        first.send(letter(offset))
+    assert settled(first) == [5, 2, 7]
+    second = opened()
+    second.load_state_dict(stored)
+    second.send(letter(2))
+    assert (settled(second), broker.letters) == ([2], [0, 5, 2, 7])
+    stored = second.state_dict()
+    assert stored["in_topic"]["ahead"] == ["samples:0:5", "samples:0:7"]
+    third = opened()
+    third.load_state_dict(stored)
+    for offset in (5, 7, 8):
+        third.send(letter(offset))
+    assert (settled(third), broker.letters) == ([5, 7, 8], [0, 5, 2, 7, 8])
+    assert third.state_dict()["in_topic"]["ahead"] == []
+
+
+def test_a_mark_does_not_pass_what_is_not_settled(broker: Broker, opened: Callable[..., TopicDeadLetters]) -> None:
+    letters = opened()
+    letters.send(letter(0))
+    letters.wait()
+    assert (broker.letters, letters.state_dict()["in_topic"]["read_to"]) == ([0], [[0, 0]])
+    assert settled(letters) == [0]
+    assert letters.state_dict()["in_topic"]["read_to"] == [[0, 1]]
+
+
+def test_a_mark_of_another_topic_says_nothing(broker: Broker, opened: Callable[..., TopicDeadLetters]) -> None:
+    letters = opened()
+    before = letters.state_dict()
+    other = before["in_topic"] | {"topic": "others", "read_to": [[0, 9]]}
+    letters.load_state_dict({"in_topic": other})
+    assert letters.state_dict() == before
+    with pytest.raises(ValueError, match="is no place in a topic"):
+        letters.load_state_dict({"in_topic": {"topic": TOPIC}})
+
+
+def test_a_refusal_for_good_is_an_error(broker: Broker, opened: Callable[..., TopicDeadLetters]) -> None:
+    letters = opened()
+    broker.fail_with = TopicAuthorizationFailedError(TOPIC)
+    letters.send(letter(0))
+    with pytest.raises(SourceError, match=rf"^dead_letters.topic={TOPIC} does not take records"):
+        settled(letters)
     assert letters.held == 1
 
 
-def test_what_is_too_large_goes_to_the_file(producer: Producer, letters: TopicDeadLetters, tmp_path: Path) -> None:
-    assert letters.state_dict() == {}
-    for offset in range(2):
-        letters.send(letter(offset))
-    producer.sent[0][1].failure(MessageSizeTooLargeError("refused"))
-    assert settled(letters) == [0]
+def test_nothing_is_taken_away_from_a_successor(broker: Broker, opened: Callable[..., TopicDeadLetters]) -> None:
+    def confirm() -> None:
+        raise FencedError("taken over")
+
+    letters = opened(confirm=confirm)
+    letters.send(letter(0))
+    with pytest.raises(FencedError):
+        settled(letters)
+    assert broker.opened == 0
+
+
+def test_what_is_too_large_goes_to_the_file(
+    broker: Broker, opened: Callable[..., TopicDeadLetters], tmp_path: Path
+) -> None:
+    letters = opened()
+    assert letters.state_dict().keys() == {"in_topic"}
+    broker.limit = letter(0, 2000).size
+    for offset, size in enumerate((1, 5000, 2, 2500, 2000)):
+        letters.send(letter(offset, size))
+    assert sorted(settled(letters)) == [0, 1, 2, 3, 4]
+    assert (broker.letters, broker.opened) == ([0, 2], 4)
     letters.flush()
-    assert [found.record.offset for found in read_dead_letters(tmp_path / "dead.jsonl")] == [0]
+    assert sorted(found.record.offset for found in read_dead_letters(tmp_path / "dead.jsonl")) == [1, 3, 4]
     stored = letters.state_dict()
-    producer.sent[1][1].failure(MessageSizeTooLargeError("refused"))
-    assert settled(letters) == [1]
+    letters.send(letter(5, 3000))  # nobody is asked again
+    assert (settled(letters), broker.opened) == ([5], 4)
     letters.load_state_dict(stored)
-    assert [found.record.offset for found in read_dead_letters(tmp_path / "dead.jsonl")] == [0]
+    assert sorted(found.record.offset for found in read_dead_letters(tmp_path / "dead.jsonl")) == [1, 3, 4]
+
+
+def test_a_run_may_go_on_with_a_file(opened: Callable[..., TopicDeadLetters], tmp_path: Path) -> None:
+    stored = opened().state_dict()
+    file = FileDeadLetters(tmp_path / "dead.jsonl")
+    file.load_state_dict(stored)
+    file.close()
 
 
 def test_it_is_full_with_many_letters_or_with_an_old_one(
-    producer: Producer, letters: TopicDeadLetters, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, opened: Callable[..., TopicDeadLetters], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stream_trainer.ingest.letter.MAX_HELD", 2)
+    letters = opened()
+    broker.goes_on.clear()
     letters.send(letter(0))
     assert [letters.full] == [False]
     letters.send(letter(1))
     assert [letters.full] == [True]
-    producer.sent[1][1].success(None)
-    assert (settled(letters), letters.full) == ([1], False)
+    broker.goes_on.set()
+    assert (settled(letters), letters.full) == ([0, 1], False)
     monkeypatch.setattr(letter_topic, "PATIENCE_S", -1.0)
+    broker.goes_on.clear()
+    letters.send(letter(2))
     assert bool(letters.full)
-    producer.sent[0][1].success(None)
-    assert (settled(letters), letters.full) == ([0], False)
+    broker.goes_on.set()
+    assert (settled(letters), letters.full) == ([2], False)
 
 
-def test_waiting_is_bounded_from_the_time_of_sending(
-    producer: Producer, letters: TopicDeadLetters, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_held_at_the_end_is_not_sent_later(broker: Broker, opened: Callable[..., TopicDeadLetters]) -> None:
+    letters = opened()
+    broker.fail_with = KafkaTimeoutError()
     letters.send(letter(0))
-    letters.wait()
-    assert 0 < producer.flushes[-1] <= letter_topic.SETTLE_S
-    monkeypatch.setattr(letter_topic, "SETTLE_S", -1.0)
-    letters.wait()  # it was sent long ago
-    assert producer.flushes[-1] == 0
-    assert letters.held == 1
+    letters.close()
+    broker.fail_with = None
+    assert (settled(letters), broker.letters) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -438,15 +438,18 @@ def test_another_trainer_that_takes_over_is_told_before_a_checkpoint_is_publishe
     source.fences = True
     with running(Service(source)) as service:
         service.take(1)
-        service.ingest.confirm({LOG: 1}, step=1)
-        assert source.commits == [({LOG: 1}, 1)]
+        service.ingest.confirm(step=0)
+        assert source.commits == [({LOG: 0}, 0)]  # of the checkpoint before: the next one is not durable yet
         service.ingest.request_commit({LOG: 1}, 1)
+        wait_for(lambda: len(source.commits) == 2)
+        service.ingest.confirm(step=1)
+        assert source.commits[1:] == [({LOG: 1}, 1)] * 2
         source.fail_commits = FencedError("another trainer has taken over")
         with pytest.raises(FencedError):
-            service.ingest.confirm({LOG: 1}, step=2)
+            service.ingest.confirm(step=2)
         with pytest.raises(FencedError):
             service.take(1)
-    assert len(source.commits) == 1
+    assert len(source.commits) == 3
 
 
 def test_a_commit_that_fails_holds_up_no_checkpoint() -> None:
@@ -454,5 +457,5 @@ def test_a_commit_that_fails_holds_up_no_checkpoint() -> None:
     source.fences, source.fail_commits = True, RuntimeError("the brokers are away")
     with running(Service(source)) as service:
         service.take(1)
-        service.ingest.confirm({LOG: 1}, step=1)
+        service.ingest.confirm(step=1)
         assert service.metric("commit_failures_total") == 1

@@ -8,13 +8,13 @@ import pytest
 from kafka import KafkaConsumer
 from kafka.errors import KafkaTimeoutError
 
-from stream_trainer.errors import SourceError
+from stream_trainer.errors import FencedError, SourceError
 from stream_trainer.records import Partition
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources import group as groups
 from stream_trainer.sources.group import HASTE_S, HASTY_TIMEOUT_MS, Group
 from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS
-from tests.helpers.brokers import ApacheKafka, create_topic, publish, why_no_apache_kafka
+from tests.helpers.brokers import ApacheKafka, committed, create_topic, publish, why_no_apache_kafka
 from tests.helpers.brokers import apache_kafka as run_apache_kafka
 from tests.stream_trainer.sources.test_kafka import WAIT_S, letters, read, started, values
 
@@ -38,7 +38,7 @@ def test_a_commit_that_fails_again_takes_less_time_from_reading(monkeypatch: pyt
     client, clock = Client(), 100.0
     monkeypatch.setattr(groups, "connect", lambda *_, **__: client)
     monkeypatch.setattr(time, "monotonic", lambda: clock)
-    group = Group.connect(KafkaSettings(topic="t", fencing="off"), "test")
+    group = Group.connect(KafkaSettings(topic="t", fencing="off"), "test", None)
     for away, seconds in ((False, 0), (True, 0), (True, 1), (False, 1), (False, HASTE_S + 1)):
         client.away = away
         clock += seconds
@@ -58,7 +58,7 @@ def test_a_commit_that_fails_again_takes_less_time_from_reading(monkeypatch: pyt
 
 def test_without_a_group_there_is_nothing_to_know_or_to_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "connect", lambda *_, **__: pytest.fail("connected"))
-    group = Group.connect(KafkaSettings(topic="t", group_id=None), "test")
+    group = Group.connect(KafkaSettings(topic="t", group_id=None), "test", None)
     assert group.committed(Partition("t", 0)) is None
     group.commit(AT, step=1)
     group.close()
@@ -85,6 +85,17 @@ def test_without_the_groups_coordinator_reading_goes_on(tmp_path: Path, topic: s
         with started(servers, topic, group_id=None) as source:
             assert values(read(source, 7)) == letters("abcdefg")
             source.commit({Partition(topic, 0): 7}, step=1)
+
+
+def test_the_first_commit_of_one_that_was_replaced_is_refused(apache_kafka: ApacheKafka, topic: str) -> None:
+    servers, first = apache_kafka.bootstrap_servers, Partition(topic, 0)
+    create_topic(servers, topic)
+    publish(servers, topic, letters("abcdef"))
+    with started(servers, topic) as zombie, started(servers, topic) as owner:
+        owner.commit({first: 5}, step=2)
+        with pytest.raises(FencedError):
+            zombie.commit({first: 3}, step=1)
+    assert committed(servers, f"group-of-{topic}", topic)[0] == 5
 
 
 def test_a_group_with_members_of_its_own_cannot_be_committed_to(apache_kafka: ApacheKafka, topic: str) -> None:

@@ -1,6 +1,6 @@
 """Kill a training service again and again, and show that it ends as if nothing had happened.
 
-    python -m tests.system.faults.crash_proof --seeds 200 --summary crash-proof.json [--kafka]
+    python -m tests.system.faults.crash_proof --seeds 200 --summary crash-proof.json [--kafka [--letters]]
 
 For each seed a service trains on a finite stream, is killed up to three times at named or random moments, and is
 started again until the stream ends. Model, optimizer and selector state must then be those of an undisturbed run, bit
@@ -48,6 +48,7 @@ POISON_EVERY = 33
 PARTITIONS = 3
 FETCH_BYTES = 1_400_000  # of each partition: the client fetches 1 MiB of one at a time
 MAX_KILLS = 3
+ON_THE_WAY_OF_LETTERS = ("letter", "transaction", "commit")
 ALONE = 10**9  # the number of the run that is left alone, above all seeds: points are named without numbers
 TIMEOUT_S = 180.0
 MEMORY = Path("/dev/shm")  # a killed process loses nothing of what it wrote, so a disk would prove no more
@@ -75,10 +76,14 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Stream:
-    """Records by partition, and the section of settings that names them."""
+    """Records by partition, the section of settings that names them, and the topic of letters, if they go to one.
+
+    All runs share that topic: whose a letter is shows.
+    """
 
     values: Sequence[Sequence[bytes]]
     source: Callable[[str], dict[str, Any]]
+    letters: str | None = None
 
     @property
     def size(self) -> int:
@@ -107,7 +112,7 @@ class Summary:
     """What is written of a proof, after each run, so that one that is broken off leaves what it found.
 
     Attributes:
-        letters_twice: dead letters that a file holds more than once, because a crash took their decision back.
+        letters_twice: dead letters that a file or a topic holds more than once.
     """
 
     path: Path | None
@@ -155,6 +160,7 @@ def config_of(variant: Variant, stream: Stream, folder: Path) -> dict[str, Any]:
         model={"config": WIDE},
         checkpoint={"every_steps": 6, "every_seconds": 1e6},
         target={"refresh_samples": 2},
+        dead_letters={} if stream.letters is None else {"kind": "topic", "topic": stream.letters},
     )
     return config | {"selection": dict(variant.selection)}
 
@@ -172,10 +178,14 @@ def leave_alone(variant: Variant, stream: Stream, folder: Path) -> Undisturbed:
     return Undisturbed(newest(config), dict(steps_of(place)), outcomes, points, seconds)
 
 
-def kills_of(seed: int, expected: Undisturbed) -> list[Kill]:
-    """One to three. The first is sure to fall, and goes round all points from seed to seed."""
+def kills_of(seed: int, expected: Undisturbed, stream: Stream) -> list[Kill]:
+    """One to three. The first is sure to fall, and goes round all points from seed to seed.
+
+    Where letters go to a topic, all fall on their way there.
+    """
     chance = random.Random(seed)
-    names = random.Random(0).sample(sorted([*expected.points, RANDOM]), k=len(expected.points) + 1)
+    found = [name for name in expected.points if stream.letters is None or name.startswith(ON_THE_WAY_OF_LETTERS)]
+    names = random.Random(0).sample(sorted([*found, RANDOM]), k=len(found) + 1)
     points = [names[seed % len(names)], *chance.choices(names, k=chance.randrange(MAX_KILLS))]
     return [
         Kill(RANDOM, seconds=chance.uniform(0, 1.2 * expected.seconds))
@@ -188,7 +198,7 @@ def kills_of(seed: int, expected: Undisturbed) -> list[Kill]:
 def prove(seed: int, variant: Variant, stream: Stream, expected: Undisturbed, folder: Path, summary: Summary) -> None:
     """One run with its kills; what is wrong at its end goes into the summary, and its folder stays."""
     config, place = config_of(variant, stream, folder), Place(folder)
-    kills = kills_of(seed, expected)
+    kills = kills_of(seed, expected, stream)
     summary.runs[variant.name] += 1
     try:
         for kill in [*kills, None]:
@@ -217,8 +227,11 @@ def _what_is_wrong(config: Mapping[str, Any], place: Place, stream: Stream, expe
     if strays := sorted(at for at, kinds in outcomes_of(place).items() if kinds != {expected.outcomes.get(at)}):
         yield f"records {strays[:5]} had other outcomes than in the undisturbed run"
     bad = {at for at, outcome in expected.outcomes.items() if outcome == "dead_lettered"}
-    if set(letters_of(config)) != bad:
-        yield f"{len(letters_of(config))} records are kept as dead letters instead of {len(bad)}"
+    letters = letters_of(config)
+    if set(letters) != bad:
+        yield f"{len(letters)} records are kept as dead letters instead of {len(bad)}"
+    if stream.letters is not None and max(letters.values(), default=1) > 1:
+        yield f"{letters.total()} letters of {len(letters)} records are in the topic"
     yield from differences(newest(config), expected.checkpoint)
 
 
@@ -228,7 +241,7 @@ def file_stream(variant: Variant, folder: Path) -> Stream:
     return Stream([values], lambda _: jsonl(path))
 
 
-def kafka_stream(variant: Variant, servers: str) -> Stream:
+def kafka_stream(variant: Variant, servers: str, with_letters: bool) -> Stream:
     """Three partitions, each of which takes more than one fetch. Raises RuntimeError if they cannot be filled."""
     values = values_of(variant.records, PARTITIONS * FETCH_BYTES // variant.records)
     topic = f"{variant.name}-{os.getpid()}"
@@ -237,11 +250,13 @@ def kafka_stream(variant: Variant, servers: str) -> Stream:
     _, status = os.waitpid(fork(lambda: _fill(servers, topic, parts)), 0)
     if status:
         raise RuntimeError(f"{topic} could not be filled")
-    return Stream(parts, lambda run: kafka(servers, topic, group_id=f"{topic}-{run}"))
+    letters = f"{topic}.dead-letters" if with_letters else None
+    return Stream(parts, lambda run: kafka(servers, topic, group_id=f"{topic}-{run}"), letters)
 
 
 def _fill(servers: str, topic: str, parts: Sequence[Sequence[bytes]]) -> int:
     create_topic(servers, topic, PARTITIONS)
+    create_topic(servers, f"{topic}.dead-letters", PARTITIONS)
     for number, part in enumerate(parts):
         publish(servers, topic, part, partition=number)
     return 0
@@ -253,14 +268,16 @@ def warm_up(folder: Path) -> None:
     save_model(loaded, folder / "warm-up")
 
 
-def run(seeds: range, variants: Sequence[Variant], with_kafka: bool, folder: Path, summary: Summary) -> None:
+def run(
+    seeds: range, variants: Sequence[Variant], with_kafka: bool, with_letters: bool, folder: Path, summary: Summary
+) -> None:
     """All seeds under all variants."""
     with ExitStack() as up:
         if with_kafka:
             (folder / "broker").mkdir()
             servers = up.enter_context(apache_kafka(folder / "broker")).bootstrap_servers
         for variant in variants:
-            stream = kafka_stream(variant, servers) if with_kafka else file_stream(variant, folder)
+            stream = kafka_stream(variant, servers, with_letters) if with_kafka else file_stream(variant, folder)
             expected = leave_alone(variant, stream, folder / f"{variant.name}-{ALONE}")
             print(
                 f"{variant.name}: {len(expected.steps)} steps in {expected.seconds:.1f} s", expected.points, flush=True
@@ -276,6 +293,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--variant", choices=[variant.name for variant in VARIANTS], help="one variant only")
     parser.add_argument("--kafka", action="store_true", help="three partitions on the Apache Kafka in KAFKA_HOME")
+    parser.add_argument("--letters", action="store_true", help="with --kafka: letters in a topic, kills on their way")
     parser.add_argument("--summary", type=Path, help="JSON file to write")
     options = parser.parse_args()
     variants = [variant for variant in VARIANTS if options.variant in (None, variant.name)]
@@ -283,7 +301,7 @@ def main() -> int:
     summary = Summary(options.summary, options.seeds)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warm_up(folder)
-    run(range(options.first, options.first + options.seeds), variants, options.kafka, folder, summary)
+    run(range(options.first, options.first + options.seeds), variants, options.kafka, options.letters, folder, summary)
     print(f"{dict(summary.runs)} runs, {sum(summary.kills.values())} kills, {len(summary.failures)} failures")
     if summary.failures:
         print(f"what failed is kept in {folder}")

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from stream_trainer.ingest.letter import read_dead_letters
-from tests.helpers.crashes import Place
+from stream_trainer.ingest.letter import DeadLetter, from_message, read_dead_letters
+from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.sources.kafka import KafkaSource
+from tests.helpers.crashes import Place, fork
 
 
 def newest(config: Mapping[str, Any]) -> Path:
@@ -45,6 +49,8 @@ def differences(found: Path, expected: Path) -> Iterator[str]:
             f"{name}: {what}" for what in _tensor_differences(load_file(found / name), load_file(expected / name))
         )
     states = [trainer_of(root) for root in (found, expected)]
+    for state in states:  # a topic of letters has others' among them
+        state["parts"]["dead_letters"].pop("in_topic", None)
     yield from (f"trainer.json: {name}" for name in ("step", "cursor", "parts") if states[0][name] != states[1][name])
 
 
@@ -91,5 +97,38 @@ def ledger_differences(config: Mapping[str, Any], place: Place, size: int) -> It
 
 
 def letters_of(config: Mapping[str, Any]) -> Counter[str]:
+    """How often the letter of each record was kept, for readers of committed records."""
+    if config["dead_letters"].get("kind") == "topic":
+        return _letters_in_topic(config)
     letters = read_dead_letters(Path(config["dead_letters"]["path"]))
     return Counter(f"{letter.record.partition.number} {letter.record.offset}" for letter in letters)
+
+
+def _letters_in_topic(config: Mapping[str, Any]) -> Counter[str]:
+    """Those of this run. They are read by a child, for whoever forks later must not have had the client's threads."""
+    found = newest(config) / "letters-of-test.json"
+    owner = trainer_of(newest(config))["parts"]["dead_letters"]["in_topic"]["owner"]
+    servers, topic = config["source"]["kafka"]["bootstrap_servers"], config["dead_letters"]["topic"]
+
+    def read() -> int:
+        letters = [letter for letter in letters_in(servers, topic) if letter.trainer == owner]
+        found.write_text(json.dumps([f"{x.record.partition.number} {x.record.offset}" for x in letters]))
+        return 0
+
+    _, status = os.waitpid(fork(read), 0)
+    if status:
+        raise RuntimeError(f"{topic} could not be read")
+    content = json.loads(found.read_text())
+    found.unlink()
+    return Counter(content)
+
+
+def letters_in(servers: str, topic: str) -> list[DeadLetter]:
+    """What is in a topic for readers of committed records."""
+    settings = KafkaSettings(bootstrap_servers=servers, topic=topic, group_id=None, stop_at_end=True)
+    letters = []
+    with closing(KafkaSource(settings, "test")) as source:
+        source.start({}, {}, {})
+        while not source.exhausted:
+            letters += list(map(from_message, source.poll(0.2)))
+    return letters

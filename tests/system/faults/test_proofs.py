@@ -45,6 +45,22 @@ def test_a_run_on_three_partitions_that_is_killed_ends_as_one_that_was_not(tmp_p
     run_proof("crash_proof", "--kafka", "--seeds=2", "--variant=everything")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_letters_are_in_the_topic_once_wherever_a_run_is_killed_on_their_way(tmp_path: Path) -> None:
+    if reason := why_no_apache_kafka():
+        pytest.skip(reason)
+    summary = tmp_path / "summary.json"
+    run_proof("crash_proof", "--kafka", "--letters", "--seeds=8", "--variant=everything", f"--summary={summary}")
+    found = json.loads(summary.read_text())
+    assert found["kills"] >= 12
+    assert {"letter", "commit", "transaction init", "transaction begin", "transaction commit"} <= found[
+        "kills_by_point"
+    ].keys()
+    assert found["letters_kept_twice"] == 0
+    assert not found["failures"]
+
+
 def test_random_records_each_have_one_outcome(tmp_path: Path) -> None:
     counts = serve_all(random_records(2000, seed=0), tmp_path)
     assert min(counts["trained"], counts["not_selected"], counts["dead_lettered"]) > 0

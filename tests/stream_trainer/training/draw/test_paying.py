@@ -67,12 +67,11 @@ def test_a_fallback_compares_as_often_as_selection() -> None:
 
 def test_without_a_fallback_only_scored_steps_count() -> None:
     found = paying(every_steps=2)
-    found.turn(scored=True)
-    found.turn(scored=False)
-    assert not found.due
-    found.turn(scored=True)
-    assert found.due
-    assert found.rival is found.generator
+    due = []
+    for scored in (True, False, True):
+        due.append(found.rival is found.generator)
+        found.turn(scored=scored)
+    assert (due, found.due) == ([True, False, False], True)
 
 
 def test_none_compares_where_that_is_off() -> None:
