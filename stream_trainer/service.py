@@ -132,7 +132,8 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
     metrics.count_outcomes(lambda: cursor.counts)
     dead_letters = open_dead_letters(settings)
     stack.callback(dead_letters.close)
-    ingest = Ingest(open_source(settings.source), decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
+    source = open_source(settings.source, owner.confirm)
+    ingest = Ingest(source, decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
     saver = Saver(
         settings=settings,
         loaded=loaded,

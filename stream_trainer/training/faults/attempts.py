@@ -1,8 +1,8 @@
 """What a process that is killed leaves behind: at which step, and in the end because of which sample.
 
-A note is written before and after every step. A process that finds that the last one died in step n tries the samples of
-step n one at a time, and notes each before it tries it. A sample that two processes in a row died of is dead-lettered.
-So a record that has the kernel kill the trainer ends it three times and not for ever.
+A note is written before and after every step. A process that finds that the last one died in step n tries the samples
+of step n one at a time, and notes each before it tries it. A sample that two processes in a row died of is
+dead-lettered. So a record that has the kernel kill the trainer ends it three times and not for ever.
 
 A kill leaves what was written to a file, so a step costs no sync: only the notes of single samples are made durable.
 The note lies in this process's own claim of `checkpoint.dir` (see `ownership`), and begins as a copy of the last one's.
