@@ -82,12 +82,12 @@ class Attempts:
 
     def _open(self) -> dict[str, Any]:
         """Keep our claim open; returns what it says, which stays until a step. It is not made if it is gone."""
+        content = b""
         with self._never_failing():
             self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
             content = note_in(os.pread(self._file, os.fstat(self._file).st_size, 0))
             self._length = len(content)
-            return _parsed(content)
-        return {}
+        return _parsed(content)
 
     def _write(self, step: int | None, trying: Sequence[Any] = (), *, durably: bool = False) -> None:
         """In place, in one call."""

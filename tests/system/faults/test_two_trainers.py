@@ -52,10 +52,11 @@ fcntl.flock = flock
 def start(folder: Path, name: str, config: dict[str, Any], program: str) -> subprocess.Popen[bytes]:
     settings = folder / f"{name}.yaml"
     settings.write_text(yaml.safe_dump(config))
-    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    variables = {name: value for name, value in os.environ.items() if name != "STREAM_TRAINER_STARTS"}
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with (folder / f"{name}.log").open("wb") as log:
         arguments = [sys.executable, "-c", program, "run", f"--config={settings}"]
-        return subprocess.Popen(arguments, env=os.environ | paths, stdin=subprocess.DEVNULL, stderr=log)
+        return subprocess.Popen(arguments, env=variables, stdin=subprocess.DEVNULL, stderr=log)
 
 
 @contextmanager
