@@ -150,9 +150,8 @@ def _build(run: _Run) -> Trainer:
     metrics.count_outcomes(lambda: cursor.counts)
     dead_letters = open_dead_letters(settings, owner.confirm)
     stack.callback(dead_letters.close)
-    ingest = Ingest(
-        open_source(settings.source), learner.decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters
-    )
+    source = open_source(settings.source, owner.confirm)
+    ingest = Ingest(source, learner.decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
     plan = Plan(PlanFile(settings.checkpoint.dir, owner), cursor, buffer, run.strict)
     stack.callback(plan.file.close)
     saver = Saver(

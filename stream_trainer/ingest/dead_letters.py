@@ -4,7 +4,6 @@ A letter is *held* until its place has it. Only then does its record count as de
 at any time: a record whose letter is held is undecided in it, and is read and judged again after a restart.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -67,9 +66,4 @@ def open_dead_letters(settings: Settings, confirm: Callable[[], None] = lambda: 
 def open_file(settings: Settings) -> FileDeadLetters:
     """The file that the settings name. Raises SettingsError if it cannot be written."""
     wanted = settings.dead_letters
-    return FileDeadLetters(wanted.path, owner_of(settings), wanted.max_bytes, wanted.keep)
-
-
-def owner_of(settings: Settings) -> str:
-    """Whose letters these are: told by the directory of the checkpoints, for each has one trainer."""
-    return hashlib.sha256(str(settings.checkpoint.dir.resolve()).encode()).hexdigest()[:8]
+    return FileDeadLetters(wanted.path, settings.checkpoint.digits, wanted.max_bytes, wanted.keep)

@@ -4,6 +4,7 @@ Values come from a YAML file, then the environment (`STREAM_TRAINER_SOURCE__KAFK
 (`--source.kafka.topic=...`); the later wins. `loading` reads them and turns every mistake into one line.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -247,6 +248,11 @@ class CheckpointSettings(Section):
     """If a checkpoint was made with another model, another tokenizer, or another file in the place of the stream: stop
     with the reason (`fail`), or go on from it all the same (`accept`)."""
 
+    @property
+    def digits(self) -> str:
+        """Tell the directory's path from others: whose letters and offsets are whose."""
+        return hashlib.sha256(str(self.dir.resolve()).encode()).hexdigest()[:8]
+
 
 class ServerSettings(Section):
     """HTTP server with `/metrics`, `/healthz` and `/readyz`."""
@@ -317,6 +323,11 @@ class Settings(BaseSettings):
         if not isinstance(target, Mapping):
             return given
         return {**given, "target": {**TARGET_PROFILES[set_by_profile(given.get("selection"))], **target}}
+
+    @model_validator(mode="after")
+    def _group_is_that_of_the_directory(self) -> Self:
+        object.__setattr__(self, "source", self.source.with_group_of(self.checkpoint.digits))
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -7,6 +7,8 @@ from pydantic import Field, SecretStr, model_validator
 
 from stream_trainer.settings.base import Positive, Section
 
+DIRECTORY = "{directory}"
+
 
 class KafkaSettings(Section):
     """A Kafka topic. Checkpoints keep the offsets. The consumer group's offsets are committed for lag tools, and a run
@@ -17,9 +19,10 @@ class KafkaSettings(Section):
     """Brokers to connect to first, `host:port[,host:port...]`."""
     topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] | None = None
     """Topic to train on. Required when `source.kind` is `kafka`."""
-    group_id: str | None = "stream-trainer"
-    """Consumer group under which offsets are committed, so that lag tools see the progress. With null none are, and a
-    run without a checkpoint begins at `start`."""
+    group_id: str | None = f"stream-trainer-{DIRECTORY}"
+    """Consumer group under which offsets are committed, so that lag tools see the progress. `{directory}` becomes 8
+    digits that tell the path of `checkpoint.dir`: two trainers need two groups. With null none are committed, and a run
+    without a checkpoint begins at `start`."""
     start: Literal["earliest", "latest"] = "earliest"
     """Where to begin in a partition for which neither a checkpoint nor the group has an offset."""
     on_lost_checkpoint: Literal["fail", "continue", "start_over"] = "fail"
@@ -119,6 +122,13 @@ class SourceSettings(Section):
     """`kafka` for a topic, `jsonl` for a file or standard input."""
     kafka: KafkaSettings = KafkaSettings()
     jsonl: JsonlSettings = JsonlSettings()
+
+    def with_group_of(self, digits: str) -> Self:
+        """The same, with the name of the group complete."""
+        if self.kafka.group_id is None or DIRECTORY not in self.kafka.group_id:
+            return self
+        named = {"group_id": self.kafka.group_id.replace(DIRECTORY, digits)}
+        return self.model_copy(update={"kafka": self.kafka.model_copy(update=named)})
 
     @model_validator(mode="after")
     def _kind_is_configured(self) -> Self:

@@ -1,14 +1,19 @@
 """Where records come from: one protocol (`base`), a Kafka topic (`kafka`), a file or standard input (`jsonl`)."""
 
+from collections.abc import Callable
+
 from stream_trainer.settings.source import SourceSettings
 from stream_trainer.sources.base import Source
 from stream_trainer.sources.jsonl import JsonlSource
 
 
-def open_source(settings: SourceSettings) -> Source:
-    """The source that `source.kind` names, not yet started. Raises SettingsError if it cannot work here."""
+def open_source(settings: SourceSettings, confirm: Callable[[], None] | None = None) -> Source:
+    """The source that `source.kind` names, not yet started. `confirm` raises if another trainer has our place.
+
+    Raises SettingsError if it cannot work here.
+    """
     if settings.kind == "jsonl":
         return JsonlSource(settings.jsonl)
     from stream_trainer.sources.kafka import KafkaSource  # only who reads a topic needs a Kafka client
 
-    return KafkaSource(settings.kafka)
+    return KafkaSource(settings.kafka, confirm=confirm)

@@ -4,12 +4,16 @@ Reading needs no group, so a client of its own keeps an absent coordinator from 
 
 Fencing: a transactional id, `GROUP-TOPIC`, belongs to whoever claimed it last. Offsets are committed in transactions
 under it, and those of a trainer that another one has replaced are refused.
+
+Of two that start at once, one may come last to `checkpoint.dir` and the other last to the brokers, and then both would
+end. So the directory goes first: who still owns it and is refused claims the id again, once in a run.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer
@@ -44,10 +48,20 @@ class Group:
         fences: whether a commit fails once another trainer has taken over.
     """
 
-    def __init__(self, settings: KafkaSettings, consumer: Any = None, producer: Any = None, admin: Any = None) -> None:
+    def __init__(
+        self,
+        settings: KafkaSettings,
+        consumer: Any = None,
+        claim: Callable[[], Any] = lambda: None,
+        confirm: Callable[[], None] | None = None,
+        admin: Any = None,
+    ) -> None:
+        """`claim` makes the producer that fences, None where there is none. `confirm` is `Owner.confirm`."""
         self._settings = settings
         self._consumer = consumer
-        self._producer = producer
+        self._claim = claim
+        self._producer = claim()
+        self._confirm = confirm  # until it was used
         self._admin = admin
         self._hasty_until = 0.0
         self._is_ours = False  # transactions commit to a group that has members of its own, so it is asked once
@@ -55,8 +69,13 @@ class Group:
         self._outcome: BaseException | None = None
 
     @classmethod
-    def connect(cls, settings: KafkaSettings, client_id: str, admin: Any) -> "Group":
-        """Raises SourceError if no broker can be reached. `admin` is closed by the caller."""
+    def connect(
+        cls, settings: KafkaSettings, client_id: str, admin: Any, confirm: Callable[[], None] | None = None
+    ) -> "Group":
+        """`confirm` raises if another trainer owns `checkpoint.dir`. Raises SourceError if no broker can be reached.
+
+        `admin` is closed by the caller.
+        """
         if settings.group_id is None:
             return cls(settings)
         consumer = connect(
@@ -67,8 +86,8 @@ class Group:
             enable_auto_commit=False,
             allow_auto_create_topics=False,
         )
-        producer = _claim(settings, client_id) if settings.fencing == "auto" else None
-        return cls(settings, consumer, producer, admin)
+        claim = partial(_claim, settings, client_id) if settings.fencing == "auto" else lambda: None
+        return cls(settings, consumer, claim, confirm, admin)
 
     @property
     def fences(self) -> bool:
@@ -110,15 +129,29 @@ class Group:
                 f"cannot be committed ({type(error).__name__}); give this service a group of its own"
             ) from error
         except ProducerFencedError as error:
+            if self._claim_again():
+                self.commit(positions, step)
+                return
             raise FencedError(
                 f"source.kafka.group_id={self._settings.group_id}: another trainer of topic {self._settings.topic} has "
-                "taken over, so this one ends; if both are wanted, give each a group of its own"
+                "taken over, so this one ends; if both are wanted, give each another source.kafka.group_id"
             ) from error
         except KafkaError as error:
             self._hasty_until = time.monotonic() + HASTE_S
             raise SourceError(
                 f"offsets could not be committed to group {self._settings.group_id}: {type(error).__name__} {error}"
             ) from error
+
+    def _claim_again(self) -> bool:
+        """Take the id back if we own the directory. Raises FencedError if another does; False if we did so before."""
+        if self._confirm is None:
+            return False
+        confirm, self._confirm = self._confirm, None
+        confirm()
+        logger.warning("another trainer has claimed group %s, and is told to end", self._settings.group_id)
+        self._producer.close(timeout=0)
+        self._producer = self._claim()
+        return True
 
     def close(self) -> None:
         """Disconnect."""

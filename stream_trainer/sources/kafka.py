@@ -8,7 +8,7 @@ Where a partition begins is for `beginning` to say. One that was added while we 
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer
@@ -34,11 +34,17 @@ logger = logging.getLogger(__name__)
 class KafkaSource:
     """The source for `source.kind: kafka`. See `sources.base.Source` for the protocol."""
 
-    def __init__(self, settings: KafkaSettings, client_id: str = "stream-trainer") -> None:
-        """Raises SettingsError if a compression library is missing. Connects only at `start`."""
+    def __init__(
+        self, settings: KafkaSettings, client_id: str = "stream-trainer", confirm: Callable[[], None] | None = None
+    ) -> None:
+        """`confirm` raises if another trainer owns `checkpoint.dir`. Connects only at `start`.
+
+        Raises SettingsError if a compression library is missing.
+        """
         require_codecs()
         self._settings = settings
         self._client_id = client_id
+        self._confirm = confirm
         self._topic = settings.topic or ""
         self._topic_id: str | None = None
         self._admin: Any = None
@@ -264,7 +270,7 @@ class KafkaSource:
             allow_auto_create_topics=False,
         )
         self._log = TopicLog(self._consumer, self._admin)
-        self._group = Group.connect(self._settings, self._client_id, self._admin)
+        self._group = Group.connect(self._settings, self._client_id, self._admin, self._confirm)
         return self._group
 
     def _read_from(self, positions: Mapping[Partition, int]) -> None:

@@ -19,6 +19,7 @@ def may_begin(settings: KafkaSettings, partition: Partition, offset: int, metada
         raise CheckpointError(
             f"source.kafka.group_id={settings.group_id} stands at offset {offset} of partition {partition.number}, put "
             f"there at step {made[1]}, but checkpoint.dir has no checkpoint of it; restore one, or set "
-            "source.kafka.on_lost_checkpoint to continue (read on from there with this model) or start_over"
+            "source.kafka.on_lost_checkpoint to continue (read on from there with this model) or start_over; if "
+            "another trainer did that, name another source.kafka.group_id"
         )
     return settings.on_lost_checkpoint == "continue"

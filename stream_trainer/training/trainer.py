@@ -94,7 +94,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.recovery = Recovery(self.settings.training, self.settings.optimizer)
-        self._attempts = Attempts(self.settings.checkpoint.dir)
+        self._attempts = Attempts(self.saver.owner)
         shortest = min(self.evaluation_sets["target"], key=lambda sample: sample.num_tokens)
         self._steps = Steps(self.engine, self._pad_id, shortest, self._accuse, self._attempts)
 
@@ -120,7 +120,7 @@ class Trainer:
         TrainingError if the model is not finite and no checkpoint helps, or if a step fails that no sample is to blame
         for.
         """
-        self._look_for_a_successor()  # whose notes of attempts stay as they are
+        self._look_for_a_successor()
         self._attempts.begin(self.saver.saved)
         expect_layers(self.metrics, self.engine)
         self.evaluate()

@@ -1,11 +1,12 @@
 """What a process that is killed leaves behind: at which step, and in the end because of which sample.
 
-`<checkpoint.dir>/attempts.json` is written before and after every step. A process that finds that the last one died in
-step n tries the samples of step n one at a time, and notes each before it tries it. A sample that two processes in a
-row died of is dead-lettered. So a record that has the kernel kill the trainer ends it three times and not for ever.
+A note is written before and after every step. A process that finds that the last one died in step n tries the samples
+of step n one at a time, and notes each before it tries it. A sample that two processes in a row died of is
+dead-lettered. So a record that has the kernel kill the trainer ends it three times and not for ever.
 
 A kill leaves what was written to a file, so a step costs no sync: only the notes of single samples are made durable.
-A process begins with a copy of the file in its place. One that was taken over and wakes up writes to what is gone.
+The note lies in this process's own claim of `checkpoint.dir` (see `ownership`), and begins as a copy of the last one's.
+A process that was taken over and wakes up writes to what is gone.
 """
 
 import json
@@ -13,12 +14,10 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from stream_trainer.checkpoints.ownership import Owner, note_in
 from stream_trainer.records import Sample
-
-NAME = "attempts.json"
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +25,9 @@ logger = logging.getLogger(__name__)
 class Attempts:
     """The notes of this process, begun with those of the last one."""
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / NAME
+    def __init__(self, owner: Owner) -> None:
+        self._path = owner.path
+        self._offset = len(owner.words)
         self._checkpoint: int | None = None
         self._died_in: int | None = None
         self._suspect: list[list[Any]] = []
@@ -39,8 +39,7 @@ class Attempts:
     def begin(self, checkpoint: int | None) -> None:
         """Read what the last process left, if it began at the same checkpoint (its step, or None)."""
         self._checkpoint = checkpoint
-        found = _read(self._path)
-        self._open()
+        found = self._open()
         if found.get("checkpoint") != checkpoint or found.get("step") is None:
             return
         self._died_in, self._killers = found["step"], found["killers"]
@@ -81,14 +80,14 @@ class Attempts:
             os.close(self._file)
             self._file = None
 
-    def _open(self) -> None:
-        """Put a copy of the file in its place, and keep that open. What the last process left stays until a step."""
-        copy = self._path.with_suffix(".copy")
+    def _open(self) -> dict[str, Any]:
+        """Keep our claim open; returns what it says, which stays until a step. It is not made if it is gone."""
+        content = b""
         with self._never_failing():
-            copy.write_bytes(self._path.read_bytes() if self._path.exists() else b"{}")
-            self._file = os.open(copy, os.O_RDWR | os.O_CLOEXEC)
-            self._length = os.fstat(self._file).st_size
-            copy.replace(self._path)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            content = note_in(os.pread(self._file, os.fstat(self._file).st_size, 0))
+            self._length = len(content)
+        return _parsed(content)
 
     def _write(self, step: int | None, trying: Sequence[Any] = (), *, durably: bool = False) -> None:
         """In place, in one call."""
@@ -98,7 +97,7 @@ class Attempts:
         text = json.dumps(note | {"suspect": self._suspect, "killers": self._killers}).encode()
         self._length = max(self._length, len(text))
         with self._never_failing():
-            os.pwrite(self._file, text.ljust(self._length), 0)
+            os.pwrite(self._file, text.ljust(self._length), self._offset)
             if durably:
                 os.fsync(self._file)
 
@@ -117,10 +116,10 @@ def _entry(sample: Sample) -> list[Any]:
     return [str(sample.partition), sample.offset, sample.num_tokens]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What is there; nothing where it cannot be read or is no note."""
+def _parsed(content: bytes) -> dict[str, Any]:
+    """Nothing where it is no note."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(content)
         return found if {"checkpoint", "step", "trying", "suspect", "killers"} <= found.keys() else {}
-    except (OSError, ValueError, AttributeError):
+    except (ValueError, AttributeError):
         return {}

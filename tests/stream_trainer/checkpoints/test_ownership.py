@@ -16,7 +16,7 @@ import pytest
 from stream_trainer.checkpoints import checkpoint, ownership
 from stream_trainer.checkpoints.checkpoint import load_latest, save_checkpoint
 from stream_trainer.checkpoints.directory import checkpoints_in
-from stream_trainer.checkpoints.ownership import Owner, claim, locked
+from stream_trainer.checkpoints.ownership import Owner, claim, locked, note_in
 from stream_trainer.errors import CheckpointError, FencedError
 from tests.stream_trainer.checkpoints.test_checkpoint import state_at
 
@@ -66,10 +66,10 @@ def test_a_claim_that_another_forestalls_takes_the_one_after(tmp_path: Path, mon
     """Between its look and its claim; once to the same epoch, once beyond it and with the older claims gone."""
     create, others = ownership._create, [["epoch-1"], ["epoch-3"]]
 
-    def late(path: Path) -> None:
+    def late(owner: Owner) -> None:
         for name in others.pop(0) if others else []:
             (tmp_path / name).touch()
-        create(path)
+        create(owner)
 
     monkeypatch.setattr(ownership, "_create", late)
     assert claim(tmp_path).epoch == 4
@@ -96,6 +96,48 @@ def test_a_directory_that_was_emptied_is_still_ours_until_somebody_comes(
     with pytest.raises(FencedError):
         save(owner, 2)
     assert not list(directory.glob("step-*"))
+
+
+def test_a_directory_that_was_emptied_and_claimed_anew_is_no_longer_ours(
+    tmp_path: Path, save: Callable[[Owner, int], Path]
+) -> None:
+    """Epochs begin at 1 again, so the number alone tells nothing."""
+    first = claim(tmp_path)
+    first.path.unlink()
+    assert claim(tmp_path).epoch == first.epoch
+    with pytest.raises(FencedError, match=rf"was taken over by {ME}, so"):
+        save(first, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-1"]
+
+
+def test_a_trainer_that_is_woken_in_its_claim_changes_nothing_that_a_successor_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[[Owner, int], Path]
+) -> None:
+    """It may still come to be the owner itself, with an epoch above, if its claim was not made yet."""
+    moments = 0
+    while True:
+        directory = tmp_path / str(moments)
+        directory.mkdir()
+        before = claim(directory)
+        before.path.write_bytes(before.words + b"note")
+        save(before, 1)
+        (directory / ".tmp-e1-aa-step-00000002").mkdir()
+        made: list[tuple[Owner, dict[str, bytes]]] = []
+        with monkeypatch.context() as patch:
+            take_over_before_change(patch, moments, directory, made)
+            woken = claim(directory)
+        if not made:
+            break
+        ((new, left),) = made
+        found = contents(directory)
+        owner = max(new, woken, key=lambda each: each.epoch)
+        owner.confirm()
+        assert note_in(found.pop(owner.path.name)) == b"note"
+        for name in [*left, *found]:
+            assert name.startswith("epoch-") or found[name] == left[name], moments
+        save(owner, 3)
+        moments += 1
+    assert moments > 8
 
 
 def test_a_claim_without_words_is_a_claim(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Three layers in order, and every mistake as one line that names the setting, its value and the remedy."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -270,3 +271,19 @@ def test_an_unknown_name_stays_on_its_line_whatever_it_holds(name: str, tmp_path
     (line,) = mistakes(write(tmp_path / "s.yaml", f'"{name}": 1'), *ENOUGH)
     assert line.startswith("unknown setting ")
     assert line.isprintable()
+
+
+def test_two_directories_have_two_groups_unless_one_is_named(tmp_path: Path) -> None:
+    """One group for both would have each end the other, begin where the other stands, and tell a lag of neither."""
+
+    def group(name: str, *others: str) -> str | None:
+        given = ("--source.kafka.topic=t", "--model.name=m", "--target.path=t.jsonl", *others)
+        return load_settings(None, [*given, f"--checkpoint.dir={tmp_path / name}"]).source.kafka.group_id
+
+    first, second = group("a"), group("b")
+    assert first != second
+    assert first == group("a")
+    assert first is not None
+    assert re.fullmatch(r"stream-trainer-[0-9a-f]{8}", first)
+    assert group("a", "--source.kafka.group_id=mine") == group("b", "--source.kafka.group_id=mine") == "mine"
+    assert group("a", "--source.kafka.group_id=null") is None

@@ -1,16 +1,19 @@
 """Offsets of the group are advisory: what they cost while they cannot be committed is bounded."""
 
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaConsumer
+from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaTimeoutError
 
 from stream_trainer.errors import FencedError, SourceError
 from stream_trainer.records import Partition
 from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.sources import connection
 from stream_trainer.sources import group as groups
 from stream_trainer.sources.group import HASTE_S, HASTY_TIMEOUT_MS, Group
 from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS
@@ -113,3 +116,41 @@ def test_a_group_with_members_of_its_own_cannot_be_committed_to(apache_kafka: Ap
             source.commit({Partition(topic, 0): 0}, step=1)
     finally:
         member.close()
+
+
+def test_who_still_owns_the_directory_claims_again_and_only_once(apache_kafka: ApacheKafka, topic: str) -> None:
+    """Of two that start at once, one may come last to the directory and the other last to the brokers."""
+    servers, p = apache_kafka.bootstrap_servers, Partition(topic, 0)
+    create_topic(servers, topic)
+    settings = KafkaSettings(bootstrap_servers=servers, topic=topic, group_id=f"group-of-{topic}")
+    looks: list[str] = []
+
+    def lost() -> None:
+        looks.append("lost")
+        raise FencedError("taken over by pid 7")
+
+    def committed_now() -> tuple[int, str]:
+        return committed(servers, f"group-of-{topic}", topic)
+
+    with ExitStack() as stack:
+
+        def connect(confirm: Callable[[], None]) -> Group:
+            admin = connection.connect(KafkaAdminClient, settings, "test-admin")
+            stack.callback(admin.close)
+            group = Group.connect(settings, "test", admin, confirm)
+            stack.callback(group.close)
+            return group
+
+        old = connect(lost)
+        old.commit({p: 1}, step=1)
+        owner = connect(lambda: looks.append("ours"))
+        with pytest.raises(FencedError, match="taken over by pid 7"):
+            old.commit({p: 2}, step=2)
+        assert committed_now() == (1, "step=1")
+        connect(lost)  # claimed the directory before the owner, and comes to the brokers after it
+        owner.commit({p: 2}, step=2)
+        assert committed_now() == (2, "step=2")
+        connect(lost)
+        with pytest.raises(FencedError, match=rf"^source.kafka.group_id=group-of-{topic}: another trainer of topic"):
+            owner.commit({p: 3}, step=3)
+        assert looks == ["lost", "ours"]

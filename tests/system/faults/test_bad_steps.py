@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stream_trainer import service
+from stream_trainer.checkpoints.ownership import note_in
 from stream_trainer.errors import TrainingError
 from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.models.loading import LoadedModel, load_model
@@ -331,6 +331,14 @@ def test_a_sample_that_kills_the_process_is_got_past_in_the_end(tmp_path: Path) 
     assert counts(config)["dead_lettered"] == 1
 
 
+def note_of(config: dict[str, Any]) -> tuple[Path, bytes, dict[str, Any]]:
+    """What the last process noted behind the words of its claim, and where."""
+    (path,) = Path(config["checkpoint"]["dir"]).glob("epoch-*")
+    content = path.read_bytes()
+    note = note_in(content)
+    return path, content.removesuffix(note), json.loads(note)
+
+
 def test_tries_of_single_samples_change_nothing(tmp_path: Path) -> None:
     """A process that was killed for another reason goes on as if it had not been."""
     for selection in ({}, ALL_ON, {"scoring": "sketched", "sketch_width": 4, "when_none_helps": "uniform"}):
@@ -340,15 +348,15 @@ def test_tries_of_single_samples_change_nothing(tmp_path: Path) -> None:
             config = config_of(folder, goods(64), selection=selection)
             config["source"]["jsonl"]["path"] = str(tmp_path / f"whole-{len(selection)}" / "samples.jsonl")
             serve_until(config, last_step=3)
-            note = Path(config["checkpoint"]["dir"]) / "attempts.json"
-            found = json.loads(note.read_text())
+            note, words, found = note_of(config)
             assert found["step"] is None
-            note.write_text(json.dumps(found | {"step": 5 if dies else None}))
+            note.write_bytes(words + json.dumps(found | {"step": 5 if dies else None}).encode())
             serve_until(config)
-            assert json.loads(note.read_text())["killers"] == []
+            note, _, found = note_of(config)
+            assert found["killers"] == []
             ends.append(hashes(checkpoints(config)[-1]))
         assert ends[0] == ends[1]
-    assert os.path.getsize(note) < 1000
+    assert len(note_in(note.read_bytes())) < 1000
 
 
 def failing_from(call: int) -> Callable[..., float]:

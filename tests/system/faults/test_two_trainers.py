@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from stream_trainer.checkpoints.ownership import claim
+from tests.helpers.brokers import ApacheKafka, committed, create_topic, publish
 from tests.helpers.service import (
     LONG_S,
     MAIN,
@@ -27,6 +28,7 @@ from tests.helpers.service import (
     goods,
     hashes,
     jsonl,
+    kafka,
     serve_until,
     wait_for,
     write_lines,
@@ -50,10 +52,11 @@ fcntl.flock = flock
 def start(folder: Path, name: str, config: dict[str, Any], program: str) -> subprocess.Popen[bytes]:
     settings = folder / f"{name}.yaml"
     settings.write_text(yaml.safe_dump(config))
-    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    variables = {name: value for name, value in os.environ.items() if name != "STREAM_TRAINER_STARTS"}
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with (folder / f"{name}.log").open("wb") as log:
         arguments = [sys.executable, "-c", program, "run", f"--config={settings}"]
-        return subprocess.Popen(arguments, env=os.environ | paths, stdin=subprocess.DEVNULL, stderr=log)
+        return subprocess.Popen(arguments, env=variables, stdin=subprocess.DEVNULL, stderr=log)
 
 
 @contextmanager
@@ -70,12 +73,33 @@ def last_line(folder: Path, name: str) -> str:
     return (folder / f"{name}.log").read_text().splitlines()[-1]
 
 
-def config_of(folder: Path, follow: bool = False, **checkpoint: Any) -> dict[str, Any]:
-    folder.mkdir()
+def config_of(folder: Path, follow: bool = False) -> dict[str, Any]:
     samples = folder.parent / "samples.jsonl"  # of one path, for a checkpoint holds it
     write_lines(samples, goods(RECORDS))
-    sections = {"dir": str(folder / "checkpoints"), "every_steps": 20} | checkpoint
-    return configuration(folder, jsonl(samples, follow=follow), checkpoint=sections)
+    return configuration_of(folder, jsonl(samples, follow=follow))
+
+
+def configuration_of(folder: Path, source: dict[str, Any]) -> dict[str, Any]:
+    folder.mkdir()
+    return configuration(folder, source, checkpoint={"dir": str(folder / "checkpoints"), "every_steps": 20})
+
+
+def compete(folder: Path, config: dict[str, Any], program: str, delay_s: float) -> bool:
+    """Start one trainer, and another after some seconds; returns whether one of them lost, as is documented."""
+    processes = {"first": start(folder, "first", config, program)}
+    with killed_at_the_end(processes):
+        time.sleep(delay_s)
+        processes["second"] = start(folder, "second", config, program)
+        codes = {name: process.wait(LONG_S) for name, process in processes.items()}
+    # One that comes when the other has ended finds nothing to do.
+    assert sorted(codes.values()) in ([0, 6], [0, 0]), [last_line(folder, name) for name in codes]
+    losers = [name for name, code in codes.items() if code == 6]
+    for loser in losers:
+        winner = next(process for name, process in processes.items() if name != loser)
+        assert last_line(folder, loser).startswith(f"error: checkpoint.dir={folder}/checkpoints ")
+        assert f" pid {winner.pid} on " in last_line(folder, loser)
+    assert not list((folder / "checkpoints").glob(".tmp-*"))
+    return bool(losers)
 
 
 @pytest.mark.parametrize("program", [MAIN, APART], ids=["one machine", "two machines"])
@@ -86,21 +110,30 @@ def test_of_two_trainers_one_survives_and_nothing_is_mixed(program: str, tmp_pat
     for number in range(STARTS // 2):
         folder = tmp_path / str(number)
         config = config_of(folder)
-        processes = {"first": start(folder, "first", config, program)}
-        with killed_at_the_end(processes):
-            time.sleep(delays.uniform(0, 2))
-            processes["second"] = start(folder, "second", config, program)
-            codes = {name: process.wait(LONG_S) for name, process in processes.items()}
-        # One that comes when the other has ended finds nothing to do.
-        assert sorted(codes.values()) in ([0, 6], [0, 0]), [last_line(folder, name) for name in codes]
-        for loser in [name for name, code in codes.items() if code == 6]:
-            losers += 1
-            winner = next(process for name, process in processes.items() if name != loser)
-            assert last_line(folder, loser).startswith(f"error: checkpoint.dir={folder}/checkpoints ")
-            assert f" pid {winner.pid} on " in last_line(folder, loser)
+        losers += compete(folder, config, program, delays.uniform(0, 2))
         assert sum(counts(config).values()) == RECORDS
         assert hashes(checkpoints(config)[-1]) == hashes(checkpoints(whole)[-1])
-        assert not list((folder / "checkpoints").glob(".tmp-*"))
+    assert losers > 0
+
+
+@pytest.mark.parametrize("program", [MAIN, APART], ids=["one machine", "two machines"])
+def test_of_two_trainers_of_a_topic_one_survives(
+    program: str, apache_kafka: ApacheKafka, topic: str, tmp_path: Path
+) -> None:
+    """Also where one is the last to claim the directory, and the other the last to claim the brokers' id."""
+    servers = apache_kafka.bootstrap_servers
+    create_topic(servers, topic)
+    publish(servers, topic, goods(RECORDS))
+    whole = configuration_of(tmp_path / "whole", kafka(servers, topic, group_id=f"{topic}-whole"))
+    serve_until(whole)
+    delays, losers = random.Random(program), 0
+    for number in range(STARTS // 2):
+        folder, group = tmp_path / str(number), f"{topic}-{number}"
+        config = configuration_of(folder, kafka(servers, topic, group_id=group))
+        losers += compete(folder, config, program, delays.choice((0, delays.uniform(0, 2))))
+        assert sum(counts(config).values()) == RECORDS
+        assert hashes(checkpoints(config)[-1]) == hashes(checkpoints(whole)[-1])
+        assert committed(servers, group, topic)[0] == RECORDS
     assert losers > 0
 
 
