@@ -96,6 +96,7 @@ def serve(
             trainer.on_step, trainer.on_evaluation = on_step, on_evaluation
             status.trainer = trainer
             if not stop.is_set():
+                trainer.begin()
                 trainer.run()
         except BaseException as error:
             status.fail(error)
@@ -113,7 +114,7 @@ def _take_directory(directory: Path, stack: ExitStack) -> None:
 
 
 def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: ExitStack) -> Trainer:
-    """Load model, samples and checkpoint, and begin to read. What must be closed goes onto `stack`."""
+    """Load model, samples and checkpoint. What must be closed goes onto `stack`."""
     metrics.state.state(State.LOADING.value)
     started = time.perf_counter()
     loaded = load_model(settings.model, settings.training.seed)
@@ -167,9 +168,6 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
         metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
         logger.info("resumed from %s at step %d", checkpoint.path, state.step)
     stack.callback(ingest.stop)
-    if not stop.is_set():
-        trainer.begin()
-    ingest.start(cursor.positions(), state.source_identity if state is not None else {})
     return trainer
 
 

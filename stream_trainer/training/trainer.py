@@ -95,18 +95,23 @@ class Trainer:
         self.recovery = Recovery(self.settings.training, self.settings.optimizer)
         self._attempts = Attempts(self.settings.checkpoint.dir)
         shortest = min(self.evaluation_sets["target"], key=lambda sample: sample.num_tokens)
+        self._identity: Mapping[str, str] = {}
+        self._target_loss: tuple[int, float] | None = None  # and the step it was measured at
         self._steps = Steps(self.engine, self._pad_id, shortest, self._accuse, self._attempts)
 
     def begin(self) -> None:
-        """Make the first checkpoint, if there is none, so that there is something to go back to.
+        """Evaluate, make the first checkpoint, if there is none, so that there is something to go back to, and read.
 
-        To be called before anything is read: what a killed run leaves of it, letters and draws, is then made again.
-        Raises TrainingError if the model is not finite.
+        It is made before anything is read: what a killed run leaves of it, letters and draws, is then made again. A run
+        whose first evaluation fails leaves no checkpoint, so that another model may be named. Raises TrainingError if
+        that fails, or if the model is not sound.
         """
         self.saver.begin(self.step)
+        self.evaluate()
         self._require_sound()
         if self.saver.saved is None:
             self.saver.save_or_retry(self.step, states_of(self._parts))
+        self.ingest.start(self.cursor.positions(), self._identity)
 
     def run(self) -> None:
         """Train until stopped, until `training.max_steps`, or until a finite stream ends; then checkpoint.
@@ -119,7 +124,6 @@ class Trainer:
         self._look_for_a_successor()  # whose notes of attempts stay as they are
         self._attempts.begin(self.saver.saved)
         expect_layers(self.metrics, self.engine)
-        self.evaluate()
         try:
             self._loop()
         except (SourceError, PoisonError):
@@ -160,17 +164,18 @@ class Trainer:
             survived = self._step(pool, started - asked)
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()
+                self._roll_back_if_diverged()
             if survived or self.saver.is_due(self.step):
                 self._checkpoint()
 
     def _checkpoint(self) -> None:
-        """A model that is not finite goes back to the checkpoint before, and that is saved; or it is tried later."""
+        """A model that is not sound goes back to the checkpoint before, and that is saved; or it is tried later."""
         self.saver.save_or_retry(self.step, self._sound_parts())
         if self.saver.failing is None:
             self._attempts.saved(self.step)
 
     def _sound_parts(self) -> dict[str, object]:
-        """States for a checkpoint, after a rollback if the model is not finite."""
+        """States for a checkpoint, after a rollback if the model is not sound: what is saved can be gone back to."""
         why = self._why_unsound()
         if why is not None:
             self._roll_back(why)
@@ -225,7 +230,7 @@ class Trainer:
         )
 
     def _require_sound(self) -> None:
-        """Raise TrainingError if what training would go on from is not finite."""
+        """Raise TrainingError if what training would go on from is not sound."""
         why = self._why_unsound()
         if why is not None:
             named = self.settings.checkpoint.dir
@@ -236,7 +241,24 @@ class Trainer:
 
     def _why_unsound(self) -> str | None:
         target = collate(self.evaluation_sets["target"][:CONTROL_SAMPLES], self._pad_id)
-        return why_unsound(self.engine.capture, self.optimizer, target)
+        return why_unsound(self.engine.capture, self.optimizer, target) or self._why_diverged()
+
+    def _why_diverged(self) -> str | None:
+        """Why the model is worth less than an earlier one; None also if that cannot be measured."""
+        if not self.recovery.watches_loss:
+            return None
+        if self._target_loss is None or self._target_loss[0] != self.step:
+            try:
+                self._measure("target", self.evaluation_sets["target"])
+            except Exception as error:  # an evaluation that fails stops nothing
+                logger.error("step %d: the loss of target cannot be measured (%s)", self.step, first_line(error))
+                return None
+        return self.recovery.why_diverged(self._target_loss[1])
+
+    def _roll_back_if_diverged(self) -> None:
+        why = self._why_diverged()
+        if why is not None:
+            self._roll_back(why)
 
     def _roll_back(self, why: str) -> None:
         """Go back to the last checkpoint's weights and state, and on from here: no record is read again.
@@ -253,7 +275,10 @@ class Trainer:
         self.metrics.rollbacks.inc()
         rate = self.recovery.rates.learning_rate
         self.recovery.trouble = f"step {self.step}: {why}; went back to step {state.step}, learning rate {rate:g}"
-        logger.error("%s; %d records are discarded", self.recovery.trouble, discarded)
+        steps = self.step - state.step
+        logger.error("%s; %d steps are taken back, %d records discarded", self.recovery.trouble, steps, discarded)
+        self.recovery.best_loss = self._best_loss(state)
+        self._target_loss = self.evaluated_step = None
         self._require_sound()
 
     def _resolve(self, made: Made, undrawn: Sequence[Sample]) -> None:
@@ -295,7 +320,7 @@ class Trainer:
         """
         if self.evaluated_step == self.step:
             return
-        is_first, self.evaluated_step = self.evaluated_step is None, self.step
+        is_first, self.evaluated_step = not self.losses, self.step
         began, fails = time.perf_counter(), False
         for name, samples in self.evaluation_sets.items():
             if self.stopped():
@@ -317,6 +342,11 @@ class Trainer:
         started = time.perf_counter()
         loss = mean_loss(self.engine.capture, [collate(samples, self._pad_id)])
         self.losses[name] = loss
+        if name == "target":
+            self._target_loss = self.step, loss
+            # Not what a resume or a checkpoint measures beside: when these come is chance.
+            if self.step % self.settings.evaluation.every_steps == 0 or self.recovery.best_loss is None:
+                self.recovery.note_loss(loss)
         self.metrics.evaluation_loss.labels(name).set(loss)
         self.metrics.evaluation_time.labels(name).set_to_current_time()
         self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - started)
@@ -328,6 +358,7 @@ class Trainer:
         A part that is on now and was off then begins afresh. Raises CheckpointError if a part's state does not fit.
         """
         self.step = self.saver.saved = state.step
+        self._identity = state.source_identity
         try:
             load_states({**self._parts, **self.ingest.parts}, state.parts)
         except (ValueError, KeyError) as error:  # a name that is missing is that of another selector's state
@@ -335,10 +366,17 @@ class Trainer:
                 f"the state of the selection does not fit ({error}); restore the settings it was made with, "
                 "or set another checkpoint.dir"
             ) from error
+        self.recovery.best_loss = self._best_loss(state)
+
+    def _best_loss(self, state: TrainerState) -> float | None:
+        """The lowest target loss that a checkpoint knows of, unless it is that of other samples or another model."""
+        anew = {"target", "samples", "model"} & {name.partition(".")[0] for name in self.changed}
+        known: float | None = state.parts.get("recovery", {}).get("best_loss")
+        return None if anew else known
 
     def _observe(self, made: Made, undrawn: Sequence[Sample], waited: float, seconds: float) -> None:
         self.last_progress = time.monotonic()
-        self.recovery.note(made.whole.result)
+        self.recovery.note(made.whole.result, target_refused=made.whole.target_refused)
         self.metrics.steps_without_update.set(self.recovery.idle)
         pool, report = made.pool, made.report
         if report is None:
