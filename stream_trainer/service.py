@@ -35,6 +35,7 @@ from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.training.build import make_engine
+from stream_trainer.training.faults.culprits import Failure
 from stream_trainer.training.optimizer import make_optimizer
 from stream_trainer.training.sampling import make_sampler
 from stream_trainer.training.saver import Saver
@@ -123,7 +124,11 @@ def _build(settings: Settings, metrics: Metrics, stop: threading.Event, stack: E
     optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
     engine = make_engine(settings, loaded, optimizer, sets["target"], _anchors(settings, decoder))
     buffer = Buffer(settings.buffer)
-    sampler = make_sampler(settings, buffer, loaded, engine, sets["target"])
+
+    def accuse(sample: Sample, failure: Failure) -> None:
+        trainer.accuse(sample, failure)  # made below, once there is a cursor
+
+    sampler = make_sampler(settings, buffer, loaded, engine, sets["target"], accuse)
     fingerprint = fingerprint_of(settings, loaded, __version__)
     owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
     checkpoint = load_latest(settings.checkpoint.dir)

@@ -97,7 +97,7 @@ class Trainer:
         shortest = min(self.evaluation_sets["target"], key=lambda sample: sample.num_tokens)
         self._identity: Mapping[str, str] = {}
         self._target_loss: tuple[int, float] | None = None  # and the step it was measured at
-        self._steps = Steps(self.engine, self._pad_id, shortest, self._accuse, self._attempts)
+        self._steps = Steps(self.engine, self._pad_id, shortest, self.accuse, self._attempts)
 
     def begin(self) -> None:
         """Evaluate, make the first checkpoint, if there is none, so that there is something to go back to, and read.
@@ -186,7 +186,11 @@ class Trainer:
         """Empty only when there is nothing left to do, or a checkpoint became due while none came."""
         if self.buffer.records + self.sampler.waiting == 0:
             self.enter(State.IDLE)
-        pool = self.sampler.next(self._is_interrupted)
+        try:
+            pool = self.sampler.next(self._is_interrupted)
+        except TrainingError:  # between two steps
+            self._keep_what_was_learned()
+            raise
         self.enter(State.CATCHING_UP if self.ingest.paused else State.TRAINING)
         return pool
 
@@ -299,7 +303,7 @@ class Trainer:
         """
         return {"engine": self.engine, "sampler": self.sampler, "recovery": self.recovery}
 
-    def _accuse(self, sample: Sample, failure: Failure) -> None:
+    def accuse(self, sample: Sample, failure: Failure) -> None:
         """Dead-letter a sample that steps fail on."""
         record = sample.record or Record(sample.partition, sample.offset, sample.offset + 1, None)
         self.ingest.dead_letter(DeadLetter(record, failure.reason, failure.detail))
