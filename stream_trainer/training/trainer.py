@@ -257,7 +257,7 @@ class Trainer:
             except Exception as error:  # an evaluation that fails stops nothing
                 logger.error("step %d: the loss of target cannot be measured (%s)", self.step, first_line(error))
                 return None
-        return self.recovery.why_diverged(self._target_loss[1])
+        return self.recovery.why_diverged(self._target_loss[1] if self._target_loss else None)
 
     def _roll_back_if_diverged(self) -> None:
         why = self._why_diverged()

@@ -39,7 +39,10 @@ DEGRADED = 'degraded{cause="evaluation"}'
 def config_of(folder: Path, records: int = 120, **sections: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     write_lines(folder / "samples.jsonl", goods(records))
-    base = {"evaluation": {"every_steps": 4}, "checkpoint": {"dir": str(folder / "c"), "every_steps": 3, "keep": 2}}
+    base: dict[str, dict[str, Any]] = {
+        "evaluation": {"every_steps": 4},
+        "checkpoint": {"dir": str(folder / "c"), "every_steps": 3, "keep": 2},
+    }
     merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
     return configuration(folder, jsonl(folder / "samples.jsonl"), **merged)
 
@@ -124,7 +127,7 @@ def test_it_goes_back_at_the_same_step_after_crashes(every_steps: int, crashes: 
     ends = []
     for name, killed_at in (("whole", []), ("crashed", crashes)):
         folder = tmp_path / name
-        sections = {"optimizer": DIVERGING, "training": ONE_ROLLBACK_MENDS_IT}
+        sections: dict[str, Any] = {"optimizer": DIVERGING, "training": ONE_ROLLBACK_MENDS_IT}
         checkpoint = {"dir": str(folder / "c"), "every_steps": every_steps}
         config = config_of(folder, **sections, checkpoint=checkpoint)
         config["source"]["jsonl"]["path"] = str(tmp_path / "whole" / "samples.jsonl")
