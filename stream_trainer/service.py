@@ -39,6 +39,7 @@ from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.training.build import make_engine
 from stream_trainer.training.draw.sampling import make_paying, make_sampler, resting
+from stream_trainer.training.faults.culprits import Failure
 from stream_trainer.training.optimizer import NamedAdamW, make_optimizer
 from stream_trainer.training.planning import Plan
 from stream_trainer.training.saver import Saver
@@ -98,13 +99,14 @@ def serve(settings: Settings, stop: threading.Event, *watchers: Watcher, strict:
             trainer = _build(_Run(settings, metrics, Watchers([*watchers]), stop, stack, strict))
             status.trainer = trainer
             if not stop.is_set():
+                trainer.begin()
                 trainer.run()
         except BaseException as error:
             status.fail(error)
             raise
         counts = {outcome.value: count for outcome, count in trainer.cursor.counts.items()}
         logger.info("step %d: stopped; records %s", trainer.step, counts)
-        return Summary(trainer.step, counts, trainer.losses, trainer.changed)
+        return Summary(trainer.step, counts, trainer.evaluations.losses, trainer.changed)
 
 
 def _take_directory(directory: Path, stack: ExitStack) -> None:
@@ -132,14 +134,18 @@ class _Run:
 
 
 def _build(run: _Run) -> Trainer:
-    """Load model, samples and checkpoint, and begin to read."""
+    """Load model, samples and checkpoint."""
     settings, metrics, stack = run.settings, run.metrics, run.stack
     metrics.state.state(State.LOADING.value)
     started = time.perf_counter()
     learner = _learner(settings)
     buffer = Buffer(settings.buffer)
     paying = make_paying(settings)
-    sampler = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"])
+
+    def accuse(sample: Sample, failure: Failure) -> None:
+        trainer.accuse(sample, failure)  # made below, once there is a cursor
+
+    sampler = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"], accuse)
     sampler = resting(sampler, paying, settings)
     fingerprint = fingerprint_of(settings, learner.loaded, __version__)
     owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
@@ -185,18 +191,10 @@ def _build(run: _Run) -> Trainer:
         stopped=run.stop.is_set,
         watchers=run.watchers,
     )
-    _begin(run, trainer, checkpoint, state)
-    return trainer
-
-
-def _begin(run: _Run, trainer: Trainer, checkpoint: Checkpoint | None, state: TrainerState | None) -> None:
-    """Go on from the checkpoint, or make the first one; then begin to read."""
     if checkpoint is not None and state is not None:
         _resume(trainer, checkpoint, replace(state, parts=_without_letters(state.parts)) if run.strict else state)
-    run.stack.callback(trainer.ingest.stop)
-    if not run.stop.is_set():
-        trainer.begin()
-    trainer.ingest.start(trainer.cursor.positions(), state.source_identity if state is not None else {})
+    stack.callback(ingest.stop)
+    return trainer
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ HINTS = {
     "step_failed": "see the detail of the letters, and try the model on such a record by itself",
     "out_of_memory": "lower samples.max_tokens or selection.micro_tokens",
     "killed": "lower samples.max_tokens or selection.micro_tokens, or give the process more memory",
+    "feature_failed": "correct the function that selection.learned.features names",
     "unexpected": "report this error, please",
 }
 

@@ -56,6 +56,8 @@ REASONS = (
     "step_failed",
     "out_of_memory",
     "killed",
+    # That of features of the user's own.
+    "feature_failed",
 )
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores

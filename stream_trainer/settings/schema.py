@@ -200,6 +200,9 @@ class TrainingSettings(Section):
     checkpoint. It reads on where it is; the records since then count as discarded."""
     rollback_learning_rate_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
     """The learning rate is multiplied by this at every such rollback, until another one is set."""
+    max_loss_rise: Positive | None = 3.0
+    """Nats per token by which the loss on the target set may be above the lowest that an evaluation has found. A model
+    beyond it is never saved, and goes back like one that is not finite. `null`: no limit."""
 
 
 class MemorySettings(Section):

@@ -77,7 +77,7 @@ class Status:
         last = trainer.last_report
         report |= {
             "step": trainer.step,
-            "evaluation_loss": dict(trainer.losses),
+            "evaluation_loss": dict(trainer.evaluations.losses),
             "records": {outcome.value: trainer.cursor.counts[outcome] for outcome in Outcome},
             "buffer_records": trainer.buffer.records,
             "resumed_otherwise": list(trainer.changed),

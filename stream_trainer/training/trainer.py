@@ -17,7 +17,6 @@ from typing import NoReturn
 import torch
 from gradient_selectors import MaskedAdamW, SelectionEngine
 from gradient_selectors.state import load_states, states_of
-from gradient_selectors.target import mean_loss
 
 from stream_trainer.checkpoints.checkpoint import TrainerState, load_latest, restore
 from stream_trainer.errors import CheckpointError, PoisonError, SourceError, TrainingError
@@ -26,13 +25,13 @@ from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.letter import DeadLetter
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.models.loading import LoadedModel
-from stream_trainer.models.refusals import first_line
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Record, Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.draw.paying import Paying, comparison_of
 from stream_trainer.training.draw.pools import PoolSampler
+from stream_trainer.training.evaluations import Evaluations
 from stream_trainer.training.faults.attempts import Attempts
 from stream_trainer.training.faults.culprits import Failure, Made
 from stream_trainer.training.faults.recovery import Recovery
@@ -63,7 +62,7 @@ class Trainer:
         stopped: turns true when the service is told to stop.
         watchers: told of whatever happens.
         step: steps made over the life of the model, skipped ones included.
-        losses: the last loss of each evaluation set, measured at `evaluated_step`.
+        evaluations: losses of the evaluation sets.
         changed: what the resumed checkpoint was made with and is other now, by name.
         recovery: what went wrong lately, and what follows from it.
     """
@@ -85,32 +84,45 @@ class Trainer:
     watchers: Watchers = field(default_factory=Watchers)
     step: int = 0
     state: State = State.LOADING
-    losses: dict[str, float] = field(default_factory=dict)
-    evaluated_step: int | None = None
     last_progress: float = field(default_factory=time.monotonic)
     last_report: StepReport | None = None
     changed: Sequence[str] = ()
     recovery: Recovery = field(init=False)
+    evaluations: Evaluations = field(init=False)
 
     def __post_init__(self) -> None:
         self.recovery = Recovery(self.settings.training, self.settings.optimizer)
         self._attempts = Attempts(self.saver.owner)
         shortest = min(self.evaluation_sets["target"], key=lambda sample: sample.num_tokens)
-        self._steps = Steps(self.engine, self._pad_id, shortest, self._accuse, self._attempts)
+        self._identity: Mapping[str, str] = {}
+        self.evaluations = Evaluations(
+            self.evaluation_sets,
+            self.engine.capture,
+            self._pad_id,
+            self.settings.evaluation.every_steps,
+            self.recovery,
+            self.metrics,
+            self.watchers,
+            self.stopped,
+        )
+        self._steps = Steps(self.engine, self._pad_id, shortest, self.accuse, self._attempts)
 
     def begin(self) -> None:
-        """Make the first checkpoint, if there is none, so that there is something to go back to.
+        """Evaluate, make the first checkpoint, if there is none, so that there is something to go back to, and read.
 
-        To be called before anything is read: what a killed run leaves of it, letters and draws, is then made again.
-        Raises TrainingError if the model is not finite, FencedError if another trainer has taken over.
+        It is made before anything is read: what a killed run leaves of it, letters and draws, is then made again. A run
+        whose first evaluation fails leaves no checkpoint, so that another model may be named. Raises TrainingError if
+        that fails, or if the model is not sound, FencedError if another trainer has taken over.
         """
         self.saver.begin(self.step)
+        self.evaluate()
         self._require_sound()
         if self.saver.saved is None:
             self.saver.save_or_retry(self.step, states_of(self._parts))
             self.plan.begin(self.step, follow=False)
         else:
             self.plan.begin(self.step, follow=self.plan.strict or not self.changed)
+        self.ingest.start(self.cursor.positions(), self._identity)
 
     def run(self) -> None:
         """Train until stopped, until `training.max_steps`, or until a finite stream ends; then checkpoint.
@@ -123,7 +135,6 @@ class Trainer:
         self._look_for_a_successor()
         self._attempts.begin(self.saver.saved)
         expect_layers(self.metrics, self.engine)
-        self.evaluate()
         try:
             self._loop()
         except (SourceError, PoisonError):
@@ -165,17 +176,20 @@ class Trainer:
             survived = self._step(pool, started - asked)
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()
+                why = self.evaluations.why_diverged(self.step)
+                if why is not None:
+                    self._roll_back(why)
             if survived or self.saver.is_due(self.step) or self.plan.saves_after(self.step):
                 self._checkpoint()
 
     def _checkpoint(self) -> None:
-        """A model that is not finite goes back to the checkpoint before, and that is saved; or it is tried later."""
+        """A model that is not sound goes back to the checkpoint before, and that is saved; or it is tried later."""
         self.saver.save_or_retry(self.step, self._sound_parts())
         if self.saver.failing is None:
             self._attempts.saved(self.step)
 
     def _sound_parts(self) -> dict[str, object]:
-        """States for a checkpoint, after a rollback if the model is not finite."""
+        """States for a checkpoint, after a rollback if the model is not sound: what is saved can be gone back to."""
         why = self._why_unsound()
         if why is not None:
             self._roll_back(why)
@@ -186,7 +200,11 @@ class Trainer:
         """Empty only when there is nothing left to do, or a checkpoint became due while none came."""
         if self.buffer.records + self.sampler.waiting == 0:
             self.enter(State.IDLE)
-        pool = self.plan.next(self.sampler, self.step + 1, self.saver.saved, self._is_interrupted)
+        try:
+            pool = self.plan.next(self.sampler, self.step + 1, self.saver.saved, self._is_interrupted)
+        except TrainingError:  # between two steps
+            self._keep_what_was_learned()
+            raise
         self.enter(State.CATCHING_UP if self.ingest.paused else State.TRAINING)
         return pool
 
@@ -232,7 +250,7 @@ class Trainer:
         )
 
     def _require_sound(self) -> None:
-        """Raise TrainingError if what training would go on from is not finite."""
+        """Raise TrainingError if what training would go on from is not sound."""
         why = self._why_unsound()
         if why is not None:
             named = self.settings.checkpoint.dir
@@ -243,7 +261,7 @@ class Trainer:
 
     def _why_unsound(self) -> str | None:
         target = collate(self.evaluation_sets["target"][:CONTROL_SAMPLES], self._pad_id)
-        return why_unsound(self.engine.capture, self.optimizer, target)
+        return why_unsound(self.engine.capture, self.optimizer, target) or self.evaluations.why_diverged(self.step)
 
     def _roll_back(self, why: str) -> None:
         """Go back to the last checkpoint's weights and state, and on from here: no record is read again.
@@ -260,8 +278,11 @@ class Trainer:
         self.metrics.rollbacks.inc()
         rate = self.recovery.rates.learning_rate
         self.recovery.trouble = f"step {self.step}: {why}; went back to step {state.step}, learning rate {rate:g}"
-        logger.error("%s; %d records are discarded", self.recovery.trouble, discarded)
+        steps = self.step - state.step
+        logger.error("%s; %d steps are taken back, %d records discarded", self.recovery.trouble, steps, discarded)
         self.watchers.event(self.step, "rollback", self.recovery.trouble)
+        self.recovery.best_loss = self._best_loss(state)
+        self.evaluations.forget()
         self._require_sound()
 
     def _resolve(self, made: Made, undrawn: Sequence[Sample]) -> None:
@@ -282,7 +303,7 @@ class Trainer:
         """
         return {"engine": self.engine, "sampler": self.sampler, "paying": self.paying, "recovery": self.recovery}
 
-    def _accuse(self, sample: Sample, failure: Failure) -> None:
+    def accuse(self, sample: Sample, failure: Failure) -> None:
         """Dead-letter a sample that steps fail on."""
         record = sample.record or Record(sample.partition, sample.offset, sample.offset + 1, None)
         self.ingest.dead_letter(DeadLetter(record, failure.reason, failure.detail))
@@ -299,38 +320,8 @@ class Trainer:
         self.metrics.state.state(state.value)
 
     def evaluate(self) -> None:
-        """Measure the loss of every evaluation set, once a step.
-
-        Raises TrainingError if the first of a run fails; a later one that fails leaves the losses as they were.
-        """
-        if self.evaluated_step == self.step:
-            return
-        is_first, self.evaluated_step = self.evaluated_step is None, self.step
-        began, fails = time.perf_counter(), False
-        for name, samples in self.evaluation_sets.items():
-            if self.stopped():
-                return
-            try:
-                self._measure(name, samples)
-            except Exception as error:  # of the model, or of the device: out of memory, for one
-                fails = True
-                what = f"the loss of {name} cannot be measured ({type(error).__name__}: {first_line(error)})"
-                if is_first:
-                    raise TrainingError(f"{what}; lower evaluation.max_samples or target.max_samples") from error
-                self.recovery.trouble = f"step {self.step}: {what}"
-                logger.error("%s; training goes on", self.recovery.trouble)
-                self.watchers.event(self.step, "evaluation_failed", self.recovery.trouble)
-        self.metrics.degraded.labels("evaluation").set(fails)
-        self.watchers.evaluation(self.step, self.losses, time.perf_counter() - began)
-
-    def _measure(self, name: str, samples: Sequence[Sample]) -> None:
-        started = time.perf_counter()
-        loss = mean_loss(self.engine.capture, [collate(samples, self._pad_id)])
-        self.losses[name] = loss
-        self.metrics.evaluation_loss.labels(name).set(loss)
-        self.metrics.evaluation_time.labels(name).set_to_current_time()
-        self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - started)
-        logger.info("step %d: %s loss %.4f", self.step, name, loss)
+        """Measure the loss of every evaluation set. Raises TrainingError if the first of a run fails."""
+        self.evaluations.evaluate(self.step)
 
     def restore(self, state: TrainerState) -> None:
         """Take up where a checkpoint left off; model, optimizer and cursor are restored elsewhere.
@@ -338,6 +329,7 @@ class Trainer:
         A part that is on now and was off then begins afresh. Raises CheckpointError if a part's state does not fit.
         """
         self.step = self.saver.saved = state.step
+        self._identity = state.source_identity
         try:
             load_states({**self._parts, **self.ingest.parts}, state.parts)
         except (ValueError, KeyError) as error:  # a name that is missing is that of another selector's state
@@ -345,6 +337,13 @@ class Trainer:
                 f"the state of the selection does not fit ({error}); restore the settings it was made with, "
                 "or set another checkpoint.dir"
             ) from error
+        self.recovery.best_loss = self._best_loss(state)
+
+    def _best_loss(self, state: TrainerState) -> float | None:
+        """The lowest target loss that a checkpoint knows of, unless it is that of other samples or another model."""
+        anew = {"target", "samples", "model"} & {name.partition(".")[0] for name in self.changed}
+        known: float | None = state.parts.get("recovery", {}).get("best_loss")
+        return None if anew else known
 
     def _observe_advantage(self, whole: StepReport) -> None:
         """Whether selection pays; said once each time that this changes."""
@@ -360,7 +359,7 @@ class Trainer:
 
     def _observe(self, made: Made, undrawn: Sequence[Sample], waited: float, seconds: float) -> None:
         self.last_progress = time.monotonic()
-        self.recovery.note(made.whole.result)
+        self.recovery.note(made.whole.result, target_refused=made.whole.target_refused)
         self.metrics.steps_without_update.set(self.recovery.idle)
         pool, report = made.pool, made.report
         if report is None:

@@ -49,6 +49,17 @@ class Hardest:
     def load_state_dict(self, state):
         self.generator.set_state(state["generator"])
         self.guesses = state["guesses"]
+
+
+class Broken:
+    needs_target = False
+
+    def __init__(self, early=False):
+        if early:
+            raise KeyError("no table\\nand a second line")
+
+    def decide(self, interaction):
+        raise KeyError("no table")
 """
 
 
@@ -134,6 +145,7 @@ def test_the_state_of_another_selector_is_one_line(tmp_path: Path, capsys: pytes
             "made (chance=2 is no probability); correct ",
         ),
         ("own_selectors.hard:torch", {}, "; "),
+        ("own_selectors.hard:Broken", {"early": True}, "cannot be made (KeyError: 'no table"),
     ],
 )
 def test_what_is_wrong_with_it_is_one_line(
@@ -145,3 +157,16 @@ def test_what_is_wrong_with_it_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: selection.weigh={weigh} ")
     assert says in line
+
+
+def test_one_that_raises_at_every_step_ends_the_run_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tmp_path / "run", "own_selectors.hard:Broken")
+    capsys.readouterr()
+    assert run_main(tmp_path / "run", config) == 7
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        "error: step 1 failed, and no sample is to blame (KeyError: 'no table'); correct the model or "
+    )
+    assert "selection.weigh=own_selectors.hard:Broken" in line

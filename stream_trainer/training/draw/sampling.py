@@ -1,8 +1,7 @@
 """What the settings of the draw stand for: the sampler of pools."""
 
-import importlib
 from collections.abc import Sequence
-from typing import Any, Literal, assert_never, cast
+from typing import Any, Literal, assert_never
 
 import torch
 from gradient_selectors import ClusterUcb, SelectionEngine, StreamOptions
@@ -15,10 +14,10 @@ from gradient_selectors.draw.stream_draw import StreamDraw
 from gradient_selectors.features.columns import Columns, ColumnTable
 from gradient_selectors.features.embeddings import EmbeddingFeatures
 from gradient_selectors.features.ngrams import NgramImportance
-from gradient_selectors.features.traits import OwnFeatures, Traits, describe, embeddings_of
+from gradient_selectors.features.traits import Traits, embeddings_of
 from torch import Tensor
 
-from stream_trainer.errors import SettingsError
+from stream_trainer.errors import TrainingError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.records import Sample
@@ -29,16 +28,28 @@ from stream_trainer.training.build import Generators
 from stream_trainer.training.draw.paying import Paying, RestingSampler
 from stream_trainer.training.draw.pools import LossSampler, PoolSampler, SequentialSampler, UniformSampler
 from stream_trainer.training.draw.waiting import BanditSampler, LearnedSampler, RivalSampler, WaitingRoom
+from stream_trainer.training.faults.culprits import Failure
+from stream_trainer.training.faults.own_features import Accuse, describe_sound, describe_target, load_own_features
 
 MICRO_BATCH = 16  # samples of a forward pass
 
 
+def _refuse(sample: Sample, failure: Failure) -> None:
+    raise TrainingError(f"{sample.partition} offset {sample.offset}: {failure.detail}; correct your own features")
+
+
 def make_sampler(
-    settings: Settings, buffer: Buffer, loaded: LoadedModel, engine: SelectionEngine, target: Sequence[Sample]
+    settings: Settings,
+    buffer: Buffer,
+    loaded: LoadedModel,
+    engine: SelectionEngine,
+    target: Sequence[Sample],
+    accuse: Accuse = _refuse,
 ) -> PoolSampler:
     """What hands out the steps' pools. To be made before a checkpoint is restored: features stay as they are then.
 
-    Raises SettingsError if a feature of the user's own cannot be loaded or does not fit.
+    `accuse` takes a sample that features of the user's own fail on out of the stream. Raises SettingsError if these
+    cannot be loaded or do not fit.
     """
     selection, wait_s = settings.selection, settings.buffer.wait_s
     match selection.draw:
@@ -52,7 +63,7 @@ def make_sampler(
             losses = _losses(engine, int(loaded.tokenizer.pad_token_id))
             return LossSampler(buffer, selection.pool_size, selection.num_drawn, wait_s, rank, losses)
         case "learned" | "auto" | "cluster_ucb" | "nearest" | "near_random" | "knn_kde" | "dsir":
-            return _waiting_sampler(settings, buffer, loaded, target)
+            return _waiting_sampler(settings, buffer, loaded, target, accuse)
         case _:
             assert_never(selection.draw)
 
@@ -91,14 +102,14 @@ def _losses(engine: SelectionEngine, pad_id: int) -> Any:
 
 
 def _waiting_sampler(
-    settings: Settings, buffer: Buffer, loaded: LoadedModel, target: Sequence[Sample]
+    settings: Settings, buffer: Buffer, loaded: LoadedModel, target: Sequence[Sample], accuse: Accuse
 ) -> BanditSampler | LearnedSampler | RivalSampler:
     selection, seed = settings.selection, settings.training.seed
-    features, own = EmbeddingFeatures.of_model(loaded.model), own_features(selection)
-    traits = _described(target, features, own)
+    features, own = EmbeddingFeatures.of_model(loaded.model), load_own_features(selection)
+    traits = describe_target(target, features, own)
 
-    def described(samples: Sequence[Sample]) -> list[Traits]:
-        return _described(samples, features, own)
+    def described(samples: Sequence[Sample]) -> list[Traits | None]:
+        return describe_sound(samples, features, own, accuse)
 
     room = WaitingRoom(buffer, described, selection.waiting, selection.intake, settings.buffer.wait_s)
     if selection.draw == "cluster_ucb":
@@ -122,16 +133,6 @@ def _near_random(selection: SelectionSettings, targets_Td: Tensor, generator: to
     return NearRandom(targets_Td.mean(0), generator, selection.rivals.share, selection.rivals.copies)
 
 
-def _described(samples: Sequence[Sample], features: EmbeddingFeatures, own: OwnFeatures | None) -> list[Traits]:
-    try:
-        return describe(samples, features, own)
-    except (ValueError, TypeError) as error:
-        raise SettingsError(
-            f"selection.learned.features: your own features cannot be used ({error}); return an array of numbers with "
-            "a row for each sample"
-        ) from error
-
-
 def _rival(selection: SelectionSettings, target: Sequence[Traits], generator: torch.Generator) -> StreamDraw:
     targets_Td = embeddings_of(target)
     match selection.draw:
@@ -143,24 +144,6 @@ def _rival(selection: SelectionSettings, target: Sequence[Traits], generator: to
             return KnnKde(targets_Td, generator)
         case _:
             return Dsir(NgramImportance([traits.tokens for traits in target]), generator)
-
-
-def own_features(selection: SelectionSettings) -> OwnFeatures | None:
-    """The user's own function, if one is named. Raises SettingsError if it cannot be imported."""
-    named = [name for name in selection.learned.features if ":" in name]
-    if selection.draw not in PREDICTS or not named:
-        return None
-    setting = f"selection.learned.features={named[0]}"
-    module, _, name = named[0].partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # the user's own code may raise anything
-        raise SettingsError(
-            f"{setting} cannot be imported ({type(error).__name__}: {error}); put it on the PYTHONPATH"
-        ) from None
-    if not callable(function):
-        raise SettingsError(f"{setting} is no function; name one from samples to an array with a row for each")
-    return cast(OwnFeatures, function)
 
 
 def columns_of(settings: LearnedSettings, num_own: int) -> Columns:

@@ -30,7 +30,7 @@ WAYS: dict[Way, str] = {
     "uniform": "selection does not pay at present: training on what chance draws, and probing now and then",
 }
 
-Describe = Callable[[Sequence[Sample]], list[Traits]]
+Describe = Callable[[Sequence[Sample]], Sequence[Traits | None]]
 
 
 @dataclass
@@ -42,7 +42,7 @@ class WaitingRoom:
     waits after a step is thus the same after a restart, when it is read again.
 
     Attributes:
-        describe: computes the traits of samples that come in.
+        describe: computes the traits of samples that come in, None for those that it gave away.
         capacity: samples that wait at most.
         intake: samples that come in for each step, at least as many as are drawn.
     """
@@ -57,11 +57,13 @@ class WaitingRoom:
 
     def fill(self, stopped: Callable[[], bool]) -> bool:
         """Let samples in. Returns whether there is something to draw from."""
-        missing = self.capacity - len(self.samples)
-        if missing:
+        while missing := self.capacity - len(self.samples):
             come = self.buffer.take(missing, self.wait_s, stopped, or_none=bool(self.samples))
-            self.samples += come
-            self.traits += self.describe(come)
+            described = [pair for pair in zip(come, self.describe(come), strict=True) if pair[1] is not None]
+            self.samples += [sample for sample, _ in described]
+            self.traits += [traits for _, traits in described if traits is not None]
+            if self.samples or not come:
+                break
         return bool(self.samples) and not stopped()
 
     def leave(self, drawn: Sequence[int]) -> tuple[list[Sample], list[Traits]]:

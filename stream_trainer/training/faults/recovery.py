@@ -1,6 +1,7 @@
 """What went wrong lately, and what follows from it: when to go back to the last checkpoint, and when to give up."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Recovery:
         rollbacks: those since the last checkpoint that held a new update.
         factor: what rollbacks have made of the learning rate.
         updated: whether there was an update since the last rollback.
+        best_loss: lowest loss on the target set that an evaluation in its turn has found; None before there is one.
         trouble: what went wrong last, for people; empty once something new was saved after it.
     """
 
@@ -38,6 +40,7 @@ class Recovery:
     rollbacks: int = field(default=0, init=False)
     factor: float = field(default=1.0, init=False)
     updated: bool = field(default=False, init=False)
+    best_loss: float | None = field(default=None, init=False)
     trouble: str = field(default="", init=False)
 
     @property
@@ -62,8 +65,10 @@ class Recovery:
         """Whether so many steps failed on all of their samples that it cannot be the samples."""
         return self.failed >= MAX_FAILED_STEPS
 
-    def note(self, result: str) -> None:
+    def note(self, result: str, *, target_refused: bool = False) -> None:
         """Take note of a step, and advise where nothing has come of many."""
+        if target_refused:
+            self.trouble = "a refresh of the target's gradient was not finite; the gradient before it steers on"
         self.dead = self.dead + 1 if result == SKIPPED_NONFINITE else 0
         self.failed = self.failed + 1 if result == SKIPPED_FAILED else 0
         self.idle = 0 if result == APPLIED else self.idle + 1
@@ -75,6 +80,23 @@ class Recovery:
                 self.idle,
                 result,
             )
+
+    def note_loss(self, loss: float) -> None:
+        """Take note of an evaluation of the target set."""
+        if math.isfinite(loss):
+            self.best_loss = loss if self.best_loss is None else min(loss, self.best_loss)
+
+    @property
+    def watches_loss(self) -> bool:
+        """Whether a loss on the target set can be too high."""
+        return self.training.max_loss_rise is not None and self.best_loss is not None
+
+    def why_diverged(self, loss: float | None) -> str | None:
+        """What to say of a loss on the target set that is too high; None of others, and of one that is not known."""
+        rise, best = self.training.max_loss_rise, self.best_loss
+        if loss is None or rise is None or best is None or loss <= best + rise:
+            return None
+        return f"the target loss {loss:.3g} is more than training.max_loss_rise={rise:g} above the lowest, {best:.3g}"
 
     def roll_back(self, why: str) -> None:
         """Take note that the run goes back. Raises TrainingError if that has not helped before."""
@@ -100,10 +122,12 @@ class Recovery:
             "factor": self.factor,
             "of": self.optimizer.learning_rate,
             "updated": self.updated,
+            "best_loss": self.best_loss,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`. The factor was found for one learning rate, and ends with it."""
         self.dead, self.failed, self.idle, self.rollbacks = state["counts"]
         self.updated = state["updated"]
+        self.best_loss = state.get("best_loss")  # older checkpoints have none
         self.factor = state["factor"] if state["of"] == self.optimizer.learning_rate else 1.0

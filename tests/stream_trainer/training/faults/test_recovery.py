@@ -1,6 +1,7 @@
 """When a run goes back and when it gives up, what it remembers, and that going back is like starting again."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,35 @@ def test_it_is_remembered_and_the_rate_is_the_users_when_another_is_set() -> Non
     assert second.state_dict() == first.state_dict()
     assert (second.dead, second.idle, second.rates.learning_rate) == (2, 2, 5e-4)
     assert other.rates.learning_rate == 1e-4
+
+
+def test_a_loss_is_too_high_by_so_much_above_the_lowest() -> None:
+    found = recovery(max_loss_rise=2.0)
+    assert not found.watches_loss
+    assert found.why_diverged(99.0) is None
+    for loss in (5.0, 4.0, math.nan, 4.5):
+        found.note_loss(loss)
+    assert [found.why_diverged(loss) is None for loss in (6.0, 6.1, math.inf, math.nan)] == [True, False, False, False]
+    assert found.why_diverged(None) is None
+    assert found.why_diverged(40.0) == "the target loss 40 is more than training.max_loss_rise=2 above the lowest, 4"
+    unlimited = recovery(max_loss_rise=None)
+    unlimited.load_state_dict(found.state_dict())
+    assert unlimited.best_loss == 4.0
+    assert unlimited.why_diverged(40.0) is None
+
+
+def test_a_checkpoint_of_before_there_was_a_limit_has_no_lowest_loss() -> None:
+    state = recovery().state_dict()
+    del state["best_loss"]
+    found = recovery()
+    found.load_state_dict(state)
+    assert not found.watches_loss
+
+
+def test_a_refused_refresh_of_the_target_is_shown() -> None:
+    found = recovery()
+    found.note(APPLIED, target_refused=True)
+    assert found.trouble == "a refresh of the target's gradient was not finite; the gradient before it steers on"
 
 
 def test_steps_that_change_nothing_are_advised_on_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,98 @@
+"""The losses of the fixed sets, and whether that of the target tells that the model has become worse."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gradient_selectors import GradientCapture
+from gradient_selectors.target import mean_loss
+
+from stream_trainer.errors import TrainingError
+from stream_trainer.models.refusals import first_line
+from stream_trainer.monitoring.metrics import Metrics
+from stream_trainer.records import Sample
+from stream_trainer.samples.collate import collate
+from stream_trainer.training.faults.recovery import Recovery
+from stream_trainer.training.watchers import Watchers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Evaluations:
+    """Measures the sets, and keeps what was measured last.
+
+    Attributes:
+        sets: fixed samples by name; `target` is one of them.
+        every_steps: steps between evaluations.
+        recovery: is told of the target's loss, and of an evaluation that fails.
+        losses: the last loss of each set (nats per token), measured at step `at`.
+    """
+
+    sets: Mapping[str, Sequence[Sample]]
+    capture: GradientCapture
+    pad_id: int
+    every_steps: int
+    recovery: Recovery
+    metrics: Metrics
+    watchers: Watchers
+    stopped: Callable[[], bool]
+    losses: dict[str, float] = field(default_factory=dict, init=False)
+    at: int | None = field(default=None, init=False)
+    _target: tuple[int, float] | None = field(default=None, init=False)  # its loss, and the step it was measured at
+
+    def evaluate(self, step: int) -> None:
+        """Measure the loss of every set, once a step.
+
+        Raises TrainingError if the first of a run fails; a later one that fails leaves the losses as they were.
+        """
+        if self.at == step:
+            return
+        is_first, self.at = not self.losses, step
+        began, fails = time.perf_counter(), False
+        for name, samples in self.sets.items():
+            if self.stopped():
+                return
+            try:
+                self._measure(step, name, samples)
+            except Exception as error:  # of the model, or of the device: out of memory, for one
+                fails = True
+                what = f"the loss of {name} cannot be measured ({type(error).__name__}: {first_line(error)})"
+                if is_first:
+                    raise TrainingError(f"{what}; lower evaluation.max_samples or target.max_samples") from error
+                self.recovery.trouble = f"step {step}: {what}"
+                logger.error("%s; training goes on", self.recovery.trouble)
+                self.watchers.event(step, "evaluation_failed", self.recovery.trouble)
+        self.metrics.degraded.labels("evaluation").set(fails)
+        self.watchers.evaluation(step, self.losses, time.perf_counter() - began)
+
+    def why_diverged(self, step: int) -> str | None:
+        """Why the model is worth less than an earlier one; None also if that cannot be measured."""
+        if not self.recovery.watches_loss:
+            return None
+        if self._target is None or self._target[0] != step:
+            try:
+                self._measure(step, "target", self.sets["target"])
+            except Exception as error:  # an evaluation that fails stops nothing
+                logger.error("step %d: the loss of target cannot be measured (%s)", step, first_line(error))
+                return None
+        return self.recovery.why_diverged(self._target[1] if self._target else None)
+
+    def forget(self) -> None:
+        """What was measured was of weights that are no more."""
+        self._target = self.at = None
+
+    def _measure(self, step: int, name: str, samples: Sequence[Sample]) -> None:
+        started = time.perf_counter()
+        loss = mean_loss(self.capture, [collate(samples, self.pad_id)])
+        self.losses[name] = loss
+        if name == "target":
+            self._target = step, loss
+            # Not what a resume or a checkpoint measures beside: when these come is chance.
+            if step % self.every_steps == 0 or self.recovery.best_loss is None:
+                self.recovery.note_loss(loss)
+        self.metrics.evaluation_loss.labels(name).set(loss)
+        self.metrics.evaluation_time.labels(name).set_to_current_time()
+        self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - started)
+        logger.info("step %d: %s loss %.4f", step, name, loss)
