@@ -110,7 +110,7 @@ def _culprits(pool: Sequence[Sample], hands: Hands, failure: Failure, *, again: 
     logger.warning("a step failed (%s); looking for the samples that it fails on", failure.detail)
     if _tried(hands.rehearse, hands.control) is not None:
         return None
-    found = failing_among(pool, hands.rehearse)
+    found = _failing(pool, list(range(len(pool))), hands.rehearse)
     if found or not again:
         return found
     if failure.reason != OUT_OF_MEMORY:
@@ -119,17 +119,12 @@ def _culprits(pool: Sequence[Sample], hands: Hands, failure: Failure, *, again: 
     return {max(range(len(pool)), key=lambda i: pool[i].num_tokens): failure}
 
 
-def failing_among(samples: Sequence[Sample], function: Callable[[Sequence[Sample]], object]) -> dict[int, Failure]:
-    """The samples that a function fails on by themselves, by index. One call, if it takes all together."""
-    return _failing(samples, list(range(len(samples))), function) if samples else {}
-
-
 def _failing(
-    pool: Sequence[Sample], indices: list[int], rehearse: Callable[[Sequence[Sample]], object]
+    pool: Sequence[Sample], indices: list[int], rehearse: Callable[[Sequence[Sample]], None]
 ) -> dict[int, Failure]:
     """The samples that fail by themselves, found by halving what fails."""
     failure = _tried(rehearse, [pool[i] for i in indices])
-    if not isinstance(failure, Failure):
+    if failure is None:
         return {}
     if len(indices) == 1:
         return {indices[0]: failure}

@@ -19,7 +19,7 @@ from stream_trainer.errors import SettingsError, TrainingError
 from stream_trainer.models.refusals import first_line
 from stream_trainer.records import Sample
 from stream_trainer.settings.selection import PREDICTS, SelectionSettings
-from stream_trainer.training.faults.culprits import Failure, failing_among
+from stream_trainer.training.faults.culprits import Failure
 
 FEATURE_FAILED = "feature_failed"  # the reason of its dead letters
 MAX_FAILED_IN_A_ROW = 32  # records
@@ -114,7 +114,8 @@ def describe_sound(
 def _without_culprits(
     samples: Sequence[Sample], features: EmbeddingFeatures, own: OwnFeatures, accuse: Accuse
 ) -> list[Traits | None]:
-    culprits = failing_among(samples, own)
+    tried = {i: _failure(own, sample) for i, sample in enumerate(samples)}
+    culprits = {i: failure for i, failure in tried.items() if failure is not None}
     for i in range(len(samples)):
         own.failed = own.failed + 1 if i in culprits else 0
         if own.failed >= MAX_FAILED_IN_A_ROW:
@@ -127,3 +128,12 @@ def _without_culprits(
     except Exception as error:  # the user's own code may raise anything
         raise own.stop(Failure.of(error), "records together, each of which it takes by itself") from error
     return [None if i in culprits else next(known) for i in range(len(samples))]
+
+
+def _failure(own: OwnFeatures, sample: Sample) -> Failure | None:
+    """Why the user's function cannot take a sample by itself; None if it can."""
+    try:
+        own([sample])
+    except Exception as error:  # the user's own code may raise anything
+        return Failure.of(error)
+    return None
