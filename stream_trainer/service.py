@@ -8,12 +8,11 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import transformers
@@ -96,6 +95,7 @@ def serve(settings: Settings, stop: threading.Event, *watchers: Watcher, strict:
             stack.callback(server.stop)
             logger.info("serving http://%s:%d/metrics", host, port)
         try:
+            metrics.state.state(State.LOADING.value)
             trainer = _build(_Run(settings, metrics, Watchers([*watchers]), stop, stack, strict))
             status.trainer = trainer
             if not stop.is_set():
@@ -136,22 +136,20 @@ class _Run:
 def _build(run: _Run) -> Trainer:
     """Load model, samples and checkpoint."""
     settings, metrics, stack = run.settings, run.metrics, run.stack
-    metrics.state.state(State.LOADING.value)
     started = time.perf_counter()
     learner = _learner(settings)
-    buffer = Buffer(settings.buffer)
-    paying = make_paying(settings)
+    buffer, paying = Buffer(settings.buffer), make_paying(settings)
 
     def accuse(sample: Sample, failure: Failure) -> None:
         trainer.accuse(sample, failure)  # made below, once there is a cursor
 
-    sampler = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"], accuse)
-    sampler = resting(sampler, paying, settings)
+    drawn = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"], accuse)
+    sampler = resting(drawn, paying, settings)
     fingerprint = fingerprint_of(settings, learner.loaded, __version__)
     owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
+    logger.info("loaded the model in %.1f s", time.perf_counter() - started)
     checkpoint = load_latest(settings.checkpoint.dir)
     state = restore(checkpoint, learner.loaded, learner.optimizer) if checkpoint is not None else None
-    logger.info("loaded the model in %.1f s", time.perf_counter() - started)
     cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
     metrics.count_outcomes(lambda: cursor.counts)
     dead_letters = open_dead_letters(settings, owner.confirm)
@@ -192,7 +190,7 @@ def _build(run: _Run) -> Trainer:
         watchers=run.watchers,
     )
     if checkpoint is not None and state is not None:
-        _resume(trainer, checkpoint, replace(state, parts=_without_letters(state.parts)) if run.strict else state)
+        _resume(trainer, checkpoint, _without_letters(state) if run.strict else state)
     stack.callback(ingest.stop)
     return trainer
 
@@ -234,9 +232,9 @@ def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> No
     logger.info("resumed from %s at step %d", checkpoint.path, state.step)
 
 
-def _without_letters(parts: Mapping[str, Any]) -> dict[str, Any]:
+def _without_letters(state: TrainerState) -> TrainerState:
     """What is made again keeps its letters elsewhere."""
-    return {name: state for name, state in parts.items() if name != "dead_letters"}
+    return replace(state, parts={name: part for name, part in state.parts.items() if name != "dead_letters"})
 
 
 def _evaluation_sets(settings: Settings, decoder: Decoder) -> dict[str, list[Sample]]:
