@@ -46,12 +46,12 @@ def test_a_run_on_three_partitions_that_is_killed_ends_as_one_that_was_not(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_letters_are_in_the_topic_once_wherever_a_run_is_killed_on_their_way(tmp_path: Path) -> None:
     if reason := why_no_apache_kafka():
         pytest.skip(reason)
     summary = tmp_path / "summary.json"
-    run_proof("crash_proof", "--kafka", "--letters", "--seeds=8", "--variant=everything", f"--summary={summary}")
+    run_proof("crash_proof", "--kafka", "--letters", "--seeds=10", "--variant=everything", f"--summary={summary}")
     found = json.loads(summary.read_text())
     assert found["kills"] >= 12
     assert {"letter", "commit", "transaction init", "transaction begin", "transaction commit"} <= found[
