@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stream_trainer.cli import main
+from stream_trainer.demo.broker import has_mock_cluster
 from stream_trainer.demo.display import Check, Watch
 from stream_trainer.demo.run import INTAKE, MODEL_CONFIG
 from stream_trainer.demo.stream import (
@@ -151,8 +151,8 @@ def test_the_seed_decides_the_stream(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["kafka", "jsonl"])
 def test_a_short_demo_ends_with_figures_that_add_up(source: str, tmp_path: Path) -> None:
-    if source == "kafka" and find_spec("noida_db") is None:
-        pytest.skip("noida-db is not installed: pip install 'stream-trainer[demo]'")
+    if source == "kafka" and not has_mock_cluster():
+        pytest.skip("confluent-kafka is not installed: pip install 'stream-trainer[demo]'")
     steps = 6
     figures, out = run(tmp_path, steps, source)
     outcomes = figures["outcomes"]
@@ -217,10 +217,10 @@ def test_without_a_broker_the_demo_reads_a_file_and_leaves_nothing_behind(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     figures = tmp_path / "summary.json"
-    process = start("--steps=1", f"--summary={figures}", first="sys.modules['noida_db'] = None")
+    process = start("--steps=1", f"--summary={figures}", first="sys.modules['confluent_kafka'] = None")
     out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (0, "")
-    assert "noida-db) is not installed: the stream is read from a file" in out
+    assert "confluent-kafka) is not installed: the stream is read from a file" in out
     assert json.loads(figures.read_text())["source"] == "jsonl"
     assert list(tmp_path.glob("stream-trainer-demo-*")) == []
 
