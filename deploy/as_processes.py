@@ -1,8 +1,8 @@
 """Start what `compose.yaml` would, as plain processes on this machine, and see that it works: `make deploy-check`.
 
-Kafka, the trainer, Prometheus and Alertmanager run with the files of this folder, in which only addresses, the model and
-waiting times are changed. Prometheus has to scrape the trainer, every query of the dashboards has to be answered, and an
-alert has to fire when the broker is killed and to resolve when it is back. Prints how long each took, as JSON.
+Kafka, the trainer, Prometheus and Alertmanager run with the files of this folder, in which only addresses, the model
+and waiting times are changed. Prometheus has to scrape the trainer, every query of the dashboards has to be answered,
+and an alert has to fire when the broker is killed and to resolve when it is back. Prints the seconds that each took.
 
 Needs `prometheus` and `prometheus-alertmanager` (or `alertmanager`) on the PATH, and an Apache Kafka at KAFKA_HOME.
 """
@@ -30,7 +30,9 @@ from tests.helpers.brokers import ApacheKafka, create_topic, prepare_kafka, publ
 
 DEPLOY = Path(__file__).parent
 ALERT = "StreamTrainerSourceAway"
+TRAINER = "import sys; from stream_trainer.cli import main; sys.exit(main())"
 PATIENCE_S = 240.0
+LAST_LINES = 3
 RECORDS = 4000
 MODEL = {
     "model_type": "llama",
@@ -60,7 +62,11 @@ def main() -> int:
         print(f"error: {missing}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="stream-trainer-deploy-") as folder:
-        report = check(Path(folder))
+        try:
+            report = check(Path(folder))
+        except TimeoutError as error:
+            print(f"error: {error}\n{last_words(Path(folder))}", file=sys.stderr)
+            return 1
     print(json.dumps(report, indent=2))
     return 0
 
@@ -111,9 +117,7 @@ def start(folder: Path, kafka: ApacheKafka, up: ExitStack) -> Stack:
     lines = (DEPLOY / "target.jsonl").read_bytes().splitlines()
     publish(kafka.bootstrap_servers, topic, [lines[i % len(lines)] for i in range(RECORDS)])
     config = write_yaml(folder / "trainer.yaml", settings)
-    up.enter_context(
-        process(folder, "trainer", sys.executable, "-m", "stream_trainer.cli", "run", f"--config={config}")
-    )
+    up.enter_context(process(folder, "trainer", sys.executable, "-c", TRAINER, "run", f"--config={config}"))
     up.enter_context(
         process(
             folder,
@@ -193,6 +197,14 @@ def waiting(what: str, condition: Callable[[], bool]) -> float:
             raise TimeoutError(f"waited {PATIENCE_S:g} s in vain for {what}")
         time.sleep(0.2)
     return round(time.monotonic() - begun, 1)
+
+
+def last_words(folder: Path) -> str:
+    """The end of every log."""
+    ends = {
+        log.name: log.read_text(errors="replace").splitlines()[-LAST_LINES:] for log in sorted(folder.glob("*.log"))
+    }
+    return "\n".join(f"{name}: {line}" for name, lines in ends.items() for line in lines)
 
 
 def get(address: str) -> Any:

@@ -195,7 +195,7 @@ def _publish(demo: _Demo, kind: str | None, console: Console, stack: ExitStack) 
 
 def _train(demo: _Demo, source: SourceSettings, console: Console) -> list[_Run]:
     """Both runs; fewer if a signal came in between."""
-    console.print(f"Metrics: http://{HOST}:{demo.port}/metrics  Status: http://{HOST}:{demo.port}/")
+    console.print(f"Page: http://{HOST}:{demo.port}/  Metrics: http://{HOST}:{demo.port}/metrics")
     runs: list[_Run] = []
     with demo.display.shown():
         selected = _serve(demo, _settings(demo, source, SELECTION, demo.steps), demo.steps)

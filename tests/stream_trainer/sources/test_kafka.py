@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from kafka import KafkaProducer
+from pydantic import ValidationError
 
 from stream_trainer.demo.broker import free_port
 from stream_trainer.errors import CheckpointError, DataLossError, SettingsError, SourceError
@@ -369,6 +370,13 @@ def test_an_unreachable_broker_is_named() -> None:
 def test_settings_that_cannot_be_used_are_named(wrong: dict[str, str]) -> None:
     with pytest.raises(SettingsError, match=rf"source\.kafka\.{list(wrong)[-1]}={list(wrong.values())[-1]}"):
         probe(KafkaSettings(**{"topic": "t", **wrong}))
+
+
+def test_brokers_are_asked_for_their_version_unless_it_is_set() -> None:
+    options = [kafka_connection.connection_options(KafkaSettings(api_version=given), "c") for given in (None, "2.3")]
+    assert [found["api_version"] for found in options] == [None, (2, 3)]
+    with pytest.raises(ValidationError, match="api_version"):
+        KafkaSettings(api_version="latest")
 
 
 def test_a_missing_compression_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
