@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install lint docs test test-slow coverage test-lowest demo page \
-	crash-proof soak fuzz \
+	crash-proof soak fuzz deploy-check lock sbom audit \
 	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-mask-refresh bench-learning bench-claims bench-fidelity bench-ingest
 
 help: ## Show this list
@@ -55,6 +55,19 @@ soak: $(VENV)/.installed ## Train for MINUTES at full speed while the broker res
 
 fuzz: $(VENV)/.installed ## Feed RECORDS random records to the decoder and the service, and random trees to the settings
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.system.faults.fuzz --records $(RECORDS) --examples 2000
+
+deploy-check: $(VENV)/.installed ## Start Kafka, trainer, Prometheus and Alertmanager here; an alert must fire and resolve
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python -m deploy.as_processes
+
+lock: .venv-supply/.installed ## Resolve anew what the image installs, into deploy/*.lock with hashes
+	.venv-supply/bin/python deploy/lock.py
+
+sbom: .venv-supply/.installed ## Write what the image is made of to build/sbom.json, as CycloneDX
+	@mkdir -p build
+	cat deploy/*.lock | .venv-supply/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/sbom.json -
+
+audit: .venv-supply/.installed ## Look for known vulnerabilities in what the image installs; needs PyPI, or fails
+	.venv-supply/bin/pip-audit --strict --disable-pip --require-hashes -r deploy/requirements.lock -r deploy/torch-cuda.lock
 
 demo: $(VENV)/.installed-demo ## Broker, stream, training and report on this machine
 	$(BIN)/stream-trainer demo
@@ -117,6 +130,12 @@ $(VENV)/.installed: pyproject.toml selectors/pyproject.toml constraints.txt | $(
 	$(PYTHON) -m venv $(@D)
 	@echo '*' > $(@D)/.gitignore
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c lowest.txt -e ./selectors -e ".[lora,demo,gguf]" pytest pytest-timeout pytest-xdist hypothesis psutil
+	@touch $@
+
+.venv-supply/.installed: Makefile
+	$(PYTHON) -m venv $(@D)
+	@echo '*' > $(@D)/.gitignore
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8' 'cyclonedx-bom>=7' 'pip-audit>=2.9'
 	@touch $@
 
 $(VENV)/.installed-demo: pyproject.toml selectors/pyproject.toml constraints.txt | $(BIN)/python

@@ -2,12 +2,12 @@
 
 import uuid
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from stream_trainer.demo.broker import embedded_broker as run_embedded_broker
+from stream_trainer.demo.broker import has_mock_cluster
+from stream_trainer.demo.broker import mock_cluster as run_mock_cluster
 from tests.helpers.brokers import ApacheKafka, why_no_apache_kafka
 from tests.helpers.brokers import apache_kafka as run_apache_kafka
 
@@ -22,21 +22,21 @@ def apache_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApacheKaf
 
 
 @pytest.fixture(scope="session")
-def embedded_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`host:port` of the embedded broker."""
-    if find_spec("noida_db") is None:
-        pytest.skip("noida-db is not installed: pip install 'stream-trainer[demo]'")
-    with run_embedded_broker(tmp_path_factory.mktemp("embedded_broker")) as servers:
+def mock_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`host:port` of a mock cluster."""
+    if not has_mock_cluster():
+        pytest.skip("confluent-kafka is not installed: pip install 'stream-trainer[demo]'")
+    with run_mock_cluster(tmp_path_factory.mktemp("mock_cluster") / "log") as servers:
         yield servers
 
 
 @pytest.fixture(scope="session")
 def broker(request: pytest.FixtureRequest) -> str:
-    """`host:port` of the best broker there is."""
+    """`host:port` of the best broker there is, with `how_to_reach` in settings."""
     if why_no_apache_kafka() is None:
         kafka: ApacheKafka = request.getfixturevalue("apache_kafka")
         return kafka.bootstrap_servers
-    servers: str = request.getfixturevalue("embedded_broker")
+    servers: str = request.getfixturevalue("mock_cluster")
     return servers
 
 

@@ -57,8 +57,6 @@ EXAMPLES = """\
 examples:
   KAFKA_HOME=kafka_2.13-4.1.0 python -m benchmarks.ingest --json ingest.json
       Apache Kafka and the byte tokenizer
-  python -m benchmarks.ingest --broker embedded --tokenizer path/to/model --max-tokens 256
-      the demo's broker (package noida-db) and the tokenizer of a model
   KAFKA_HOME=kafka_2.13-4.1.0 python -m benchmarks.ingest --tokenizer path/to/model --cores 2
       the same as a service on two cores
   python -m benchmarks.ingest --source jsonl --records 2000
@@ -269,7 +267,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         servers = None
         if kafka:
             stage("starting the broker")
-            servers = start_broker(args.broker, folder / "broker", stack)
+            servers = start_broker(folder / "broker", stack)
         stage("making and publishing records")
         size = write_records(folder / "records.jsonl", args.records, seed=0)
         source = open_stream(folder / "records.jsonl", servers, "ingest")
@@ -306,12 +304,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gguf-file", metavar="F", help="file in that directory that holds the tokenizer")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="T", help="where samples are cut (512)")
     parser.add_argument("--cores", type=int, default=1, metavar="N", help="cores of this process (1)")
-    parser.add_argument("--source", choices=["kafka", "jsonl"], default="kafka", help="a topic or a file (kafka)")
     parser.add_argument(
-        "--broker",
-        choices=["apache", "embedded"],
-        default="apache",
-        help="Apache Kafka from the distribution that KAFKA_HOME names, with Java 17 or newer; or noida-db (apache)",
+        "--source",
+        choices=["kafka", "jsonl"],
+        default="kafka",
+        help="a topic of the Apache Kafka that KAFKA_HOME names, or a file (kafka)",
     )
     args = parser.parse_args(arguments)
     for name, value, least in (

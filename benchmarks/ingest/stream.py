@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from stream_trainer.commands.produce import produce
-from stream_trainer.demo.broker import embedded_broker
 from stream_trainer.errors import SettingsError
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.settings.source import JsonlSettings, KafkaSettings, SourceSettings
@@ -84,15 +83,13 @@ def load_tokenizer(name: str, gguf_file: str | None) -> Any:
         raise SettingsError(f"--tokenizer {name} holds no tokenizer ({reason}); name a model's directory") from None
 
 
-def start_broker(kind: str, folder: Path, stack: ExitStack) -> str:
+def start_broker(folder: Path, stack: ExitStack) -> str:
     """`host:port` of a broker that runs until `stack` closes. Raises SettingsError if what it needs is missing."""
     folder.mkdir()
-    if kind == "embedded":
-        return stack.enter_context(embedded_broker(folder))
     from tests.helpers.brokers import apache_kafka, why_no_apache_kafka  # pytest is there wherever tests are
 
     if reason := why_no_apache_kafka():
-        raise SettingsError(f"{reason}; set that up, or measure with --broker embedded or --source jsonl")
+        raise SettingsError(f"{reason}; set that up, or measure with --source jsonl")
     return stack.enter_context(apache_kafka(folder)).bootstrap_servers
 
 

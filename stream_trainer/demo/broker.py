@@ -1,14 +1,13 @@
-"""A Kafka-protocol broker for demos and tests, from the `noida-db` wheel: no Java, no container, no configuration.
+"""A Kafka cluster for demos and tests, without Java or a container: the mock inside the package confluent-kafka.
 
-It is no production broker: it keeps its log in memory, saves it about once a second, and its transactions and consumer
-groups are incomplete.
+It is no production broker: it keeps the last 5 MB of a partition in memory and nothing on disk, creates and deletes no
+topics on request, and what marks the end of a transaction in it cannot be read.
 """
 
-import os
 import socket
 import subprocess
-import time
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,43 +15,36 @@ from pathlib import Path
 from stream_trainer.errors import StreamTrainerError
 
 HOST = "127.0.0.1"
-START_TIMEOUT_S = 120.0  # a busy machine takes its time; a broker that died is noticed at once
-STOP_TIMEOUT_S = 30.0
+API_VERSION = "2.3"  # the mock answers the question for its versions in a way that kafka-python cannot read
+CAPACITY_BYTES = 12_000_000  # of values: a topic's four partitions hold 5 MB each, with what batches add
+STOP_TIMEOUT_S = 10.0
+
+
+def has_mock_cluster() -> bool:
+    """Whether the package that holds the mock is installed."""
+    return find_spec("confluent_kafka") is not None
 
 
 @contextmanager
-def embedded_broker(data_dir: Path, port: int | None = None) -> Iterator[str]:
-    """Run a broker on `port` (a free one if None) with its data in `data_dir`; yields its `host:port`.
+def mock_cluster(log: Path, topics: Sequence[str] = ()) -> Iterator[str]:
+    """Run a mock cluster of one broker that has `topics`; yields its `host:port`. Clients must be told `API_VERSION`.
 
-    Stopped with SIGTERM at the end, upon which it saves everything: the same directory continues the same topics.
-    Raises StreamTrainerError if the wheel is not installed or the broker does not start.
+    What it complains of is written to `log`. Raises StreamTrainerError if the package is missing or it does not start.
     """
-    binary = _binary()
-    data_dir.mkdir(parents=True, exist_ok=True)
-    port = port or free_port()
-    log = data_dir / "broker.log"
-    command = [
-        str(binary),
-        "start",
-        "--data-dir",
-        str(data_dir),
-        "--host",
-        HOST,
-        "--only",
-        "kafka",
-        "--kafka-port",
-        str(port),
-    ]
-    with log.open("wb") as output:
-        # In a session of its own: Ctrl-C is for us, who still need the broker to end in order.
+    if not has_mock_cluster():
+        raise StreamTrainerError(
+            "the mock cluster is not installed (package confluent-kafka); run pip install 'stream-trainer[demo]', or "
+            "name a broker of your own with source.kafka.bootstrap_servers"
+        )
+    with log.open("wb") as errors:
+        # In a session of its own: Ctrl-C is for us, who still need the cluster to end in order.
         process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            _command(topics), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
         )
     try:
-        wait_for_port(port, process, log)
-        yield f"{HOST}:{port}"
+        yield _address(process, log)
     finally:
-        stop(process)
+        _stop(process)
 
 
 def free_port() -> int:
@@ -63,39 +55,26 @@ def free_port() -> int:
     return port
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once `process` listens on `port`. Raises StreamTrainerError with the end of its log if it does not."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
+def _command(topics: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "stream_trainer.demo.mock_cluster", *topics]
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    """What it writes once it serves. A process that dies closes its output, so this never waits in vain."""
+    assert process.stdout is not None
+    servers = process.stdout.readline().decode().strip()
+    if not servers:
+        last_line = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+        raise StreamTrainerError(f"the mock cluster did not start; {log} ends with: {last_line}")
+    return servers
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Close its input, upon which it ends; SIGKILL if that takes too long."""
+    with process:  # closes its pipes, input first
+        assert process.stdin is not None
+        process.stdin.close()
         try:
-            socket.create_connection((HOST, port), timeout=1).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return
-    last_line = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-    raise StreamTrainerError(f"the broker did not listen on port {port}; {log} ends with: {last_line}")
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, so that it saves its log; SIGKILL if that takes too long."""
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _binary() -> Path:
-    """The program inside the wheel: its own launcher would not pass SIGTERM on."""
-    spec = find_spec("noida_db")
-    if spec is None or spec.origin is None:
-        raise StreamTrainerError(
-            "the embedded broker is not installed (package noida-db); run pip install 'stream-trainer[demo]', or name "
-            "a broker of your own with source.kafka.bootstrap_servers"
-        )
-    binary = Path(spec.origin).with_name("noida-db.exe" if os.name == "nt" else "noida-db")
-    if not os.access(binary, os.X_OK):
-        binary.chmod(0o755)
-    return binary
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()

@@ -14,14 +14,13 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
 from stream_trainer import service
 from stream_trainer.commands.produce import produce
-from stream_trainer.demo.broker import HOST, embedded_broker, free_port
+from stream_trainer.demo.broker import API_VERSION, CAPACITY_BYTES, HOST, free_port, has_mock_cluster, mock_cluster
 from stream_trainer.demo.display import HELD_OUT, SELECTION, UNIFORM, Display, Watch, print_report, share
 from stream_trainer.demo.stream import HELD_OUT_SAMPLES, SHARES, TARGET, TARGET_SAMPLES, DemoStream, write_stream
 from stream_trainer.errors import SettingsError
@@ -179,22 +178,24 @@ def _check_summary(path: Path | None) -> None:
 
 def _publish(demo: _Demo, kind: str | None, console: Console, stack: ExitStack) -> SourceSettings:
     """Start a broker that runs until `stack` closes and fill its topic; or read the file, where there is none."""
-    if kind is None and find_spec("noida_db") is None:
-        console.print("The embedded broker (package noida-db) is not installed: the stream is read from a file.")
+    if kind is None and not has_mock_cluster():
+        console.print("The mock cluster (package confluent-kafka) is not installed: the stream is read from a file.")
+        kind = "jsonl"
+    if kind is None and demo.stream.records.stat().st_size > CAPACITY_BYTES:
+        console.print("The mock cluster would forget the first records of so long a stream: it is read from a file.")
         kind = "jsonl"
     if kind == "jsonl":
         return SourceSettings(kind="jsonl", jsonl=JsonlSettings(path=str(demo.stream.records)))
-    servers = stack.enter_context(embedded_broker(demo.directory / "broker"))
-    kafka = KafkaSettings(bootstrap_servers=servers, topic=TOPIC, stop_at_end=True)
-    # Where a transaction was aborted this broker hides records that were committed.
-    report = produce([demo.stream.records], None, kafka, seed=demo.seed, exact=False)
+    servers = stack.enter_context(mock_cluster(demo.directory / "broker.log", [TOPIC]))
+    kafka = KafkaSettings(bootstrap_servers=servers, api_version=API_VERSION, topic=TOPIC, stop_at_end=True)
+    report = produce([demo.stream.records], None, kafka, seed=demo.seed, exact=False)  # the mock has no transactions
     console.print(f"Published {report.records} records to the topic {TOPIC} at {servers}, in {report.seconds:.1f} s.")
     return SourceSettings(kind="kafka", kafka=kafka)
 
 
 def _train(demo: _Demo, source: SourceSettings, console: Console) -> list[_Run]:
     """Both runs; fewer if a signal came in between."""
-    console.print(f"Metrics: http://{HOST}:{demo.port}/metrics  Status: http://{HOST}:{demo.port}/")
+    console.print(f"Page: http://{HOST}:{demo.port}/  Metrics: http://{HOST}:{demo.port}/metrics")
     runs: list[_Run] = []
     with demo.display.shown():
         selected = _serve(demo, _settings(demo, source, SELECTION, demo.steps), demo.steps)

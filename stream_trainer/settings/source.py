@@ -44,6 +44,9 @@ class KafkaSettings(Section):
     """Seconds between checks for new partitions. These are read from their earliest record."""
     bootstrap_timeout_s: Positive = 30.0
     """Seconds to wait for a broker at start-up. A run with `stop_at_end` then fails, any other tries again."""
+    api_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
+    """Version of Kafka whose requests are sent, for example `2.3`. Unset, the brokers are asked, which is right unless
+    they cannot answer."""
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     """Protocol of the connections to the brokers."""
     ssl_cafile: Path | None = None

@@ -107,6 +107,7 @@ def connection_options(settings: KafkaSettings, client_id: str) -> dict[str, Any
         "client_id": client_id,
         "bootstrap_timeout_ms": int(settings.bootstrap_timeout_s * 1000),
         "reconnect_backoff_max_ms": RECONNECT_BACKOFF_MAX_MS,
+        "api_version": tuple(map(int, settings.api_version.split("."))) if settings.api_version else None,
         **security_options(settings),
     }
 
@@ -147,7 +148,7 @@ def describe_topic(admin: Any, name: str) -> Topic | None:
         return None
     if found["error_code"]:
         raise for_code(found["error_code"])(name)
-    topic_id = found["topic_id"]
+    topic_id = found.get("topic_id")  # brokers before Kafka 2.8 know of none
     return Topic(
         name=name,
         id=str(topic_id) if topic_id else None,

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.samples.decoder import Decoder
 from stream_trainer.settings.schema import SampleSettings
+from tests.helpers.brokers import needs_apache_kafka
 
 PHASES = ["ingest by a decoder that has seen nothing", "poll", "poll, parse", "poll, parse, tokenise", "ingest"]
 PHASES += ["the tokenizer's backend alone"]
@@ -49,9 +49,9 @@ def test_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "share of the step spent waiting for data" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(find_spec("noida_db") is None, reason="noida-db is not installed")
-def test_the_embedded_broker(tmp_path: Path) -> None:
-    figures = measured(["--broker=embedded"], tmp_path / "result.json")
+@needs_apache_kafka("the mock cluster holds too little")
+def test_a_topic(tmp_path: Path) -> None:
+    figures = measured([], tmp_path / "result.json")
     assert {name for name, _ in figures} >= {*PHASES, *LAG}
 
 

@@ -1,20 +1,30 @@
-"""Brokers for tests: Apache Kafka from the jars in KAFKA_HOME, and what tests do to a topic from outside."""
+"""Brokers for tests: Apache Kafka from the jars in KAFKA_HOME, and what tests do to a topic from outside.
+
+Where KAFKA_HOME is not set, tests that need no more than it can do get a mock cluster instead.
+"""
 
 import os
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.record.util import calc_crc32c
 from kafka.structs import OffsetAndMetadata
 
-from stream_trainer.demo.broker import free_port, stop, wait_for_port
+from stream_trainer.demo.broker import API_VERSION, HOST, free_port
+from stream_trainer.errors import StreamTrainerError
 
+START_TIMEOUT_S = 120.0  # a busy machine takes its time; a broker that died is noticed at once
+STOP_TIMEOUT_S = 30.0
+MOCK_PARTITIONS = 4  # of every topic that the mock cluster creates
 ELSEWHERE = "localhost:1"  # what the lost listener advertises
 USER, PASSWORD = "trainer", "right-password"  # of the secured listener
 
@@ -82,6 +92,22 @@ def why_no_apache_kafka() -> str | None:
     return None
 
 
+def needs_apache_kafka(why: str) -> pytest.MarkDecorator:
+    """Marks a test that has to have what the mock cluster cannot do."""
+    reason = why_no_apache_kafka()
+    return pytest.mark.skipif(reason is not None, reason=f"{reason}; {why}")
+
+
+def how_to_reach() -> dict[str, str]:
+    """What settings need to reach the broker that tests get, besides its address."""
+    return {} if why_no_apache_kafka() is None else {"api_version": API_VERSION}
+
+
+def client_options() -> dict[str, Any]:
+    """The same for a client of kafka-python."""
+    return {name: tuple(map(int, value.split("."))) for name, value in how_to_reach().items()}
+
+
 @contextmanager
 def apache_kafka(data_dir: Path, **overrides: str) -> Iterator[ApacheKafka]:
     """Run one broker, its own controller, with its data in `data_dir`. Overrides are properties, `_` for a dot."""
@@ -119,6 +145,30 @@ def running(kafka: ApacheKafka) -> Iterator[subprocess.Popen[bytes]]:
         stop(process)
 
 
+def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once `process` listens on `port`. Raises StreamTrainerError with the end of its log if it does not."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            socket.create_connection((HOST, port), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    last_line = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+    raise StreamTrainerError(f"the broker did not listen on port {port}; {log} ends with: {last_line}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, so that it saves its log; SIGKILL if that takes too long."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def java(heap: str = "512m") -> list[str]:
     """The beginning of a command that runs a class of Kafka's."""
     return ["java", f"-Xmx{heap}", "-cp", f"{_libs()}/*"]
@@ -147,7 +197,7 @@ def _make_certificate(folder: Path) -> Path:
 @contextmanager
 def admin(servers: str) -> Iterator[Any]:
     """An admin client."""
-    client = KafkaAdminClient(bootstrap_servers=servers)
+    client = KafkaAdminClient(bootstrap_servers=servers, **client_options())
     try:
         yield client
     finally:
@@ -157,11 +207,25 @@ def admin(servers: str) -> Iterator[Any]:
 def create_topic(
     servers: str, topic: str, partitions: int = 1, configs: dict[str, str] | None = None, replicas: int = 1
 ) -> None:
+    if why_no_apache_kafka() is not None:
+        _create_in_mock(servers, topic, partitions, configs)
+        return
     with admin(servers) as client:
         client.create_topics(
             {topic: {"num_partitions": partitions, "replication_factor": replicas, "configs": configs or {}}},
             wait_for_metadata=True,
         )
+
+
+def _create_in_mock(servers: str, topic: str, partitions: int, configs: dict[str, str] | None) -> None:
+    """It creates what a producer asks about, with four partitions."""
+    if configs or partitions > MOCK_PARTITIONS:
+        pytest.skip(f"{why_no_apache_kafka()}; the mock cluster has no topics with {configs or partitions}")
+    producer = KafkaProducer(bootstrap_servers=servers, **client_options())
+    try:
+        assert len(producer.partitions_for(topic)) == MOCK_PARTITIONS
+    finally:
+        producer.close()
 
 
 def delete_topic(servers: str, topic: str) -> None:
@@ -177,7 +241,7 @@ def delete_records(servers: str, topic: str, before: int, partition: int = 0) ->
 
 def publish(servers: str, topic: str, values: Sequence[bytes | None], partition: int = 0, **options: Any) -> None:
     """Publish values with keys `k0`, `k1`, ..., acknowledged one and all."""
-    producer = KafkaProducer(bootstrap_servers=servers, acks="all", **options)
+    producer = KafkaProducer(bootstrap_servers=servers, acks="all", **client_options(), **options)
     try:
         sent = [
             producer.send(topic, value, key=b"k%d" % i, partition=partition, headers=[("h", b"\x00"), ("empty", b"")])
@@ -190,7 +254,7 @@ def publish(servers: str, topic: str, values: Sequence[bytes | None], partition:
 
 
 def commit_for_group(servers: str, group: str, topic: str, offset: int) -> None:
-    consumer = KafkaConsumer(bootstrap_servers=servers, group_id=group, enable_auto_commit=False)
+    consumer = KafkaConsumer(bootstrap_servers=servers, group_id=group, enable_auto_commit=False, **client_options())
     try:
         consumer.commit({TopicPartition(topic, 0): OffsetAndMetadata(offset, "", -1)})
     finally:
@@ -199,7 +263,7 @@ def commit_for_group(servers: str, group: str, topic: str, offset: int) -> None:
 
 def committed(servers: str, group: str, topic: str) -> tuple[int, str]:
     """The group's offset of partition 0 and its metadata."""
-    consumer = KafkaConsumer(bootstrap_servers=servers, group_id=group, enable_auto_commit=False)
+    consumer = KafkaConsumer(bootstrap_servers=servers, group_id=group, enable_auto_commit=False, **client_options())
     try:
         found = consumer.committed(TopicPartition(topic, 0), metadata=True)
     finally:

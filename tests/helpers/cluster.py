@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kafka import KafkaAdminClient
 
-from stream_trainer.demo.broker import free_port, stop, wait_for_port
-from tests.helpers.brokers import java, run_storage_tool
+from stream_trainer.demo.broker import free_port
+from tests.helpers.brokers import java, run_storage_tool, stop, wait_for_port
 
 NODES = 3
 HEAP = "256m"

@@ -26,6 +26,7 @@ from stream_trainer.service import Summary, run, serve
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.step import StepReport
 from stream_trainer.training.watchers import Watcher
+from tests.helpers.brokers import how_to_reach
 
 LONG_S = 240.0  # for what takes seconds: a busy machine is no failure
 MAIN = "import sys; from stream_trainer.cli import main; sys.exit(main())"
@@ -107,6 +108,7 @@ def jsonl(path: Path, follow: bool = False) -> dict[str, Any]:
 def kafka(servers: str, topic: str, **others: Any) -> dict[str, Any]:
     """A run that ends with what is in the topic at its start, unless told otherwise."""
     named = {"bootstrap_servers": servers, "topic": topic, "group_id": f"{topic}-group", "stop_at_end": True}
+    named |= how_to_reach()
     return {"kind": "kafka", "kafka": named | others}
 
 

@@ -2,18 +2,24 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from importlib.util import find_spec
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from stream_trainer.cli import main
-from stream_trainer.demo.display import Check, Watch
+from stream_trainer.demo import run as demo
+from stream_trainer.demo.broker import has_mock_cluster
+from stream_trainer.demo.display import SELECTION, UNIFORM, Check, Display, Watch, print_report
 from stream_trainer.demo.run import INTAKE, MODEL_CONFIG
 from stream_trainer.demo.stream import (
     HELD_OUT_SAMPLES,
@@ -151,8 +157,8 @@ def test_the_seed_decides_the_stream(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["kafka", "jsonl"])
 def test_a_short_demo_ends_with_figures_that_add_up(source: str, tmp_path: Path) -> None:
-    if source == "kafka" and find_spec("noida_db") is None:
-        pytest.skip("noida-db is not installed: pip install 'stream-trainer[demo]'")
+    if source == "kafka" and not has_mock_cluster():
+        pytest.skip("confluent-kafka is not installed: pip install 'stream-trainer[demo]'")
     steps = 6
     figures, out = run(tmp_path, steps, source)
     outcomes = figures["outcomes"]
@@ -171,6 +177,7 @@ def test_a_short_demo_ends_with_figures_that_add_up(source: str, tmp_path: Path)
         assert figures[name] > 0
     assert figures["target_loss_after"] != figures["uniform_target_loss_after"]
     assert "/metrics" in out
+    assert re.search(r"^Page: http://127\.0\.0\.1:\d+/ ", out, flags=re.MULTILINE)
     for row in (
         "loss after",
         "seconds of training",
@@ -190,11 +197,40 @@ def test_selection_finds_the_target(tmp_path: Path) -> None:
     assert figures["samples_to_uniform_loss"] < figures["uniform_records_trained"]
 
 
+def test_the_picture_and_the_report_fit_80_columns() -> None:
+    console = Console(width=80, force_terminal=True, soft_wrap=True, highlight=False, color_system=None, record=True)
+    display = Display(console, "http://127.0.0.1:1")
+    status = {"records": {"trained": 123_456, "dead_lettered": 1234}, "evaluation_loss": {"target": 5.55}}
+    watches = [
+        Watch(method, 1000, 1000, 5.55, Counter({TARGET: 1000}), [Check(0, 0.0, 5.5), Check(4000, 999.9, 1.5)], status)
+        for method in (SELECTION, UNIFORM)
+    ]
+    for watch in watches:
+        display.begin(watch)
+    console.print(display._picture())
+    print_report(console, dict.fromkeys([*SHARES, MALFORMED], 100_000), *watches)
+    lines = console.export_text().splitlines()
+    assert len(lines) > 30
+    assert max(len(line) for line in lines) <= 80
+    assert any("on target" in line for line in lines)
+
+
 def test_what_it_took_lies_between_two_checks() -> None:
     watch = Watch("selection", 3, curve=[Check(0, 0.0, 4.0), Check(10, 2.0, 3.0), Check(20, 6.0, 1.0)])
     assert watch.took(2.0) == Check(15, 4.0, 2.0)
     assert watch.took(3.0) == Check(10, 2.0, 3.0)
     assert watch.took(0.5) is None
+
+
+def test_a_stream_that_the_mock_cluster_would_forget_is_read_from_a_file(
+    stream: DemoStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "CAPACITY_BYTES", stream.records.stat().st_size - 1)
+    monkeypatch.setattr(demo, "has_mock_cluster", lambda: True)
+    console = Console(record=True, quiet=True)
+    setup = demo._Demo(tmp_path, 1, 0, 1, stream, Display(console, "http://127.0.0.1:1"), threading.Event())
+    with ExitStack() as stack:
+        assert demo._publish(setup, None, console, stack).kind == "jsonl"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
@@ -217,10 +253,10 @@ def test_without_a_broker_the_demo_reads_a_file_and_leaves_nothing_behind(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     figures = tmp_path / "summary.json"
-    process = start("--steps=1", f"--summary={figures}", first="sys.modules['noida_db'] = None")
+    process = start("--steps=1", f"--summary={figures}", first="sys.modules['confluent_kafka'] = None")
     out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (0, "")
-    assert "noida-db) is not installed: the stream is read from a file" in out
+    assert "confluent-kafka) is not installed: the stream is read from a file" in out
     assert json.loads(figures.read_text())["source"] == "jsonl"
     assert list(tmp_path.glob("stream-trainer-demo-*")) == []
 

@@ -11,7 +11,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from stream_trainer.demo.broker import free_port
 from stream_trainer.sources import kafka as kafka_source
-from tests.helpers.brokers import create_topic, publish
+from tests.helpers.brokers import client_options, create_topic, publish
 from tests.helpers.malformed import malformed_values
 from tests.helpers.service import (
     ALL_ON,
@@ -49,9 +49,12 @@ def publish_to_all(broker: str, topic: str, values: list[bytes]) -> None:
 
 def committed(broker: str, topic: str) -> dict[str, int]:
     """The group's offsets by partition, as cursors name them."""
-    consumer = KafkaConsumer(bootstrap_servers=broker, group_id=f"{topic}-group", enable_auto_commit=False)
+    consumer = KafkaConsumer(
+        bootstrap_servers=broker, group_id=f"{topic}-group", enable_auto_commit=False, **client_options()
+    )
     try:
-        names = {f"{topic}:{number}": TopicPartition(topic, number) for number in range(PARTITIONS)}
+        numbers = consumer.partitions_for_topic(topic)
+        names = {f"{topic}:{number}": TopicPartition(topic, number) for number in numbers}
         return {name: consumer.committed(partition) for name, partition in names.items()}
     finally:
         consumer.close()
@@ -63,13 +66,15 @@ def positions(config: dict[str, Any]) -> dict[str, int]:
 
 
 def read_topic(broker: str, topic: str) -> list[bytes | None]:
-    consumer = KafkaConsumer(bootstrap_servers=broker, auto_offset_reset="earliest", enable_auto_commit=False)
-    partition = TopicPartition(topic, 0)
+    consumer = KafkaConsumer(
+        bootstrap_servers=broker, auto_offset_reset="earliest", enable_auto_commit=False, **client_options()
+    )
     try:
-        consumer.assign([partition])
-        (end,) = consumer.end_offsets([partition]).values()
+        partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic)]
+        consumer.assign(partitions)
+        ends = consumer.end_offsets(partitions)
         values: list[bytes | None] = []
-        while consumer.position(partition) < end:
+        while any(consumer.position(partition) < end for partition, end in ends.items()):
             values += [record.value for batch in consumer.poll(timeout_ms=1000).values() for record in batch]
         return values
     finally:

@@ -28,6 +28,12 @@ from tests.helpers.brokers import (
 )
 
 
+@pytest.fixture
+def broker(apache_kafka: ApacheKafka) -> str:
+    """Publishing takes transactions, whose marks the mock cluster writes with wrong checksums."""
+    return apache_kafka.bootstrap_servers
+
+
 def settings_of(servers: str, topic: str) -> KafkaSettings:
     return KafkaSettings(bootstrap_servers=servers, topic=topic, stop_at_end=True)
 

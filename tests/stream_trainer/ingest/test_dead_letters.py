@@ -19,7 +19,7 @@ from stream_trainer.ingest.letter import DeadLetter, read_dead_letters
 from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.records import Partition, Record
 from stream_trainer.settings.schema import Settings
-from tests.helpers.brokers import ApacheKafka
+from tests.helpers.brokers import ApacheKafka, client_options, create_topic, how_to_reach, needs_apache_kafka
 
 LOG = Partition("users:eu", 3)
 RECORDS = [
@@ -35,7 +35,9 @@ RECORDS = [
 def settings_for(path: Path, servers: str = "localhost:1", topic: str | None = None) -> Settings:
     return Settings.model_validate(
         {
-            "source": {"kafka": {"topic": "stream", "bootstrap_servers": servers, "bootstrap_timeout_s": 5}},
+            "source": {
+                "kafka": {"topic": "stream", "bootstrap_servers": servers, "bootstrap_timeout_s": 5} | how_to_reach()
+            },
             "model": {"name": "unused"},
             "target": {"path": "unused"},
             "dead_letters": {"kind": "topic" if topic else "file", "path": path, "topic": topic},
@@ -181,6 +183,7 @@ def published(servers: str, topic: str, count: int) -> list[Any]:
         consumer_timeout_ms=20_000,
         group_id=None,
         isolation_level="read_committed",
+        **client_options(),
     )
     try:
         return [next(consumer) for _ in range(count)]
@@ -188,13 +191,14 @@ def published(servers: str, topic: str, count: int) -> list[Any]:
         consumer.close()
 
 
-def test_the_topic_gets_key_value_and_headers_as_they_were(embedded_broker: str, tmp_path: Path) -> None:
-    topic = f"dead-{uuid.uuid4().hex}"
-    letters = open_dead_letters(settings_for(tmp_path / "unused.jsonl", embedded_broker, topic))
+@needs_apache_kafka("each topic of the mock cluster has four partitions")
+def test_the_topic_gets_key_value_and_headers_as_they_were(broker: str, topic: str, tmp_path: Path) -> None:
+    create_topic(broker, topic)
+    letters = open_dead_letters(settings_for(tmp_path / "unused.jsonl", broker, topic))
     for record in RECORDS:
         letters.send(DeadLetter(record, "bad_json", "at character 9"))
     assert keep(letters) == [5, 9, 12, 14]
-    messages = sorted(published(embedded_broker, topic, len(RECORDS)), key=lambda message: message.offset)
+    messages = sorted(published(broker, topic, len(RECORDS)), key=lambda message: message.offset)
     letters.close()
     letters.close()
     assert [message.value for message in messages] == [record.value for record in RECORDS]
@@ -241,11 +245,12 @@ def test_what_the_brokers_refuse_as_too_large_goes_to_the_file(
 
 
 def test_what_the_client_refuses_as_too_large_goes_to_the_file(
-    embedded_broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broker: str, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stream_trainer.ingest.letter_sender.MAX_REQUEST_BYTES", 1000)
+    create_topic(broker, topic)
     path = tmp_path / "dead.jsonl"
-    letters = open_dead_letters(settings_for(path, embedded_broker, f"dead-{uuid.uuid4().hex}"))
+    letters = open_dead_letters(settings_for(path, broker, topic))
     record = Record(LOG, 0, 1, bytes(2000))
     letters.send(DeadLetter(record, "too_large", "2000 bytes are more than 1000"))
     assert keep(letters) == [0]

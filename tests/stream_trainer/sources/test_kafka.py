@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from kafka import KafkaProducer
+from pydantic import ValidationError
 
-from stream_trainer.demo.broker import embedded_broker as run_embedded_broker
 from stream_trainer.demo.broker import free_port
 from stream_trainer.errors import CheckpointError, DataLossError, SettingsError, SourceError
 from stream_trainer.records import Partition, Record
@@ -29,7 +29,11 @@ from tests.helpers.brokers import (
     create_topic,
     delete_records,
     delete_topic,
+    how_to_reach,
+    needs_apache_kafka,
+    prepare_kafka,
     publish,
+    running,
 )
 
 WAIT_S = 30.0  # patience of a test, never its measure
@@ -48,7 +52,9 @@ def started(
     marks: Mapping[Partition, tuple[int, str]] | None = None,
     **settings: Any,
 ) -> Iterator[KafkaSource]:
-    settings = {"bootstrap_servers": servers, "topic": topic, "group_id": f"group-of-{topic}", **settings}
+    settings = (
+        {"bootstrap_servers": servers, "topic": topic, "group_id": f"group-of-{topic}"} | how_to_reach() | settings
+    )
     source = KafkaSource(KafkaSettings(**settings))
     try:
         source.start(cursor or {}, identity or {}, marks or {})
@@ -103,6 +109,7 @@ def test_every_compression_is_undone(broker: str, topic: str, codec: str) -> Non
         assert values(read(source, 2)) == [b"a" * 10_000, b"b"]
 
 
+@needs_apache_kafka("each topic of the mock cluster has four partitions")
 def test_the_cursor_wins_over_the_group_and_the_group_over_start(broker: str, topic: str) -> None:
     create_topic(broker, topic)
     publish(broker, topic, letters("abcdef"))
@@ -131,6 +138,7 @@ def test_records_that_the_groups_offset_leaves_out_are_reported(
     assert "there is no checkpoint" not in caplog.text
 
 
+@needs_apache_kafka("each topic of the mock cluster has four partitions")
 def test_committing_tells_the_group_the_position_and_the_step(broker: str, topic: str) -> None:
     create_topic(broker, topic)
     publish(broker, topic, letters("abc"))
@@ -141,6 +149,7 @@ def test_committing_tells_the_group_the_position_and_the_step(broker: str, topic
     assert committed(broker, f"group-of-{topic}", topic) == (2, "step=7")
 
 
+@needs_apache_kafka("each topic of the mock cluster has four partitions")
 def test_where_the_group_tells_of_steps_that_no_checkpoint_has(broker: str, topic: str) -> None:
     """A fresh model in the middle of the topic would never have seen what lies before."""
     create_topic(broker, topic)
@@ -174,6 +183,7 @@ def test_order_holds_within_each_partition(broker: str, topic: str) -> None:
         assert values(of_partition) == [b"%d-%d" % (partition, i) for i in range(700)]
 
 
+@needs_apache_kafka("each topic of the mock cluster has four partitions")
 def test_stopping_at_the_end_leaves_later_records_to_another_run(broker: str, topic: str) -> None:
     create_topic(broker, topic)
     publish(broker, topic, letters("abc"))
@@ -226,6 +236,7 @@ def test_aborted_transactions_are_hidden_and_passed(apache_kafka: ApacheKafka, t
         assert source.positions() == source.end_positions() == end
 
 
+@needs_apache_kafka("the mock cluster creates and deletes nothing on request")
 def test_records_deleted_below_the_cursor_end_the_run(broker: str, topic: str) -> None:
     create_topic(broker, topic)
     publish(broker, topic, letters("abcdef"))
@@ -235,6 +246,7 @@ def test_records_deleted_below_the_cursor_end_the_run(broker: str, topic: str) -
         pass
 
 
+@needs_apache_kafka("the mock cluster creates and deletes nothing on request")
 def test_records_deleted_below_the_cursor_are_counted_when_skipped(
     broker: str, topic: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -249,6 +261,7 @@ def test_records_deleted_below_the_cursor_are_counted_when_skipped(
     assert "3 records are gone" in errors[0]
 
 
+@needs_apache_kafka("the mock cluster creates and deletes nothing on request")
 @pytest.mark.parametrize("policy", ["fail", "skip"])
 def test_records_deleted_while_reading(broker: str, topic: str, policy: str) -> None:
     create_topic(broker, topic)
@@ -268,6 +281,7 @@ def test_records_deleted_while_reading(broker: str, topic: str, policy: str) -> 
             assert source.records_lost == 3
 
 
+@needs_apache_kafka("each topic of the mock cluster has four partitions")
 def test_a_cursor_behind_the_end_of_the_log(broker: str, topic: str) -> None:
     create_topic(broker, topic)
     publish(broker, topic, letters("ab"))
@@ -315,6 +329,7 @@ def test_a_topic_made_anew_while_reading_ends_the_run(apache_kafka: ApacheKafka,
             read(source, 1)
 
 
+@needs_apache_kafka("the mock cluster creates and deletes nothing on request")
 def test_new_partitions_are_read_from_their_first_record(broker: str, topic: str) -> None:
     create_topic(broker, topic)
     with started(broker, topic, start="latest", discovery_interval_s=0.2) as source:
@@ -336,10 +351,10 @@ def test_partitions_added_between_runs_are_read_from_their_first_record(broker: 
 def test_a_missing_topic_is_a_setting_to_correct(broker: str, topic: str) -> None:
     create_topic(broker, topic)
     with pytest.raises(SettingsError, match=f"topic={topic}x does not exist; did you mean {topic}"):
-        probe(KafkaSettings(bootstrap_servers=broker, topic=f"{topic}x"))
+        probe(KafkaSettings(bootstrap_servers=broker, topic=f"{topic}x", **how_to_reach()))
     with pytest.raises(SettingsError, match="does not exist"), started(broker, f"{topic}x"):
         pass
-    probe(KafkaSettings(bootstrap_servers=broker, topic=topic))
+    probe(KafkaSettings(bootstrap_servers=broker, topic=topic, **how_to_reach()))
 
 
 def test_an_unreachable_broker_is_named() -> None:
@@ -357,17 +372,25 @@ def test_settings_that_cannot_be_used_are_named(wrong: dict[str, str]) -> None:
         probe(KafkaSettings(**{"topic": "t", **wrong}))
 
 
+def test_brokers_are_asked_for_their_version_unless_it_is_set() -> None:
+    options = [kafka_connection.connection_options(KafkaSettings(api_version=given), "c") for given in (None, "2.3")]
+    assert [found["api_version"] for found in options] == [None, (2, 3)]
+    with pytest.raises(ValidationError, match="api_version"):
+        KafkaSettings(api_version="latest")
+
+
 def test_a_missing_compression_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_connection, "has_zstd", lambda: False)
     with pytest.raises(SettingsError, match="zstd"):
         open_source(SourceSettings(kafka=KafkaSettings(topic="t")))
 
 
+@needs_apache_kafka("the mock cluster forgets its log")
 def test_an_outage_is_logged_once_and_survived(tmp_path: Path, topic: str, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("noida_db", reason="noida-db is not installed: pip install 'stream-trainer[demo]'")
-    port = free_port()
+    kafka = prepare_kafka(tmp_path)
+    servers = kafka.bootstrap_servers
     caplog.set_level(logging.INFO, "stream_trainer")
-    with run_embedded_broker(tmp_path, port) as servers:
+    with running(kafka):
         create_topic(servers, topic)
         publish(servers, topic, letters("a"))
         source = KafkaSource(KafkaSettings(bootstrap_servers=servers, topic=topic, discovery_interval_s=0.05))
@@ -376,7 +399,7 @@ def test_an_outage_is_logged_once_and_survived(tmp_path: Path, topic: str, caplo
     for _ in range(5):
         assert source.poll(0.1) == []
     assert source.end_positions() == {Partition(topic, 0): 1}
-    with run_embedded_broker(tmp_path, port) as servers:
+    with running(kafka):
         publish(servers, topic, letters("b"))
         assert values(read(source, 1)) == letters("b")
         source.close()

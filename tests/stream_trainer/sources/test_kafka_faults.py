@@ -24,6 +24,8 @@ from tests.helpers.brokers import (
     create_topic,
     delete_records,
     delete_topic,
+    how_to_reach,
+    needs_apache_kafka,
     publish,
     rewrite_batch,
 )
@@ -45,7 +47,7 @@ def test_the_order_of_three_partitions_with_many_fetches_is_the_same_in_every_ru
     create_topic(broker, topic, partitions=3)
     for number in range(3):
         publish(broker, topic, [good(n) for n in range(300 + 50 * number)], number, linger_ms=20, batch_size=2000)
-    settings = KafkaSettings(bootstrap_servers=broker, topic=topic, stop_at_end=True, fencing="off")
+    settings = KafkaSettings(bootstrap_servers=broker, topic=topic, stop_at_end=True, fencing="off", **how_to_reach())
     expected = [(number, n) for n in range(400) for number in range(3) if n < 300 + 50 * number]
     assert order_of(settings, Cursor(), len(expected)) == expected
     cursor = Cursor()
@@ -67,6 +69,7 @@ def order_of(settings: KafkaSettings, cursor: Cursor, count: int) -> list[tuple[
     return taken
 
 
+@needs_apache_kafka("each topic of the mock cluster has four partitions")
 def test_a_partition_of_which_nothing_is_to_be_fetched_goes_on_where_it_was(broker: str, topic: str) -> None:
     create_topic(broker, topic, partitions=2)
     for number in range(2):
@@ -139,6 +142,7 @@ def decide_all(service: Service, taken: list[int]) -> None:
 # Logs that were put in another's place.
 
 
+@needs_apache_kafka("the mock cluster creates and deletes nothing on request")
 def test_a_log_that_was_replaced_below_the_cursor_is_noticed(broker: str, topic: str) -> None:
     """Made anew and grown past the cursor, as after a backup was restored; no id gives it away."""
     create_topic(broker, topic)
@@ -157,6 +161,7 @@ def test_a_log_that_was_replaced_below_the_cursor_is_noticed(broker: str, topic:
         assert values(read(source, 2)) == letters("GH")
 
 
+@needs_apache_kafka("the mock cluster creates and deletes nothing on request")
 def test_a_log_that_is_the_same_is_read_on(broker: str, topic: str) -> None:
     create_topic(broker, topic)
     publish(broker, topic, letters("abcdef"))
@@ -237,6 +242,7 @@ def test_an_open_transaction_that_stays_is_said_once(caplog: pytest.LogCaptureFi
 # Partitions without a leader.
 
 
+@needs_apache_kafka("each topic of the mock cluster has four partitions")
 def test_one_partition_without_a_leader_leaves_the_others_to_be_read(
     broker: str, topic: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -255,7 +261,9 @@ def test_one_partition_without_a_leader_leaves_the_others_to_be_read(
         with no_leader, started(broker, topic, stop_at_end=True):
             pass
         cursor = {first: 1, second: 2}
-        source = KafkaSource(KafkaSettings(bootstrap_servers=broker, topic=topic, discovery_interval_s=0.05))
+        source = KafkaSource(
+            KafkaSettings(bootstrap_servers=broker, topic=topic, discovery_interval_s=0.05, **how_to_reach())
+        )
         source.start(cursor, {}, {})
         assert values(read(source, 2)) == letters("bc")
         assert source.positions() == {first: 3, second: 2}
@@ -306,7 +314,9 @@ def test_a_start_that_failed_can_be_made_again(broker: str, topic: str, caplog: 
     caplog.set_level(logging.ERROR)
     create_topic(broker, topic)
     publish(broker, topic, letters("ab"))
-    nowhere = KafkaSettings(bootstrap_servers=f"127.0.0.1:{free_port()}", topic=topic, bootstrap_timeout_s=0.5)
+    nowhere = KafkaSettings(
+        bootstrap_servers=f"127.0.0.1:{free_port()}", topic=topic, bootstrap_timeout_s=0.5, **how_to_reach()
+    )
     source = KafkaSource(nowhere)
     with pytest.raises(SourceAwayError):
         source.start({}, {}, {})

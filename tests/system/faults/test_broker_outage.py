@@ -1,22 +1,11 @@
 """A broker that goes away while the service runs, and comes back with the same log at the same address."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from importlib.util import find_spec
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from stream_trainer.demo.broker import embedded_broker
-from tests.helpers.brokers import (
-    ApacheKafka,
-    apache_kafka,
-    committed,
-    create_topic,
-    publish,
-    running,
-    why_no_apache_kafka,
-)
+from tests.helpers.brokers import committed, create_topic, needs_apache_kafka, prepare_kafka, publish, running
 from tests.helpers.service import (
     configuration,
     counts,
@@ -33,51 +22,16 @@ from tests.helpers.service import (
 
 BEFORE, AFTER, BAD = 300, 40, 20
 
-Start = Callable[[Path], AbstractContextManager[str]]
-StartAgain = Callable[[Path, str], AbstractContextManager[str]]
 
-
-@contextmanager
-def start_apache(folder: Path) -> Iterator[str]:
-    if reason := why_no_apache_kafka():
-        pytest.skip(reason)
-    with apache_kafka(folder) as broker:
-        yield broker.bootstrap_servers
-
-
-@contextmanager
-def start_apache_again(folder: Path, servers: str) -> Iterator[str]:
-    with running(ApacheKafka(servers, "", "", Path(), folder)):
-        yield servers
-
-
-@contextmanager
-def start_embedded(folder: Path) -> Iterator[str]:
-    if find_spec("noida_db") is None:
-        pytest.skip("noida-db is not installed: pip install 'stream-trainer[demo]'")
-    with embedded_broker(folder / "broker") as servers:
-        yield servers
-
-
-def start_embedded_again(folder: Path, servers: str) -> AbstractContextManager[str]:
-    return embedded_broker(folder / "broker", port_of(servers))
-
-
-def port_of(servers: str) -> int:
-    return int(servers.rpartition(":")[2])
-
-
-@pytest.mark.parametrize(
-    ("start", "start_again"),
-    [(start_apache, start_apache_again), (start_embedded, start_embedded_again)],
-    ids=["apache", "embedded"],
-)
+@needs_apache_kafka("the mock cluster forgets its log")
 def test_the_service_waits_for_a_broker_that_goes_away(
-    start: Start, start_again: StartAgain, topic: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    topic: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("WARNING")
+    broker = prepare_kafka(tmp_path)
+    servers = broker.bootstrap_servers
     with ExitStack() as up:
-        servers = up.enter_context(start(tmp_path))
+        up.enter_context(running(broker))
         create_topic(servers, topic)
         create_topic(servers, f"{topic}.dead-letters")
         publish(servers, topic, goods(BEFORE))
@@ -90,7 +44,7 @@ def test_the_service_waits_for_a_broker_that_goes_away(
             wait_for(lambda: "cannot be read for now" in caplog.text and state_of(config) == "idle")
             assert get(config, "/healthz")[0] == 200
             assert decided(config) <= BEFORE
-            up.enter_context(start_again(tmp_path, servers))
+            up.enter_context(running(broker))
             publish(servers, topic, [*goods(AFTER), *[b"not JSON"] * BAD])
             wait_for(lambda: decided(config) == BEFORE + AFTER + BAD)
         assert counts(config) == ended[0].counts
