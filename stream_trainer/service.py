@@ -26,9 +26,12 @@ from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import open_dead_letters
 from stream_trainer.ingest.thread import Ingest
-from stream_trainer.models.loading import load_model
+from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.monitoring.allocator import keep_freed_memory
+from stream_trainer.monitoring.logs import adopt_transformers
 from stream_trainer.monitoring.metrics import Metrics, State
+from stream_trainer.monitoring.progress import Progress
+from stream_trainer.monitoring.reporting import shown
 from stream_trainer.monitoring.server import Server
 from stream_trainer.records import Sample
 from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
@@ -40,7 +43,7 @@ from stream_trainer.training.sampling import make_sampler
 from stream_trainer.training.saver import Saver
 from stream_trainer.training.status import Status
 from stream_trainer.training.trainer import Trainer
-from stream_trainer.training.watchers import Watcher, Watchers
+from stream_trainer.training.watchers import Watcher, Watchers, watching
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +65,26 @@ class Summary:
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, `training.max_steps`, or the end of a finite stream. Returns the exit code."""
-    stop = threading.Event()
-    with stopping_on_signals(stop):
-        serve(settings, stop)
+    adopt_transformers()
+    stop, progress = threading.Event(), Progress()
+    source = settings.source.kafka.topic if settings.source.kind == "kafka" else settings.source.jsonl.path
+    with stopping_on_signals(stop), shown(progress, f"stream-trainer · {source}", settings.log):
+        serve(settings, stop, progress=progress)
     return 0
 
 
-def serve(settings: Settings, stop: threading.Event, *watchers: Watcher) -> Summary:
+def serve(settings: Settings, stop: threading.Event, *watchers: Watcher, progress: Progress | None = None) -> Summary:
     """Train until `stop` is set or the work is done, and tell the watchers; ends in a checkpoint.
 
-    Raises StreamTrainerError for whatever an operator can mend.
+    `progress` is kept up to date, for somebody to show it. Raises StreamTrainerError for whatever an operator can mend.
     """
     selection = settings.selection
     metrics = Metrics(REASONS, arms=selection.cluster_ucb.clusters if selection.draw == "cluster_ucb" else 0)
     metrics.build.info({"version": __version__, "torch": torch.__version__, "transformers": transformers.__version__})
     status = Status(settings, metrics)
+    if progress is not None:
+        progress.begin(metrics, status.health)
+        watchers = (*watchers, watching(progress))
     keep_freed_memory()
     if settings.training.threads is not None:
         torch.set_num_threads(settings.training.threads)
@@ -113,17 +121,17 @@ def _build(
     """Load model, samples and checkpoint, and begin to read. What must be closed goes onto `stack`."""
     metrics.state.state(State.LOADING.value)
     started = time.perf_counter()
-    loaded = load_model(settings.model, settings.training.seed)
-    decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
-    sets = _evaluation_sets(settings, decoder)
-    optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
-    engine = make_engine(settings, loaded, optimizer, sets["target"], _anchors(settings, decoder))
+    loaded, decoder, sets, anchors = _load(settings, watchers)
     buffer = Buffer(settings.buffer)
-    sampler = make_sampler(settings, buffer, loaded, engine, sets["target"])
+    with watchers.during("attaching the selection to the model"):
+        optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
+        engine = make_engine(settings, loaded, optimizer, sets["target"], anchors)
+        sampler = make_sampler(settings, buffer, loaded, engine, sets["target"])
     fingerprint = fingerprint_of(settings, loaded, __version__)
     owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
-    checkpoint = load_latest(settings.checkpoint.dir)
-    state = restore(checkpoint, loaded, optimizer) if checkpoint is not None else None
+    with watchers.during("looking for a checkpoint to resume"):
+        checkpoint = load_latest(settings.checkpoint.dir)
+        state = restore(checkpoint, loaded, optimizer) if checkpoint is not None else None
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
     cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
     metrics.count_outcomes(lambda: cursor.counts)
@@ -165,6 +173,15 @@ def _build(
         trainer.begin()
     ingest.start(cursor.positions(), state.source_identity if state is not None else {})
     return trainer
+
+
+def _load(settings: Settings, watchers: Watchers) -> tuple[LoadedModel, Decoder, dict[str, list[Sample]], list[Sample]]:
+    """The model, what decodes samples for it, the evaluation sets and the anchors of the mask."""
+    with watchers.during("loading model and tokenizer"):
+        loaded = load_model(settings.model, settings.training.seed)
+    decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
+    with watchers.during("reading the target and the evaluation sets"):
+        return loaded, decoder, _evaluation_sets(settings, decoder), _anchors(settings, decoder)
 
 
 def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> None:

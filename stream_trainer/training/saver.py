@@ -116,16 +116,17 @@ class Saver:
         try:
             self.owner.confirm()
             self.dead_letters.flush()
-            saved = save_checkpoint(
-                self.settings.checkpoint.dir,
-                self.loaded,
-                self.optimizer,
-                state,
-                self.settings.checkpoint.keep,
-                self.owner.epoch,
-                self.owner.confirm,
-                before_rename=partial(self.ingest.confirm, positions, step),
-            )
+            with self.watchers.during("writing a checkpoint"):
+                saved = save_checkpoint(
+                    self.settings.checkpoint.dir,
+                    self.loaded,
+                    self.optimizer,
+                    state,
+                    self.settings.checkpoint.keep,
+                    self.owner.epoch,
+                    self.owner.confirm,
+                    before_rename=partial(self.ingest.confirm, positions, step),
+                )
         except CheckpointError:
             self.metrics.checkpoint_failures.inc()
             raise

@@ -313,7 +313,8 @@ class Trainer:
 
     def _measure(self, name: str, samples: Sequence[Sample]) -> None:
         started = time.perf_counter()
-        loss = mean_loss(self.engine.capture, [collate(samples, self._pad_id)])
+        with self.watchers.during(f"evaluating {name}", len(samples)) as advance:
+            loss = mean_loss(self.engine.capture, [collate(samples, self._pad_id)], advance)
         self.losses[name] = loss
         self.metrics.evaluation_loss.labels(name).set(loss)
         self.metrics.evaluation_time.labels(name).set_to_current_time()
