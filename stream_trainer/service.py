@@ -19,8 +19,9 @@ import transformers
 
 from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import Checkpoint, TrainerState, load_latest, restore
-from stream_trainer.checkpoints.fingerprint import check_resume, consumed, fingerprint_of
+from stream_trainer.checkpoints.fingerprint import change_of, check_resume, consumed, fingerprint_of
 from stream_trainer.checkpoints.ownership import claim, locked
+from stream_trainer.checkpoints.provenance import provenance_of, read_provenance, report_changes
 from stream_trainer.checkpoints.trouble import try_out
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
@@ -132,6 +133,7 @@ def _build(
     with watchers.during("looking for a checkpoint to resume"):
         checkpoint = load_latest(settings.checkpoint.dir)
         state = restore(checkpoint, loaded, optimizer) if checkpoint is not None else None
+    made_with = provenance_of(settings, __version__, {} if checkpoint is None else read_provenance(checkpoint.path))
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
     cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
     metrics.count_outcomes(lambda: cursor.counts)
@@ -148,6 +150,7 @@ def _build(
         metrics=metrics,
         owner=owner,
         fingerprint=fingerprint,
+        made_with=made_with,
         jitter=random.SystemRandom(),
         watchers=watchers,
     )
@@ -168,6 +171,7 @@ def _build(
     )
     if checkpoint is not None and state is not None:
         _resume(trainer, checkpoint, state)
+    metrics.in_force(made_with["settings_hash"], made_with["settings_since"])
     stack.callback(ingest.stop)
     if not stop.is_set():
         trainer.begin()
@@ -190,8 +194,11 @@ def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> No
     now = trainer.saver.fingerprint | consumed(settings.source, state.cursor)
     trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
     trainer.metrics.resumed_otherwise(trainer.changed)
-    if trainer.changed:
-        trainer.watchers.event(state.step, "settings_changed", ", ".join(trainer.changed))
+    changes = [change_of(name, state.fingerprint, now) for name in trainer.changed]
+    changes += report_changes(read_provenance(checkpoint.path), trainer.saver.made_with, but=trainer.changed)
+    if changes:
+        trainer.watchers.event(state.step, "settings_changed", "; ".join(changes))
+        trainer.saver.made_with["settings_since"] = time.time()
     trainer.restore(state)
     trainer.metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
     logger.info("resumed from %s at step %d", checkpoint.path, state.step)

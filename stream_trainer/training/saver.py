@@ -36,6 +36,7 @@ class Saver:
     Attributes:
         owner: of the directory of checkpoints.
         fingerprint: what the run is made with.
+        made_with: what the manifest says of that, for people.
         jitter: source of what pauses between tries vary by.
         watchers: told of every checkpoint, and of those that fail.
         failing: while checkpoints cannot be written, since when and why.
@@ -51,6 +52,7 @@ class Saver:
     metrics: Metrics
     owner: Owner
     fingerprint: dict[str, object]
+    made_with: dict[str, object]
     jitter: random.Random
     watchers: Watchers
     failing: Failing | None = None
@@ -112,6 +114,7 @@ class Saver:
             version=__version__,
             fingerprint=self.fingerprint | consumed(self.settings.source, snapshot.cursor),
             parts={**parts, **snapshot.parts},
+            made_with=self.made_with,
         )
         try:
             self.owner.confirm()
