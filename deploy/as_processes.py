@@ -139,7 +139,8 @@ def start(folder: Path, kafka: ApacheKafka, up: ExitStack) -> Stack:
             f"--web.listen-address=127.0.0.1:{ports['prometheus']}",
         )
     )
-    return Stack(*(f"http://127.0.0.1:{ports[name]}" for name in ports), kafka)
+    trainer, prometheus, alertmanager = (f"http://127.0.0.1:{port}" for port in ports.values())
+    return Stack(trainer, prometheus, alertmanager, kafka)
 
 
 def trainer_settings(folder: Path, kafka: ApacheKafka, port: int) -> dict[str, Any]:

@@ -133,11 +133,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = parser.parse_args(argv)
         return _HANDLERS[known.command](known.arguments)
     except StreamTrainerError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        _report(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _report(error: StreamTrainerError) -> None:
+    """One line each, or one JSON object each where standard error has been taken over for that."""
+    if hasattr(sys.stderr, "beneath"):
+        from stream_trainer.monitoring.logs import report_mistake
+
+        report_mistake(error)
+        return
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
 
 
 def _parser(command: str, description: str, epilog: str = "", takes_settings: bool = False) -> _Parser:
@@ -163,19 +173,37 @@ def _run(arguments: Sequence[str]) -> int:
     parser = _parser(
         "stream-trainer run", "Train from the stream until told to stop.", _RUN_EXAMPLES, takes_settings=True
     )
+    _log_json_if(_format_asked_for(arguments))
     known, overrides = parser.parse_known_args(arguments)
     with _ending_on_sigterm():
         from stream_trainer.commands.check import check_offline, require
         from stream_trainer.monitoring.logs import configure_logging
+        from stream_trainer.monitoring.progress import announced
         from stream_trainer.settings.loading import load_settings
 
-        settings = load_settings(known.config, overrides)
+        settings = load_settings(known.config, overrides, _log_json_if)
         require(check_offline(settings))
         configure_logging(settings.log)
-
-        from stream_trainer.service import run
+        with announced("loading libraries"):
+            from stream_trainer.service import run
 
         return run(settings)
+
+
+def _format_asked_for(arguments: Sequence[str]) -> str:
+    """`log.format` by command line and environment: mistakes in the settings are told of in it too."""
+    asked = os.environ.get("STREAM_TRAINER_LOG__FORMAT", "")
+    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if name.startswith("--log.format"):
+            asked = name.partition("=")[2] or following
+    return asked
+
+
+def _log_json_if(log_format: object) -> None:
+    if log_format == "json":
+        from stream_trainer.monitoring.logs import take_over_stderr
+
+        take_over_stderr()
 
 
 @contextmanager

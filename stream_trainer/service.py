@@ -20,17 +20,21 @@ from gradient_selectors import MaskedAdamW, SelectionEngine
 
 from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import Checkpoint, TrainerState, load_latest, restore
-from stream_trainer.checkpoints.fingerprint import check_resume, consumed, fingerprint_of
-from stream_trainer.checkpoints.ownership import claim, locked
+from stream_trainer.checkpoints.fingerprint import change_of, check_resume, consumed, fingerprint_of
+from stream_trainer.checkpoints.ownership import Owner, claim, locked
 from stream_trainer.checkpoints.plan import PlanFile
+from stream_trainer.checkpoints.provenance import provenance_of, read_provenance, report_changes
 from stream_trainer.checkpoints.trouble import try_out
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
-from stream_trainer.ingest.dead_letters import open_dead_letters
+from stream_trainer.ingest.dead_letters import DeadLetters, open_dead_letters
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.monitoring.allocator import keep_freed_memory
+from stream_trainer.monitoring.logs import adopt_transformers
 from stream_trainer.monitoring.metrics import Metrics, State
+from stream_trainer.monitoring.progress import Progress
+from stream_trainer.monitoring.reporting import shown
 from stream_trainer.monitoring.server import Server
 from stream_trainer.records import Sample
 from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
@@ -44,7 +48,7 @@ from stream_trainer.training.planning import Plan
 from stream_trainer.training.saver import Saver
 from stream_trainer.training.status import Status
 from stream_trainer.training.trainer import Trainer
-from stream_trainer.training.watchers import Watcher, Watchers
+from stream_trainer.training.watchers import Watcher, Watchers, watching
 
 logger = logging.getLogger(__name__)
 
@@ -68,22 +72,33 @@ class Summary:
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, `training.max_steps`, or the end of a finite stream. Returns the exit code."""
-    stop = threading.Event()
-    with stopping_on_signals(stop):
-        serve(settings, stop)
+    adopt_transformers()
+    stop, progress = threading.Event(), Progress()
+    source = settings.source.kafka.topic if settings.source.kind == "kafka" else settings.source.jsonl.path
+    with stopping_on_signals(stop), shown(progress, f"stream-trainer · {source}", settings.log):
+        serve(settings, stop, progress=progress)
     return 0
 
 
-def serve(settings: Settings, stop: threading.Event, *watchers: Watcher, strict: bool = False) -> Summary:
+def serve(
+    settings: Settings,
+    stop: threading.Event,
+    *watchers: Watcher,
+    progress: Progress | None = None,
+    strict: bool = False,
+) -> Summary:
     """Train until `stop` is set or the work is done, and tell the watchers; ends in a checkpoint.
 
-    With `strict` steps are only made again as `plan.jsonl` has them. Raises NotAsPlannedError if that fails, and
-    StreamTrainerError for whatever else an operator can mend.
+    `progress` is kept up to date, for somebody to show it. With `strict` steps are only made again as `plan.jsonl` has
+    them. Raises NotAsPlannedError if that fails, and StreamTrainerError for whatever else an operator can mend.
     """
     selection = settings.selection
     metrics = Metrics(REASONS, arms=selection.cluster_ucb.clusters if selection.draw == "cluster_ucb" else 0)
     metrics.build.info({"version": __version__, "torch": torch.__version__, "transformers": transformers.__version__})
     status = Status(settings, metrics)
+    if progress is not None:
+        progress.begin(metrics, status.health)
+        watchers = (*watchers, watching(progress))
     keep_freed_memory()
     if settings.training.threads is not None:
         torch.set_num_threads(settings.training.threads)
@@ -137,38 +152,32 @@ def _build(run: _Run) -> Trainer:
     """Load model, samples and checkpoint."""
     settings, metrics, stack = run.settings, run.metrics, run.stack
     started = time.perf_counter()
-    learner = _learner(settings)
+    learner = _learner(settings, run.watchers)
     buffer, paying = Buffer(settings.buffer), make_paying(settings)
 
     def accuse(sample: Sample, failure: Failure) -> None:
         trainer.accuse(sample, failure)  # made below, once there is a cursor
 
-    drawn = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"], accuse)
-    sampler = resting(drawn, paying, settings)
-    fingerprint = fingerprint_of(settings, learner.loaded, __version__)
+    with run.watchers.during("describing the target"):
+        drawn = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"], accuse)
     owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
+    with run.watchers.during("looking for a checkpoint to resume"):
+        checkpoint = load_latest(settings.checkpoint.dir)
+        state = restore(checkpoint, learner.loaded, learner.optimizer) if checkpoint is not None else None
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
-    checkpoint = load_latest(settings.checkpoint.dir)
-    state = restore(checkpoint, learner.loaded, learner.optimizer) if checkpoint is not None else None
-    cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
-    metrics.count_outcomes(lambda: cursor.counts)
-    dead_letters = open_dead_letters(settings, owner.confirm)
-    stack.callback(dead_letters.close)
-    source = open_source(settings.source, owner.confirm)
-    ingest = Ingest(source, learner.decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
-    plan = Plan(PlanFile(settings.checkpoint.dir, owner), cursor, buffer, run.strict)
-    stack.callback(plan.file.close)
+    reading = _reading(run, learner, owner, buffer, state)
     saver = Saver(
         settings=settings,
         loaded=learner.loaded,
         optimizer=learner.optimizer,
-        cursor=cursor,
-        ingest=ingest,
-        dead_letters=dead_letters,
+        cursor=reading.cursor,
+        ingest=reading.ingest,
+        dead_letters=reading.dead_letters,
         metrics=metrics,
         owner=owner,
-        plan=plan.file,
-        fingerprint=fingerprint,
+        plan=reading.plan.file,
+        fingerprint=fingerprint_of(settings, learner.loaded, __version__),
+        made_with=provenance_of(settings, __version__, {} if checkpoint is None else read_provenance(checkpoint.path)),
         jitter=random.SystemRandom(),
         watchers=run.watchers,
     )
@@ -178,20 +187,21 @@ def _build(run: _Run) -> Trainer:
         optimizer=learner.optimizer,
         engine=learner.engine,
         evaluation_sets=learner.sets,
-        cursor=cursor,
+        cursor=reading.cursor,
         buffer=buffer,
-        sampler=sampler,
+        sampler=resting(drawn, paying, settings),
         paying=paying,
-        ingest=ingest,
+        ingest=reading.ingest,
         saver=saver,
-        plan=plan,
+        plan=reading.plan,
         metrics=metrics,
         stopped=run.stop.is_set,
         watchers=run.watchers,
     )
     if checkpoint is not None and state is not None:
         _resume(trainer, checkpoint, _without_letters(state) if run.strict else state)
-    stack.callback(ingest.stop)
+    metrics.in_force(saver.made_with["settings_hash"], saver.made_with["settings_since"])
+    stack.callback(reading.ingest.stop)
     return trainer
 
 
@@ -210,13 +220,39 @@ class _Learner:
     engine: SelectionEngine
 
 
-def _learner(settings: Settings) -> _Learner:
-    loaded = load_model(settings.model, settings.training.seed)
+def _learner(settings: Settings, watchers: Watchers) -> _Learner:
+    with watchers.during("loading model and tokenizer"):
+        loaded = load_model(settings.model, settings.training.seed)
     decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
-    sets = _evaluation_sets(settings, decoder)
-    optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
-    engine = make_engine(settings, loaded, optimizer, sets["target"], _anchors(settings, decoder))
+    with watchers.during("reading the target and the evaluation sets"):
+        sets, anchors = _evaluation_sets(settings, decoder), _anchors(settings, decoder)
+    with watchers.during("attaching the selection to the model"):
+        optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
+        engine = make_engine(settings, loaded, optimizer, sets["target"], anchors)
     return _Learner(loaded, decoder, sets, optimizer, engine)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What reads the stream, and notes what is read."""
+
+    cursor: Cursor
+    dead_letters: DeadLetters
+    ingest: Ingest
+    plan: Plan
+
+
+def _reading(run: _Run, learner: _Learner, owner: Owner, buffer: Buffer, state: TrainerState | None) -> _Reading:
+    settings, metrics = run.settings, run.metrics
+    cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
+    metrics.count_outcomes(lambda: cursor.counts)
+    dead_letters = open_dead_letters(settings, owner.confirm)
+    run.stack.callback(dead_letters.close)
+    source = open_source(settings.source, owner.confirm)
+    ingest = Ingest(source, learner.decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
+    plan = Plan(PlanFile(settings.checkpoint.dir, owner), cursor, buffer, run.strict)
+    run.stack.callback(plan.file.close)
+    return _Reading(cursor, dead_letters, ingest, plan)
 
 
 def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> None:
@@ -224,9 +260,12 @@ def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> No
     settings, metrics = trainer.settings, trainer.metrics
     now = trainer.saver.fingerprint | consumed(settings.source, state.cursor)
     trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
+    changes = [change_of(name, state.fingerprint, now) for name in trainer.changed]
+    changes += report_changes(read_provenance(checkpoint.path), trainer.saver.made_with, but=trainer.changed)
     metrics.resumed_otherwise(trainer.changed)
-    if trainer.changed:
-        trainer.watchers.event(state.step, "settings_changed", ", ".join(trainer.changed))
+    if changes:
+        trainer.watchers.event(state.step, "settings_changed", "; ".join(changes))
+        trainer.saver.made_with["settings_since"] = time.time()
     trainer.restore(state)
     metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
     logger.info("resumed from %s at step %d", checkpoint.path, state.step)

@@ -1,7 +1,7 @@
 """The target set, whose gradient steers the selection; and means over any fixed set of samples."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,9 +37,14 @@ def mean_gradient(
     return total
 
 
-def mean_loss(capture: GradientCapture, batches: Iterable[Batch]) -> float:
-    """Mean over samples of their mean loss (nats per token)."""
-    losses = [capture.losses(batch) for batch in micro_batches(batches, MICRO_BATCH)]
+def mean_loss(
+    capture: GradientCapture, batches: Iterable[Batch], advance: Callable[[int], None] = lambda _: None
+) -> float:
+    """Mean over samples of their mean loss (nats per token). `advance` is told how many samples are done."""
+    losses: list[Tensor] = []
+    for batch in micro_batches(batches, MICRO_BATCH):
+        losses.append(capture.losses(batch))
+        advance(sum(map(len, losses)))
     return float(torch.cat(losses).double().mean())
 
 

@@ -6,7 +6,7 @@
         optimizer.safetensors   `<parameter name>.<field>`, for example `lm_head.weight.exp_avg`
         state.safetensors       tensors of whatever else has state, by path: `engine/target/gradient/lm_head.weight`
         trainer.json            step, cursor, identity of the source, the rest of that state, and what it was made with
-        manifest.json           written last: size and SHA-256 of every other file, and of itself
+        manifest.json           written last: who made it, size and SHA-256 of every other file, and of itself
 
 A checkpoint is written to a temporary directory, made durable, and renamed, if its writer still owns the place. A crash
 at any point leaves it whole or not at all. On resume the newest that verifies is used, by epoch and step (see
@@ -82,6 +82,7 @@ class TrainerState:
         version: of the package that wrote it.
         parts: states by part: nested dictionaries of tensors and JSON values. Tensors are read back on the CPU.
         fingerprint: what the run was made with (see `fingerprint`); empty in checkpoints from before there was one.
+        made_with: what the manifest says of its making (see `provenance`); not read back.
     """
 
     step: int
@@ -90,6 +91,7 @@ class TrainerState:
     version: str
     parts: Mapping[str, Any]
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    made_with: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def save_checkpoint(
     try:
         _write_files(temporary, loaded, optimizer, state)
         with _stage("the manifest", temporary):
-            size = write_manifest(temporary, state.step)
+            size = write_manifest(temporary, state.step, state.made_with)
         confirm()
         before_rename()
         with _stage("the rename", directory):

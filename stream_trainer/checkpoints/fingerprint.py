@@ -85,7 +85,7 @@ def check_resume(
     if names:
         logger.warning("checkpoint %s was made otherwise; what differs, then and now:", path)
     for name in names:
-        logger.warning("  %s: %s, now %s", name, _short(then[name]), _short(now[name]))
+        logger.warning("  %s", change_of(name, then, now))
     wrong = [name for name in names if name in REFUSED]
     if wrong and on_mismatch == "fail":
         changes = "; ".join(f"{name} was {_short(then[name])}, now {_short(now[name])}" for name in wrong)
@@ -94,6 +94,11 @@ def check_resume(
             "checkpoint.dir, or set checkpoint.on_mismatch=accept"
         )
     return names
+
+
+def change_of(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How one value has changed, in short."""
+    return f"{name}: {_short(then[name])}, now {_short(now[name])}"
 
 
 def _flat(prefix: str, section: Section) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from stream_trainer.errors import CheckpointError
 FORMAT_VERSION = 2
 READABLE = (1, 2)
 MANIFEST = "manifest.json"
+MADE_WITH = "made_with"
 
 
 class DamagedError(Exception):
     """The files are not as the manifest says."""
 
 
-def write_manifest(directory: Path, step: int) -> int:
+def write_manifest(directory: Path, step: int, made_with: Mapping[str, Any] | None = None) -> int:
     """Make every file durable, then the manifest, then the directories. Return the bytes of all files.
 
-    `directory` is to be one that only its writer knows: the manifest lists what is there.
+    `directory` is to be one that only its writer knows: the manifest lists what is there. `made_with` says who wrote it
+    (see `provenance`).
     """
     files: dict[str, dict[str, int | str]] = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
@@ -36,6 +39,7 @@ def write_manifest(directory: Path, step: int) -> int:
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        MADE_WITH: dict(made_with or {}),
         "files": files,
     }
     manifest.write_text(_manifest_text(content))

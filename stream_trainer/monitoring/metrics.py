@@ -101,6 +101,11 @@ class Metrics:
         for name in names:
             self.resume_differences.labels(name.partition(".")[0]).inc()
 
+    def in_force(self, settings_hash: str, since: float) -> None:
+        """Show the settings by their hash, and since when they are in force (Unix time)."""
+        self.settings.info({"hash": settings_hash})
+        self.settings_changed.set(since)
+
     def count_outcomes(self, counts: Callable[[], Mapping[Outcome, int]]) -> None:
         """Show these counts of decided records, which somebody else keeps."""
         self._outcomes.counts = counts
@@ -274,3 +279,7 @@ class Metrics:
         )
         for kind in RESUME_KINDS:
             self.resume_differences.labels(kind)
+        self.settings = Info(f"{PREFIX}_settings", "The settings in force, by a hash of them.", registry=self.registry)
+        self.settings_changed = self._gauge(
+            "settings_changed_timestamp_seconds", "When settings, or contents that they name, last changed."
+        )

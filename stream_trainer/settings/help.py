@@ -71,7 +71,12 @@ def schema() -> dict[str, Any]:
 
 def show(settings: Settings) -> str:
     """YAML that loads as the same settings, apart from secrets, which are masked."""
-    return yaml.safe_dump(_without_secrets(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """The settings in force as JSON values, secrets masked."""
+    return _without_secrets(settings.model_dump(mode="json"))
 
 
 def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:

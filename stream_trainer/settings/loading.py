@@ -6,7 +6,7 @@ a structured VALUE (`[0.9, 0.95]`, `{model_type: llama}`, `null`) is YAML in bot
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -30,9 +30,12 @@ FREE = (("model", "config"), ("selection", "weigh_options"))
 _KUBERNETES = re.compile(r"(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_\w+)=.*|PORT=\w+://.*")
 
 
-def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:
+def load_settings(
+    path: Path | None, overrides: Sequence[str], tell_format: Callable[[object], None] = lambda _: None
+) -> Settings:
     """Settings from the file `path` (else the file named by STREAM_TRAINER_CONFIG, if any), the environment and
-    `overrides`, the command line's `--section.name=value` or `--section.name value`. The later wins.
+    `overrides`, the command line's `--section.name=value` or `--section.name value`. The later wins. `tell_format` is
+    called with `log.format` as it was given, before anything is refused.
 
     Raises SettingsError with one line per mistake.
     """
@@ -50,6 +53,8 @@ def load_settings(path: Path | None, overrides: Sequence[str]) -> Settings:
     merged: dict[str, Any] = {name: {} for name, field in Settings.model_fields.items() if field.is_required()}
     for layer in reversed(known):
         merged = _merge(merged, layer.values)
+    log = merged.get("log")
+    tell_format(log.get("format") if isinstance(log, dict) else None)
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as error:

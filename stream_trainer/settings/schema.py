@@ -276,7 +276,18 @@ class LogSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Minimum severity that is logged."""
     format: Literal["text", "json"] = "text"
-    """`text` for people, `json` for log collectors."""
+    """`text` for people, `json` for log collectors: one JSON object a line."""
+    progress: Literal["auto", "off", "plain", "live"] = "auto"
+    """How `run` shows its progress: `live` in a panel on the terminal, `plain` as a log line from time to time, or
+    `off`. `auto` is `live` if standard error is a terminal and `format` is `text`, and `plain` elsewhere."""
+    every_s: Positive = 15.0
+    """Seconds between plain lines of progress."""
+
+    @model_validator(mode="after")
+    def _a_panel_is_text(self) -> Self:
+        if self.progress == "live" and self.format == "json":
+            raise ValueError("progress=live does not go with format=json; set progress to plain, or format to text")
+        return self
 
 
 class Settings(BaseSettings):

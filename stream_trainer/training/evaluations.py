@@ -85,7 +85,8 @@ class Evaluations:
 
     def _measure(self, step: int, name: str, samples: Sequence[Sample]) -> None:
         started = time.perf_counter()
-        loss = mean_loss(self.capture, [collate(samples, self.pad_id)])
+        with self.watchers.during(f"evaluating {name}", len(samples)) as advance:
+            loss = mean_loss(self.capture, [collate(samples, self.pad_id)], advance)
         self.losses[name] = loss
         if name == "target":
             self._target = step, loss

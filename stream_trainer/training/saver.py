@@ -38,6 +38,7 @@ class Saver:
         owner: of the directory of checkpoints.
         plan: what the steps are made of, which is made durable before each checkpoint.
         fingerprint: what the run is made with.
+        made_with: what the manifest says of that, for people.
         jitter: source of what pauses between tries vary by.
         watchers: told of every checkpoint, and of those that fail.
         failing: while checkpoints cannot be written, since when and why.
@@ -54,6 +55,7 @@ class Saver:
     owner: Owner
     plan: PlanFile
     fingerprint: dict[str, object]
+    made_with: dict[str, Any]
     jitter: random.Random
     watchers: Watchers
     failing: Failing | None = None
@@ -115,21 +117,23 @@ class Saver:
             version=__version__,
             fingerprint=self.fingerprint | consumed(self.settings.source, snapshot.cursor),
             parts={**parts, **snapshot.parts},
+            made_with=self.made_with,
         )
         try:
             self.owner.confirm()
             self.dead_letters.flush()
             self.plan.flush()
-            saved = save_checkpoint(
-                self.settings.checkpoint.dir,
-                self.loaded,
-                self.optimizer,
-                state,
-                self.settings.checkpoint.keep,
-                self.owner.epoch,
-                self.owner.confirm,
-                before_rename=partial(self.ingest.confirm, self.saved or 0),
-            )
+            with self.watchers.during("writing a checkpoint"):
+                saved = save_checkpoint(
+                    self.settings.checkpoint.dir,
+                    self.loaded,
+                    self.optimizer,
+                    state,
+                    self.settings.checkpoint.keep,
+                    self.owner.epoch,
+                    self.owner.confirm,
+                    before_rename=partial(self.ingest.confirm, self.saved or 0),
+                )
         except CheckpointError:
             self.metrics.checkpoint_failures.inc()
             raise

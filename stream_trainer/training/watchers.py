@@ -1,9 +1,13 @@
 """Whoever wants to know what a run does: displays, the status page, trackers."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stream_trainer.monitoring.progress import Phase, Progress
 from stream_trainer.records import Sample
 from stream_trainer.training.step import StepReport
 
@@ -11,6 +15,7 @@ OnStep = Callable[[int, Sequence[Sample], StepReport], None]
 OnEvaluation = Callable[[int, Mapping[str, float], float], None]
 OnCheckpoint = Callable[[int, Path], None]
 OnEvent = Callable[[int, str, str], None]
+OnPhase = Callable[[Phase], None]
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,14 @@ class Watcher:
         on_checkpoint: after every checkpoint is durable, with the step and its directory.
         on_event: when something happens that is worth a mark on a chart, with the step, its kind (one word of a closed
             set) and a sentence.
+        on_phase: when something that may take seconds begins, goes on and ends: loading, evaluations, checkpoints.
     """
 
     on_step: OnStep | None = None
     on_evaluation: OnEvaluation | None = None
     on_checkpoint: OnCheckpoint | None = None
     on_event: OnEvent | None = None
+    on_phase: OnPhase | None = None
 
 
 @dataclass
@@ -60,3 +67,38 @@ class Watchers:
         for watcher in self.all:
             if watcher.on_event is not None:
                 watcher.on_event(step, kind, text)
+
+    @contextmanager
+    def during(self, name: str, total: int = 0) -> Iterator[Callable[[int], None]]:
+        """Tell of a phase around what may take seconds; what is yielded tells how many of its `total` are done."""
+        started = time.perf_counter()
+        self._phase(Phase(name, 0, total))
+        try:
+            yield lambda done: self._phase(Phase(name, done, total))
+        finally:
+            self._phase(Phase(name, total, total, time.perf_counter() - started))
+
+    def _phase(self, phase: Phase) -> None:
+        for watcher in self.all:
+            if watcher.on_phase is not None:
+                watcher.on_phase(phase)
+
+
+def watching(progress: Progress) -> Watcher:
+    """What keeps `progress` up to date."""
+
+    def stepped(step: int, pool: Sequence[Sample], report: StepReport) -> None:
+        tokens = sum(sample.num_tokens for sample in pool)
+        progress.stepped(step, tokens, report.losses, len(report.selected) / len(pool), gain_of(report))
+
+    return Watcher(
+        on_step=stepped, on_evaluation=lambda step, losses, _: progress.evaluated(step, losses), on_phase=progress.phase
+    )
+
+
+def gain_of(report: StepReport) -> float | None:
+    """Share of the pool's pull towards the target that the trained samples have; None if it is not known."""
+    pulls = [max(0.0, utility) for utility in report.utilities or () if math.isfinite(utility)]
+    if report.utilities is None or sum(pulls) == 0 or len(pulls) < len(report.utilities):
+        return None
+    return sum(pulls[i] for i in report.selected) / sum(pulls)

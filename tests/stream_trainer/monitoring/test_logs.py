@@ -3,12 +3,14 @@
 import io
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 
 import pytest
 
-from stream_trainer.monitoring.logs import configure_logging
+from stream_trainer.monitoring.hold_back import OWN_LINES
+from stream_trainer.monitoring.logs import MAX_LINE_CHARS, Printed, configure_logging
 from stream_trainer.settings.schema import LogSettings
 
 
@@ -106,7 +108,37 @@ def test_the_kafka_client_does_not_flood_the_log(monkeypatch: pytest.MonkeyPatch
         ours.warning("cannot be read for now")
     lines = out.getvalue().splitlines()
     assert sum("kafka.net.manager" in line for line in lines) == 2
-    assert sum("cannot be read for now" in line for line in lines) == 60
+    assert sum("cannot be read for now" in line for line in lines) == OWN_LINES
+    assert len(lines) <= 20
     clock += 300
     kafka.error("Connection failed: %s", "again")
     assert out.getvalue().endswith("Connection failed: again held_back=299\n")
+
+
+def test_json_is_json_whatever_is_told() -> None:
+    """NaN is no JSON, a library's own template may not fit its arguments, and a value may hold itself."""
+    out = io.StringIO()
+    configure_logging(LogSettings(format="json"), out)
+    itself: list[object] = []
+    itself.append(itself)
+    log = logging.getLogger("x")
+    log.info("one", extra={"loss": math.nan, "losses": [math.inf], "time": "not this one"})
+    log.info("two", extra={"keys": {(1, 2): 3}, "itself": itself})
+    log.info("three %d", "no number")
+    log.info("four\nfive", stack_info=True)
+    found = [json.loads(line, parse_constant=pytest.fail) for line in out.getvalue().splitlines()]
+    assert [fields["message"] for fields in found] == ["one", "two", "three %d ('no number',)", "four\nfive"]
+    assert found[0]["loss"] is None
+    assert found[0]["time"].endswith("Z")
+    assert "test_logs.py" in found[3]["stack"]
+
+
+def test_what_is_printed_becomes_a_record_a_line() -> None:
+    out = io.StringIO()
+    configure_logging(LogSettings(format="json"), out)
+    printed = Printed(out)
+    printed.write("50%\r100%\nhalf of ")
+    printed.write("a line\n\n")
+    printed.write("x" * (MAX_LINE_CHARS + 1))
+    messages = [json.loads(line)["message"] for line in out.getvalue().splitlines()]
+    assert messages == ["50%", "half of a line", "x" * (MAX_LINE_CHARS + 1)]
