@@ -26,6 +26,7 @@ commands:
   select        choose the best samples of a file, or parameters to train, once and offline
   config        show, check or describe the settings
   dead-letters  what could not be used and why; publish it again
+  models        published versions: list, show, verify, roll back, promote
 
 examples:
   stream-trainer demo
@@ -250,6 +251,15 @@ def _dead_letters(arguments: Sequence[str]) -> int:
     return run(action.parse_args(known.arguments))
 
 
+def _models(arguments: Sequence[str]) -> int:
+    from stream_trainer.commands.models import EXAMPLES, add_arguments, run
+
+    parser = _parser("stream-trainer models", "See published versions, and say which one is current.", EXAMPLES)
+    add_arguments(parser)
+    known, overrides = parser.parse_known_args(arguments)
+    return run(known, overrides)
+
+
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "produce": _produce,
@@ -257,6 +267,7 @@ _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "select": _select,
     "config": _config,
     "dead-letters": _dead_letters,
+    "models": _models,
 }
 
 

@@ -30,10 +30,12 @@ from stream_trainer.models.loading import load_model
 from stream_trainer.monitoring.allocator import keep_freed_memory
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.monitoring.server import Server
+from stream_trainer.publishing.attach import attach
 from stream_trainer.records import Sample
 from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
+from stream_trainer.tracking.attach import track
 from stream_trainer.training.build import make_engine
 from stream_trainer.training.optimizer import make_optimizer
 from stream_trainer.training.sampling import make_sampler
@@ -125,6 +127,8 @@ def _build(
     checkpoint = load_latest(settings.checkpoint.dir)
     state = restore(checkpoint, loaded, optimizer) if checkpoint is not None else None
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
+    track(settings.tracking, metrics, watchers, stack)
+    attach(settings, loaded, metrics, watchers, stack)
     cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
     metrics.count_outcomes(lambda: cursor.counts)
     dead_letters = open_dead_letters(settings)
