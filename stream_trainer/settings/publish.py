@@ -12,8 +12,7 @@ from stream_trainer.settings.base import Count, NonNegative, Positive, Section
 def _without_user(url: str) -> str:
     if "@" in url.partition("://")[2].partition("/")[0]:
         raise ValueError(
-            "publish.upload, checkpoint.upload and the addresses of servers take no user or password; "
-            "give credentials in the environment, as the store's own client reads them"
+            "takes no user or password; give them in the environment, as the store's own client reads them"
         )
     return url
 
@@ -79,10 +78,12 @@ class PublishSettings(Section):
         if self.dir is None:
             for name in ("upload", "hub", "vllm", "command"):
                 if getattr(self, name):
-                    raise ValueError(f"{name} needs dir, the directory of the versions; set dir")
+                    raise ValueError(f"publish.{name} needs publish.dir, the directory of the versions; set it")
         for word in self.command:
             if odd := sorted(set(re.findall(r"\{(\w*)\}", word)) - {"path", "version"}):
-                raise ValueError(f"command has {{{odd[0]}}}, which stands for nothing; use {{path}} or {{version}}")
+                raise ValueError(
+                    f"publish.command has {{{odd[0]}}}, which stands for nothing; use {{path}} or {{version}}"
+                )
         return self
 
 

@@ -28,7 +28,7 @@ def publish(folder: Path, kind: str, merged: bool = True, **lora: Any) -> tuple[
     checkpoint.mkdir()
     save_model(loaded, checkpoint / "model")
     save_adapter(loaded, checkpoint / "adapter.safetensors")
-    trainer = {"cursor": {"partitions": {}, "counts": {}}}
+    trainer: dict[str, Any] = {"cursor": {"partitions": {}, "counts": {}}}
     (checkpoint / "trainer.json").write_text(json.dumps(trainer))
     write_manifest(checkpoint, 1)
     origin = Origin(None, "target.jsonl", config_text(loaded.model), merged)
@@ -45,7 +45,7 @@ def test_peft_loads_the_adapters_onto_the_base(kind: str, tmp_path: Path) -> Non
 
     loaded, version = publish(tmp_path, kind)
     base = load_model(settings_of(kind), seed=0).model
-    adapted = PeftModel.from_pretrained(base, version / "adapter").eval()  # type: ignore[arg-type]
+    adapted = PeftModel.from_pretrained(base, version / "adapter").eval()
     torch.testing.assert_close(logits_of(adapted), logits_of(loaded.model), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits_of(adapted), logits_of(load_model(settings_of(kind), seed=0).model), atol=1e-3)
 

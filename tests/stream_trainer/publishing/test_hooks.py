@@ -98,7 +98,7 @@ def test_a_command_that_fails_says_how(words: tuple[str, ...], said: str, tmp_pa
 
 def test_vllm_is_given_the_adapter(tmp_path: Path) -> None:
     with http_server(lambda _, __: (200, "ok")) as (url, asked):
-        vllm = VllmSettings(url=f"{url}/", name="mine", api_key="open sesame")  # type: ignore[arg-type]
+        vllm = VllmSettings(url=f"{url}/", name="mine", api_key="open sesame")
         hooks_of(tmp_path, vllm=vllm)["vllm"](tmp_path / "v000001-step-3")
     (page, key, body), *others = asked
     assert not others
@@ -132,7 +132,7 @@ def test_a_vllm_that_cannot_replace_an_adapter_unloads_it_first(tmp_path: Path) 
 
 def test_a_vllm_that_refuses_or_is_away_says_so_without_the_key(tmp_path: Path) -> None:
     with http_server(lambda _, __: (404, {"message": "no adapter\nthere"})) as (url, _):
-        hook = hooks_of(tmp_path, vllm=VllmSettings(url=url, api_key="open sesame"))["vllm"]  # type: ignore[arg-type]
+        hook = hooks_of(tmp_path, vllm=VllmSettings(url=url, api_key="open sesame"))["vllm"]
         with pytest.raises(HookError, match=r"answered 404: .*no adapter") as caught:
             hook(tmp_path)
     assert "\n" not in str(caught.value)
@@ -194,7 +194,7 @@ def test_a_version_is_a_commit_of_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
     with http_server(answer) as (url, asked):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        hub = HubSettings(repo="me/model", token="hf_secret")  # type: ignore[arg-type]
+        hub = HubSettings(repo="me/model", token="hf_secret")
         hooks_of(tmp_path, hub=hub)["hub"](path)
     created = json.loads(next(body for page, _, body in asked if page == "/api/repos/create"))
     assert created.get("private") or created.get("visibility") == "private", created
@@ -210,7 +210,7 @@ def test_a_hub_that_is_away_says_so_without_the_token(tmp_path: Path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with http_server(lambda _, __: (401, {"error": "Invalid credentials"})) as (url, _):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
-        hub = HubSettings(repo="me/model", token="hf_secret")  # type: ignore[arg-type]
+        hub = HubSettings(repo="me/model", token="hf_secret")
         with pytest.raises(StoreError, match=r"publish\.hub\.repo=me/model: the upload of v000001-step-3") as caught:
             hooks_of(tmp_path, hub=hub)["hub"](path)
     assert "hf_secret" not in str(caught.value)
