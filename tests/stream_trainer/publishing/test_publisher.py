@@ -209,15 +209,17 @@ def test_readers_of_current_see_whole_versions_only(tmp_path: Path) -> None:
 
     def read() -> int:
         seen = 0
-        while seen == 0 or not stop.wait(0.01):
-            opened.append(read_version((run.versions / "current").resolve()))
+        while seen == 0 or not stop.is_set():
+            found = (run.versions / "current").resolve(strict=True)
+            stop.wait(0.03)  # others are published and pruned between finding it and reading it
+            opened.append(read_version(found))
             seen += 1
         return seen
 
     with Run(tmp_path, keep=2, grace_s=30.0) as run:
         run.checkpoint(0)
-        with ThreadPoolExecutor(4) as pool:
-            readers = [pool.submit(read) for _ in range(4)]
+        with ThreadPoolExecutor(8) as pool:
+            readers = [pool.submit(read) for _ in range(8)]
             for step in range(1, 51):
                 run.checkpoint(step)
                 if step % 10 == 0:  # time passes
@@ -229,6 +231,30 @@ def test_readers_of_current_see_whole_versions_only(tmp_path: Path) -> None:
     assert len(set(opened)) > 5
     assert len(run.names) < 30, "versions were pruned meanwhile"
     print(f"{len(opened)} opens of {len(set(opened))} versions while 50 were published, {51 - len(run.names)} pruned")
+
+
+def test_there_is_a_current_version_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream_trainer.publishing.versions.sync_directory", lambda _: None)
+    names = ("v000001-step-1", "v000002-step-2")
+    stop, seen = threading.Event(), set[str]()
+
+    def look() -> int:
+        count = 0
+        while not stop.is_set():
+            seen.add(os.readlink(tmp_path / "current"))
+            count += 1
+        return count
+
+    point_at(tmp_path, names[0])
+    with ThreadPoolExecutor(1) as pool:
+        looks = pool.submit(look)
+        for turn in range(4_000):
+            point_at(tmp_path, names[turn % 2])
+            if looks.done():
+                break
+        stop.set()
+        assert looks.result(60) > 1000
+    assert seen == set(names)
 
 
 def test_what_a_killed_publisher_left_goes(tmp_path: Path) -> None:
