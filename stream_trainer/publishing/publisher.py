@@ -152,7 +152,7 @@ class Publisher:
                 held = is_held(self._directory)
                 if not held:
                     point_at(self._directory, name)
-            prune(self._directory, self._settings.keep, self._settings.grace_s)
+            self._prune()
         self._metrics.publish_seconds.observe(time.perf_counter() - started)
         self._show(candidate.step, time.time(), held)
         where = f", current stays {current_in(self._directory)}: it is held" if held else ""
@@ -161,10 +161,21 @@ class Publisher:
         self._events.put((candidate.step, "published", f"{name}{where}"))
         return None if held else path
 
+    def _prune(self) -> None:
+        """What cannot be deleted now is tried again after the next version."""
+        try:
+            prune(self._directory, self._settings.keep, self._settings.grace_s)
+        except OSError as error:
+            logger.warning("old versions in %s cannot be deleted: %s", self._directory, error)
+
     def _gate(self, candidate: Candidate) -> Gate | None:
         """Against the current version: it is what a new one would take the place of."""
-        current = current_in(self._directory)
-        before = read_about(self._directory / current)["losses"] if current is not None else None
+        current, before = current_in(self._directory), None
+        if current is not None:
+            try:
+                before = read_about(self._directory / current)["losses"]
+            except (OSError, ValueError, KeyError) as error:  # somebody took it away: nothing to compare with
+                logger.warning("current version %s cannot be read (%s); nothing is compared with it", current, error)
         return why_held_back(candidate.losses, self._start_losses(), before, self._settings)
 
     def _start_losses(self) -> dict[str, float]:

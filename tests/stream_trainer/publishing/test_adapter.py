@@ -20,9 +20,9 @@ from tests.helpers.tiny_models import logits_of, settings_of, shake
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft reads it
 
 
-def publish(folder: Path, kind: str, merged: bool = True, **lora: Any) -> tuple[Any, Path]:
+def publish(folder: Path, kind: str, merged: bool = True, dtype: Any = "float32", **lora: Any) -> tuple[Any, Path]:
     """A live model with adapters that have learned something, and a version of it."""
-    loaded = load_model(settings_of(kind, lora=LoraSettings(rank=4, **lora)), seed=0)
+    loaded = load_model(settings_of(kind, dtype=dtype, lora=LoraSettings(rank=4, **lora)), seed=0)
     shake(loaded.model)
     checkpoint = folder / "step-00000001.e1"
     checkpoint.mkdir()
@@ -59,6 +59,18 @@ def test_the_whole_model_is_beside_the_adapters_unless_left_out(tmp_path: Path) 
     _, alone = publish(tmp_path / "alone", "llama", merged=False)
     files = {path.relative_to(alone).as_posix() for path in alone.rglob("*") if path.is_file()}
     assert files == {"README.md", "version.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+
+
+def test_a_base_of_fewer_bits_is_not_published(tmp_path: Path) -> None:
+    _, version = publish(tmp_path, "llama", dtype="bfloat16", base="bfloat16")
+    files = {path.relative_to(version).as_posix() for path in version.rglob("*") if path.is_file()}
+    assert files >= {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/tokenizer_config.json",
+    }
+    assert {file for file in files if "/" not in file} == {"README.md", "version.json"}
+    assert "adapter/base.safetensors" not in files
 
 
 def test_the_card_is_one_that_the_hub_reads(tmp_path: Path) -> None:

@@ -174,6 +174,25 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     assert run.names == ["v000001-step-1", "v000002-step-3"]
 
 
+def test_a_current_version_that_somebody_took_away_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from stream_trainer.publishing import publisher
+
+    def stuck(*_: object) -> None:
+        raise OSError(39, "Directory not empty")
+
+    with Run(tmp_path) as run:
+        run.checkpoint(1)
+        shutil.rmtree(run.versions / "v000001-step-1")
+        monkeypatch.setattr(publisher, "prune", stuck)
+        run.checkpoint(2, target=5.0)
+        assert os.readlink(run.versions / "current") == "v000002-step-2", "its number is not given twice"
+        assert run.value("degraded", cause="publish") == 0
+    assert "current version v000001-step-1 cannot be read" in caplog.text
+    assert "cannot be deleted" in caplog.text
+
+
 def test_old_versions_go_but_for_those_that_somebody_needs(tmp_path: Path) -> None:
     with Run(tmp_path, keep=2, grace_s=0.0) as run:
         run.checkpoint(1)
