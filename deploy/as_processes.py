@@ -75,12 +75,12 @@ def what_is_missing() -> str | None:
     """None if everything is there."""
     if reason := why_no_apache_kafka():
         return reason
-    if shutil.which("prometheus") is None or alertmanager() is None:
+    if shutil.which("prometheus") is None or find_alertmanager() is None:
         return "prometheus or alertmanager is not on the PATH"
     return None
 
 
-def alertmanager() -> str | None:
+def find_alertmanager() -> str | None:
     """Debian calls it by another name."""
     return shutil.which("alertmanager") or shutil.which("prometheus-alertmanager")
 
@@ -122,7 +122,7 @@ def start(folder: Path, kafka: ApacheKafka, up: ExitStack) -> Stack:
         process(
             folder,
             "alertmanager",
-            alertmanager() or "",
+            find_alertmanager() or "",
             f"--config.file={DEPLOY / 'alertmanager' / 'alertmanager.yml'}",
             f"--storage.path={folder / 'alertmanager'}",
             f"--web.listen-address=127.0.0.1:{ports['alertmanager']}",

@@ -27,6 +27,7 @@ commands:
   config        show, check or describe the settings
   dead-letters  what could not be used and why; publish it again
   replay        make the steps between two checkpoints again, and compare to the bit
+  models        published versions: list, show, verify, roll back, promote
 
 examples:
   stream-trainer demo
@@ -319,6 +320,15 @@ def _replay(arguments: Sequence[str]) -> int:
     return run(settings, known.first, known.last, known.scratch)
 
 
+def _models(arguments: Sequence[str]) -> int:
+    from stream_trainer.commands.models import EXAMPLES, add_arguments, run
+
+    parser = _parser("stream-trainer models", "See published versions, and say which one is current.", EXAMPLES)
+    add_arguments(parser)
+    known, overrides = parser.parse_known_args(arguments)
+    return run(known, overrides)
+
+
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "produce": _produce,
@@ -327,6 +337,7 @@ _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "config": _config,
     "dead-letters": _dead_letters,
     "replay": _replay,
+    "models": _models,
 }
 
 

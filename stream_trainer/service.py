@@ -36,10 +36,12 @@ from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.monitoring.progress import Progress
 from stream_trainer.monitoring.reporting import shown
 from stream_trainer.monitoring.server import Server
+from stream_trainer.publishing.attach import attach
 from stream_trainer.records import Sample
 from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
+from stream_trainer.tracking.attach import track
 from stream_trainer.training.build import make_engine
 from stream_trainer.training.draw.sampling import make_paying, make_sampler, resting
 from stream_trainer.training.faults.culprits import Failure
@@ -165,6 +167,9 @@ def _build(run: _Run) -> Trainer:
         checkpoint = load_latest(settings.checkpoint.dir)
         state = restore(checkpoint, learner.loaded, learner.optimizer) if checkpoint is not None else None
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
+    if not run.strict:  # what is made again is not reported or published again
+        track(settings.tracking, metrics, run.watchers, stack)
+        attach(settings, learner.loaded, metrics, run.watchers, stack)
     reading = _reading(run, learner, owner, buffer, state)
     saver = Saver(
         settings=settings,

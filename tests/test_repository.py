@@ -58,12 +58,14 @@ SERVICE_ROOMS = {
         *("ingest", "monitoring", "checkpoints", "models", "samples"),
         *("settings", "records", "errors", "__init__"),
     ),
+    "publishing": ("training", "monitoring", "checkpoints", "models", "settings", "errors", "__init__"),
+    "tracking": ("training", "monitoring", "models", "settings", "__init__"),
     "commands": (
-        *("training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
+        *("publishing", "training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
         *("settings", "records", "errors"),
     ),
     "service": (
-        *("training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
+        *("tracking", "publishing", "training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
         *("settings", "records", "__init__"),
     ),
     "replay": ("service", "training", "checkpoints", "settings", "records", "errors"),

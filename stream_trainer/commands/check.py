@@ -122,6 +122,10 @@ def _directories(settings: Settings) -> Iterator[Check]:
     if writable.ok:
         yield _room(settings)
         yield _mount(directory)
+    if (published := settings.publish.dir) is not None:
+        yield _writable("publish.dir", published, published)
+    if settings.publish.command:
+        yield _command(settings.publish.command[0])
     # Also beside a topic: records that are too large for it go to the file.
     path = settings.dead_letters.path
     if path.is_dir():
@@ -130,6 +134,12 @@ def _directories(settings: Settings) -> Iterator[Check]:
         yield Check("dead_letters.path", False, f"dead_letters.path={path} cannot be written; change its permissions")
     else:
         yield _writable("dead_letters.path", path, path.parent)
+
+
+def _command(word: str) -> Check:
+    if shutil.which(word) is None:
+        return Check("publish.command", False, f"publish.command={word} is no command here; correct its first word")
+    return Check("publish.command", True, word)
 
 
 def _writable(name: str, path: Path, directory: Path) -> Check:
@@ -205,6 +215,13 @@ def _extras(settings: Settings) -> Iterator[Check]:
         yield _extra("quantised", ("bitsandbytes",), "optimizer.moments=int8")
     if model.gguf_file is not None:
         yield _extra("gguf", ("gguf", "accelerate"), f"model.gguf_file={model.gguf_file}")
+    for name in settings.tracking.report_to:
+        yield _extra(name, (name,), f"tracking.report_to={name}")
+    if settings.tracking.otlp_url is not None:
+        yield _extra("otlp", ("opentelemetry",), f"tracking.otlp_url={settings.tracking.otlp_url}")
+    for setting, url in (("publish", settings.publish.upload), ("checkpoint", settings.checkpoint.upload)):
+        if url is not None:
+            yield _extra("upload", ("fsspec",), f"{setting}.upload={url}")
 
 
 def _extra(name: str, modules: tuple[str, ...], setting: str) -> Check:

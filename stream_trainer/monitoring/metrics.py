@@ -32,7 +32,10 @@ SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 PHASES = ("wait", "target", "score", "weigh", "compare", "train", "update", "second_pass", "evaluate", "checkpoint")
 WAYS = ("learned", "scored", "rival", "uniform")
 STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps", "skipped_failed")
-DEGRADED_CAUSES = ("checkpoint", "evaluation")
+DEGRADED_CAUSES = ("checkpoint", "evaluation", "publish", "upload", "tracking")
+PUBLISH_STAGES = ("version", "upload", "hub", "vllm", "command")
+GATES = ("not_evaluated", "target_loss", "forgetting")
+TRACKERS = ("tensorboard", "mlflow", "wandb", "otlp")
 RESUME_KINDS = (
     *("model", "target", "selection", "optimizer", "training", "memory", "samples", "buffer"),
     *("source", "processor", "versions"),
@@ -84,6 +87,7 @@ class Metrics:
         self._selection()
         self._stages()
         self._durability()
+        self._published()
         for reason in reasons:
             self.dead_letters.labels(reason)
         for arm in range(arms):
@@ -283,3 +287,30 @@ class Metrics:
         self.settings_changed = self._gauge(
             "settings_changed_timestamp_seconds", "When settings, or contents that they name, last changed."
         )
+
+    def _published(self) -> None:
+        """Of what goes out: published versions, uploads, trackers."""
+        self.publish_step = self._gauge("publish_step", "Step of the newest published version.")
+        self.publish_time = self._gauge("publish_timestamp_seconds", "When the newest version was published.")
+        self.publish_seconds = self._histogram(
+            "publish_seconds", "Time to make one version of a checkpoint, without its hooks.", STEP_SECONDS
+        )
+        self.publish_busy = self._gauge("publish_busy", "1 while a version is made or its hooks run.")
+        self.publish_held = self._gauge("publish_held", "1 while `current` stays where somebody has put it.")
+        self.publish_failures = self._counter("publish_failures_total", "Publishing that failed, by stage.", ("stage",))
+        for stage in PUBLISH_STAGES:
+            self.publish_failures.labels(stage)
+        self.publish_gated = self._counter(
+            "publish_gated_total", "Checkpoints that were held back from being published, by reason.", ("reason",)
+        )
+        for reason in GATES:
+            self.publish_gated.labels(reason)
+        self.checkpoint_upload_step = self._gauge("checkpoint_upload_step", "Step of the last uploaded checkpoint.")
+        self.checkpoint_upload_failures = self._counter(
+            "checkpoint_upload_failures_total", "Uploads of checkpoints that failed."
+        )
+        self.tracking_failures = self._counter(
+            "tracking_failures_total", "Reports that a tracker refused, or that waited for it in vain.", ("tracker",)
+        )
+        for tracker in TRACKERS:
+            self.tracking_failures.labels(tracker)

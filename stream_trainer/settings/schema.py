@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from stream_trainer.settings.base import Count, NonNegative, Positive, Section, Share
+from stream_trainer.settings.publish import PublishSettings, StoreUrl, TrackingSettings
 from stream_trainer.settings.selection import TARGET_PROFILES, SelectionSettings, set_by_profile
 from stream_trainer.settings.source import SourceSettings
 
@@ -247,6 +248,9 @@ class CheckpointSettings(Section):
     """Number of checkpoints to keep. At least 2, because the newest may be damaged."""
     max_failing_s: NonNegative = 900.0
     """Seconds that training goes on while checkpoints cannot be written. They are tried again all the while."""
+    upload: StoreUrl | None = None
+    """Object store to copy each checkpoint to once it is durable here, `s3://bucket/checkpoints`. Of several that wait
+    the newest is copied (needs the `upload` extra and the store's client)."""
     on_mismatch: Literal["fail", "accept"] = "fail"
     """If a checkpoint was made with another model, another tokenizer, or another file in the place of the stream: stop
     with the reason (`fail`), or go on from it all the same (`accept`)."""
@@ -311,6 +315,8 @@ class Settings(BaseSettings):
     memory: MemorySettings = MemorySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    publish: PublishSettings = PublishSettings()
+    tracking: TrackingSettings = TrackingSettings()
     samples: SampleSettings = SampleSettings()
     dead_letters: DeadLetterSettings = DeadLetterSettings()
     buffer: BufferSettings = BufferSettings()
@@ -356,6 +362,8 @@ class Settings(BaseSettings):
                 f"optimizer.moments=int8 does not go with selection.mask={self.selection.mask}, which keeps moments of "
                 "unmasked weights only; set optimizer.moments to float32"
             )
+        if self.publish.vllm is not None and self.model.lora is None:
+            raise ValueError("publish.vllm loads adapters, and there are none; set model.lora, or leave it out")
         needs, wanted = self.selection.largest_take
         if wanted > self.buffer.max_records:
             raise ValueError(
