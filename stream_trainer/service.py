@@ -35,6 +35,7 @@ from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.training.build import make_engine
+from stream_trainer.training.live.watch import Live
 from stream_trainer.training.optimizer import make_optimizer
 from stream_trainer.training.sampling import make_sampler
 from stream_trainer.training.saver import Saver
@@ -76,20 +77,24 @@ def serve(settings: Settings, stop: threading.Event, *watchers: Watcher) -> Summ
     selection = settings.selection
     metrics = Metrics(REASONS, arms=selection.cluster_ucb.clusters if selection.draw == "cluster_ucb" else 0)
     metrics.build.info({"version": __version__, "torch": torch.__version__, "transformers": transformers.__version__})
-    status = Status(settings, metrics)
+    status, live = Status(settings, metrics), Live(settings, metrics)
     keep_freed_memory()
     if settings.training.threads is not None:
         torch.set_num_threads(settings.training.threads)
     with ExitStack() as stack:
         _take_directory(settings.checkpoint.dir, stack)
         if settings.server.enabled:
-            server = Server(settings.server, metrics.registry, status.health, status.report)
+            server = Server(
+                settings.server, metrics.registry, status.health, status.report, live.history.since, live.panels
+            )
+            watchers += (live.watcher,)
             host, port = server.start()
             stack.callback(server.stop)
             logger.info("serving http://%s:%d/metrics", host, port)
         try:
             trainer = _build(settings, metrics, Watchers([*watchers]), stop, stack)
-            status.trainer = trainer
+            status.trainer = live.trainer = trainer
+            status.live = live
             if not stop.is_set():
                 trainer.run()
         except BaseException as error:

@@ -39,6 +39,7 @@ class PoolReport:
     Attributes:
         losses_N: loss of each candidate before the update (nats per token): progressive validation for free.
         utilities_N: utility of each candidate relative to the target's own, float64, if it was asked for.
+        alignments_N: `Interaction.utilities_N`, if the decision needed them.
         target_refreshed: whether the target's gradient was computed for this pass.
         target_refused: whether it was, but was not finite: the pass used the one before.
         mask_change: what a refresh of the mask changed, or None if there was none.
@@ -57,6 +58,7 @@ class PoolReport:
     pieces: int = 1
     padding: float = 0.0
     second_pass_samples: int = 0
+    alignments_N: Tensor | None = None
 
 
 class SelectionEngine:
@@ -176,6 +178,7 @@ class SelectionEngine:
             target_refused=self.target is not None and self.target.refused,
             mask_change=change,
             seconds=clock.seconds,
+            alignments_N=interaction.known_utilities_N,
             **self._passes(batch, pool),
         )
         return decision

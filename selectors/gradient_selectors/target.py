@@ -95,6 +95,18 @@ class Target:
         self.age += 1
         return self.gradient, due and not self.refused
 
+    def renewed(
+        self, batches: "Iterable[Batch | Mapping[str, Any]]", capture: GradientCapture, micro_tokens: int | None = None
+    ) -> "Target":
+        """Another target with the same options and its first gradient; this one stays as it is.
+
+        Raises ValueError if there is no sample, and TargetError if the gradient is not finite.
+        """
+        options = {"refresh_steps": self.refresh_steps, "refresh_samples": self.refresh_samples, "decay": self.decay}
+        other = Target.of(batches, **options)
+        other._refresh(capture, micro_tokens)
+        return other
+
     def _refresh(self, capture: GradientCapture, micro_tokens: int | None) -> None:
         count, total = min(self.refresh_samples, len(self.samples)), len(self.samples)
         first = self.refreshes * count if count < total else 0

@@ -239,7 +239,7 @@ def _server(settings: Settings) -> Iterator[Check]:
         try:
             probe.bind((server.host, server.port))
         except OSError as error:
-            yield Check("server.port", False, listen_problem(server, error))
+            yield Check("server.port", False, listen_problem("server", server.host, server.port, error))
             return
     yield Check("server.port", True, f"{server.host}:{server.port} is free")
 

@@ -249,7 +249,7 @@ class CheckpointSettings(Section):
 
 
 class ServerSettings(Section):
-    """HTTP server with `/metrics`, `/healthz` and `/readyz`."""
+    """HTTP server with `/metrics`, `/healthz`, `/readyz` and a page for people at `/`."""
 
     enabled: bool = True
     """Whether the server runs."""
@@ -259,6 +259,8 @@ class ServerSettings(Section):
     """Port to listen on. 0 takes a free port and logs it."""
     stall_s: Positive = 600.0
     """Seconds without progress, while there is work to do, after which `/healthz` responds with 503."""
+    show_text: bool = False
+    """Whether the page shows the beginning of samples. Anyone who can open the page can then read them."""
 
 
 class LogSettings(Section):

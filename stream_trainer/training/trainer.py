@@ -84,6 +84,7 @@ class Trainer:
     evaluated_step: int | None = None
     last_progress: float = field(default_factory=time.monotonic)
     last_report: StepReport | None = None
+    last_undrawn: Sequence[Sample] = ()
     changed: Sequence[str] = ()
     recovery: Recovery = field(init=False)
 
@@ -342,7 +343,7 @@ class Trainer:
         if report is None:
             self.metrics.steps.labels(made.whole.result).inc()
             return
-        self.last_report = report
+        self.last_report, self.last_undrawn = report, undrawn
         observe_step(self.metrics, pool, undrawn, report, waited, seconds)
         if self.settings.selection.mask != "none":
             self.metrics.mask_density.set(self.optimizer.density)
