@@ -26,6 +26,7 @@ commands:
   select        choose the best samples of a file, or parameters to train, once and offline
   config        show, check or describe the settings
   dead-letters  what could not be used and why; publish it again
+  ctl           pause, resume, checkpoint, reload the target of a trainer that runs, or ask it
 
 examples:
   stream-trainer demo
@@ -250,6 +251,16 @@ def _dead_letters(arguments: Sequence[str]) -> int:
     return run(action.parse_args(known.arguments))
 
 
+def _ctl(arguments: Sequence[str]) -> int:
+    from stream_trainer.commands.ctl import EXAMPLES, add_arguments, run
+
+    parser = _parser("stream-trainer ctl", "Give an order to a trainer that runs.", EXAMPLES)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, with address and token")
+    add_arguments(parser)
+    known, overrides = parser.parse_known_args(arguments)
+    return run(known, overrides)
+
+
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "produce": _produce,
@@ -257,6 +268,7 @@ _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "select": _select,
     "config": _config,
     "dead-letters": _dead_letters,
+    "ctl": _ctl,
 }
 
 

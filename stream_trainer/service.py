@@ -19,7 +19,7 @@ import transformers
 
 from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import Checkpoint, TrainerState, load_latest, restore
-from stream_trainer.checkpoints.fingerprint import check_resume, consumed, fingerprint_of
+from stream_trainer.checkpoints.fingerprint import TARGET_CONTENTS, check_resume, consumed, fingerprint_of
 from stream_trainer.checkpoints.ownership import claim, locked
 from stream_trainer.checkpoints.trouble import try_out
 from stream_trainer.ingest.buffer import Buffer
@@ -28,13 +28,17 @@ from stream_trainer.ingest.dead_letters import open_dead_letters
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.models.loading import load_model
 from stream_trainer.monitoring.allocator import keep_freed_memory
+from stream_trainer.monitoring.control import ControlServer
 from stream_trainer.monitoring.metrics import Metrics, State
+from stream_trainer.monitoring.orders import Orders
 from stream_trainer.monitoring.server import Server
 from stream_trainer.records import Sample
 from stream_trainer.samples.decoder import REASONS, Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.training.build import make_engine
+from stream_trainer.training.control.steering import Steering
+from stream_trainer.training.control.watched import WatchedFile
 from stream_trainer.training.live.watch import Live
 from stream_trainer.training.optimizer import make_optimizer
 from stream_trainer.training.sampling import make_sampler
@@ -83,16 +87,12 @@ def serve(settings: Settings, stop: threading.Event, *watchers: Watcher) -> Summ
         torch.set_num_threads(settings.training.threads)
     with ExitStack() as stack:
         _take_directory(settings.checkpoint.dir, stack)
+        orders = Orders()
         if settings.server.enabled:
-            server = Server(
-                settings.server, metrics.registry, status.health, status.report, live.history.since, live.panels
-            )
             watchers += (live.watcher,)
-            host, port = server.start()
-            stack.callback(server.stop)
-            logger.info("serving http://%s:%d/metrics", host, port)
+        _listen(settings, metrics, status, live, orders, stack)
         try:
-            trainer = _build(settings, metrics, Watchers([*watchers]), stop, stack)
+            trainer = _build(settings, metrics, Watchers([*watchers]), orders, stop, stack)
             status.trainer = live.trainer = trainer
             status.live = live
             if not stop.is_set():
@@ -112,8 +112,24 @@ def _take_directory(directory: Path, stack: ExitStack) -> None:
         logger.warning("checkpoint.dir=%s is on a mount that cannot flush directories", directory)
 
 
+def _listen(settings: Settings, metrics: Metrics, status: Status, live: Live, orders: Orders, stack: ExitStack) -> None:
+    """Open the page, and the address that takes orders, where they are on."""
+    if settings.server.enabled:
+        history, panels = live.history.since, live.panels
+        server = Server(settings.server, metrics.registry, status.health, status.report, history, panels)
+        host, port = server.start()
+        stack.callback(server.stop)
+        logger.info("serving http://%s:%d/metrics", host, port)
+    if settings.control.enabled:
+        control = ControlServer(settings.control, orders, status.report)
+        host, port = control.start()
+        stack.callback(control.stop)
+        logger.info("taking orders at http://%s:%d", host, port)
+    stack.callback(orders.close)
+
+
 def _build(
-    settings: Settings, metrics: Metrics, watchers: Watchers, stop: threading.Event, stack: ExitStack
+    settings: Settings, metrics: Metrics, watchers: Watchers, orders: Orders, stop: threading.Event, stack: ExitStack
 ) -> Trainer:
     """Load model, samples and checkpoint, and begin to read. What must be closed goes onto `stack`."""
     metrics.state.state(State.LOADING.value)
@@ -162,6 +178,7 @@ def _build(
         metrics=metrics,
         stopped=stop.is_set,
         watchers=watchers,
+        steering=Steering(orders, _watched(settings, saver)),
     )
     if checkpoint is not None and state is not None:
         _resume(trainer, checkpoint, state)
@@ -170,6 +187,13 @@ def _build(
         trainer.begin()
     ingest.start(cursor.positions(), state.source_identity if state is not None else {})
     return trainer
+
+
+def _watched(settings: Settings, saver: Saver) -> WatchedFile | None:
+    """The target's file, where a new one is to take over by itself."""
+    if not settings.target.watch:
+        return None
+    return WatchedFile(settings.target.path, lambda: saver.fingerprint.get(TARGET_CONTENTS))
 
 
 def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from stream_trainer.settings.base import Count, NonNegative, Positive, Section, Share
+from stream_trainer.settings.control import ControlSettings
 from stream_trainer.settings.selection import TARGET_PROFILES, SelectionSettings, set_by_profile
 from stream_trainer.settings.source import SourceSettings
 
@@ -144,6 +145,8 @@ class TargetSettings(Section):
     """JSONL file of target samples in the stream's format. They steer the selection and are never trained on."""
     max_samples: Count = 64
     """Samples used, from the top of the file."""
+    watch: bool = False
+    """Look every 5 seconds whether the file is another one, and go on with that if it can be used."""
     refresh_steps: Count = 4
     """Steps between refreshes of the target's gradient; 1 refreshes it at every step. With `draw: learned` or `auto`,
     every probe refreshes it."""
@@ -297,6 +300,7 @@ class Settings(BaseSettings):
     dead_letters: DeadLetterSettings = DeadLetterSettings()
     buffer: BufferSettings = BufferSettings()
     server: ServerSettings = ServerSettings()
+    control: ControlSettings = ControlSettings()
     log: LogSettings = LogSettings()
 
     @classmethod

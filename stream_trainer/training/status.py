@@ -13,10 +13,11 @@ from stream_trainer.settings.schema import Settings
 from stream_trainer.training.live.watch import Live, sum_of
 from stream_trainer.training.trainer import Trainer
 
-READY = frozenset({State.CATCHING_UP, State.TRAINING, State.IDLE})
+READY = frozenset({State.CATCHING_UP, State.TRAINING, State.IDLE, State.PAUSED})
 DOING = {
     State.LOADING: "loading",
     State.IDLE: "waiting for samples",
+    State.PAUSED: "paused by an order",
     State.DRAINING: "making the last checkpoint",
 }
 
@@ -67,7 +68,7 @@ class Status:
         if failing is not None and not detail:
             failed_s = time.monotonic() - failing.since
             return Health("degraded", ok=True, ready=ready, detail=f"fails for {failed_s:.0f} s: {failing.error}")
-        return Health(state, ok=not detail, ready=ready, detail=detail or trainer.recovery.trouble)
+        return Health(state, ok=not detail, ready=ready, detail=detail or trainer.recovery.trouble or _why_not(trainer))
 
     def _doing(self) -> str:
         """What it does at this moment, for people."""
@@ -109,3 +110,8 @@ class Status:
                 "step_seconds": sum(last.seconds.values()),
             }
         return report
+
+
+def _why_not(trainer: Trainer) -> str:
+    """Why no step is made although all is well."""
+    return "paused by an order; stream-trainer ctl resume ends that" if trainer.state is State.PAUSED else ""

@@ -31,6 +31,7 @@ from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Record, Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
+from stream_trainer.training.control.steering import Steering
 from stream_trainer.training.faults.attempts import Attempts
 from stream_trainer.training.faults.culprits import Failure, Made
 from stream_trainer.training.faults.recovery import Recovery
@@ -62,6 +63,7 @@ class Trainer:
         step: steps made over the life of the model, skipped ones included.
         losses: the last loss of each evaluation set, measured at `evaluated_step`.
         changed: what the resumed checkpoint was made with and is other now, by name.
+        steering: obeys orders between two steps.
         recovery: what went wrong lately, and what follows from it.
     """
 
@@ -86,6 +88,7 @@ class Trainer:
     last_report: StepReport | None = None
     last_undrawn: Sequence[Sample] = ()
     changed: Sequence[str] = ()
+    steering: Steering = field(default_factory=Steering)
     recovery: Recovery = field(init=False)
 
     def __post_init__(self) -> None:
@@ -146,21 +149,24 @@ class Trainer:
     def _loop(self) -> None:
         limit = self.settings.training.max_steps
         while not self.stopped() and (limit is None or self.step < limit):
+            self.steering.obey(self)
             asked = time.perf_counter()
             pool = self._next_pool()
             started = time.perf_counter()
+            if not pool and self.steering.called:
+                continue
             if not pool:
                 if self.stopped() or not self.saver.is_due_while_idle(self.step):
                     return
-                self._checkpoint()
+                self.checkpoint()
                 continue
             survived = self._step(pool, started - asked)
             if self.step % self.settings.evaluation.every_steps == 0:
                 self.evaluate()
             if survived or self.saver.is_due(self.step):
-                self._checkpoint()
+                self.checkpoint()
 
-    def _checkpoint(self) -> None:
+    def checkpoint(self) -> None:
         """A model that is not finite goes back to the checkpoint before, and that is saved; or it is tried later."""
         self.saver.save_or_retry(self.step, self._sound_parts())
         if self.saver.failing is None:
@@ -186,7 +192,13 @@ class Trainer:
         """Whether to wait no longer for samples. Raises FencedError as soon as it is known."""
         if time.monotonic() - self._owner_seen >= OWNER_LOOK_S:
             self._look_for_a_successor()
-        return self.stopped() or self.saver.is_due_while_idle(self.step)
+        return self.stopped() or self.steering.called or self.saver.is_due_while_idle(self.step)
+
+    def rest(self) -> None:
+        """What is due although no step is made, while paused."""
+        self.last_progress = time.monotonic()
+        if self._is_interrupted() and self.saver.is_due_while_idle(self.step):
+            self.checkpoint()
 
     def _look_for_a_successor(self) -> None:
         self._owner_seen = time.monotonic()

@@ -29,7 +29,7 @@ function plotted(id, lines, marks) {
     width: box.clientWidth || 300,
     height: 180,
     cursor: { drag: { x: true, y: false } },
-    axes: [axis, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => short(tick)) }],
+    axes: [{ ...axis, space: 80, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => short(tick)) }],
     series: [{ label: "time" }, ...lines.map((line, i) => ({
       label: line.label, stroke: () => colour(colours[i % colours.length]), width: 1.6, spanGaps: true, points: { size: 4 },
       value: (_, value) => number(value),
@@ -39,6 +39,11 @@ function plotted(id, lines, marks) {
   const plot = new uPlot(options, [[], ...lines.map(() => [])], box);
   new ResizeObserver(() => plot.setSize({ width: box.clientWidth, height: 180 })).observe(box);
   return plot;
+}
+
+function clock(time) {
+  const seconds = time % 60 !== 0 ? { second: "2-digit" } : {};
+  return new Date(1000 * time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false, ...seconds });
 }
 
 function drawMarks(plot, marks) {

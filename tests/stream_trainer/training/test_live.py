@@ -31,15 +31,25 @@ def labelled(count: int) -> list[bytes]:
     return [json.dumps(value | {"domain": ("news", "code")[i % 2]}).encode() for i, value in enumerate(values)]
 
 
-def panels_of(folder: Path, selection: dict[str, Any], **server: Any) -> dict[str, dict[str, Any]]:
-    """What each path answers once some steps are made and the stream waits for more."""
+def drained(status: dict[str, Any]) -> bool:
+    return status.get("lag") == 0 and status["state"] == "idle"
+
+
+def status_of(config: dict[str, Any]) -> dict[str, Any]:
+    status, page = get(config, "/status")
+    found: dict[str, Any] = json.loads(page) if status == 200 else {}
+    return found
+
+
+def panels_of(folder: Path, selection: dict[str, Any], until: str = '"lag": 0.0', **server: Any) -> dict[str, Any]:
+    """What each path answers as soon as the status is as it should be: by default, all is decided."""
     write_lines(folder / "in.jsonl", labelled(120))
     config = on_free_port(
         configuration(folder, jsonl(folder / "in.jsonl", follow=True), selection=selection, buffer={"wait_s": 0.1})
     )
     config["server"] |= server
     with serving(config):
-        wait_for(lambda: '"state": "idle"' in get(config, "/status")[1])
+        wait_for(lambda: until(status_of(config)))
         return {path: json.loads(get(config, path)[1]) for path in ("/status", "/history", "/panels")}
 
 
@@ -81,7 +91,7 @@ def test_plain_training_shows_no_stage_and_texts_only_where_asked(tmp_path: Path
 
 def test_the_learned_draw_shows_what_it_believes(tmp_path: Path) -> None:
     selection = {"profile": "fast", "pool_size": 8, "batch_size": 3, "waiting": 24, "intake": 12, "draw": "learned"}
-    learned = panels_of(tmp_path, selection)["/panels"]["learned"]
+    learned = panels_of(tmp_path, selection, until=lambda status: status.get("step", 0) >= 3)["/panels"]["learned"]
     assert len(learned["features"]) > 3
     assert all(one["deviation"] > 0 for one in learned["features"])
 
