@@ -68,7 +68,7 @@ def test_every_panel_is_there_and_can_be_clicked(width: int, dark: bool, run: di
     assert page.ask("document.documentElement.scrollWidth") <= width
     for what in ("h2", "#candidates th", ".tabs button:last-child", "summary", *2 * [".u-series:not(:first-child) th"]):
         page.ask(f"document.querySelectorAll('{what}').forEach((one) => one.click())")
-    assert page.ask("document.querySelectorAll('.u-off').length") == 0
+    assert page.ask("document.querySelectorAll('.u-legend .u-off').length") == 0
     page.wait_for("document.querySelector('#arm-list details').open")
     page.wait_for("document.querySelector('.tabs button:last-child').ariaSelected == 'true'")
     text = page.ask("document.body.innerText")

@@ -23,7 +23,7 @@ TOKEN = "a-token-that-nobody-guesses"
 def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Orders]:
     """Of a server whose port and token the environment names."""
     orders = Orders()
-    server = ControlServer(ControlSettings(enabled=True, port=0, token=TOKEN), orders, lambda: {"state": "idle"})  # type: ignore[arg-type]
+    server = ControlServer(ControlSettings(enabled=True, port=0, token=TOKEN), orders, lambda: {"state": "idle"})
     _, port = server.start()
     monkeypatch.setenv("STREAM_TRAINER_CONTROL__PORT", str(port))
     monkeypatch.setenv("STREAM_TRAINER_CONTROL__TOKEN", TOKEN)

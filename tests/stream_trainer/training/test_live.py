@@ -1,6 +1,7 @@
 """What the page is told of a run: everything that is on, nothing that is off, and no text unless it is asked for."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def status_of(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def panels_of(folder: Path, selection: dict[str, Any], until: str = '"lag": 0.0', **server: Any) -> dict[str, Any]:
+def panels_of(
+    folder: Path, selection: dict[str, Any], until: Callable[[dict[str, Any]], bool] = drained, **server: Any
+) -> dict[str, dict[str, Any]]:
     """What each path answers as soon as the status is as it should be: by default, all is decided."""
     write_lines(folder / "in.jsonl", labelled(120))
     config = on_free_port(
@@ -90,7 +93,7 @@ def test_plain_training_shows_no_stage_and_texts_only_where_asked(tmp_path: Path
 
 
 def test_the_learned_draw_shows_what_it_believes(tmp_path: Path) -> None:
-    selection = {"profile": "fast", "pool_size": 8, "batch_size": 3, "waiting": 24, "intake": 12, "draw": "learned"}
+    selection = {"pool_size": 8, "batch_size": 3, "waiting": 24, "intake": 12, "draw": "learned"}
     learned = panels_of(tmp_path, selection, until=lambda status: status.get("step", 0) >= 3)["/panels"]["learned"]
     assert len(learned["features"]) > 3
     assert all(one["deviation"] > 0 for one in learned["features"])
