@@ -4,6 +4,7 @@ What they read is replaced as a whole, never changed: nobody waits for anybody.
 """
 
 import copy
+import logging
 import math
 import time
 from collections import Counter, deque
@@ -35,6 +36,9 @@ SHOWN_POOLS = 3
 OTHERS = "(others)"
 
 
+logger = logging.getLogger(__name__)
+
+
 class Live:
     """What the page shows of a run.
 
@@ -54,7 +58,7 @@ class Live:
         self._stages_due = 0.0
         self._pulls: Counter[int] = Counter()
         self._mix: deque[tuple[str, bool]] = deque(maxlen=MIX_SAMPLES)
-        self._labelled = False
+        self._labelled = self._failed = False
         self._since_row = _Since()
         self._phases: deque[tuple[float, dict[str, float]]] = deque(maxlen=int(2 * WINDOW_S / ROW_S))
 
@@ -94,6 +98,14 @@ class Live:
         return self._text_of
 
     def _on_step(self, step: int, pool: Sequence[Sample], report: StepReport) -> None:
+        try:
+            self._gather(step, pool, report)
+        except Exception:  # a page that cannot be fed is no reason to end a run
+            if not self._failed:
+                logger.exception("step %d cannot be shown on the page, and later ones may be missing there too", step)
+            self._failed = True
+
+    def _gather(self, step: int, pool: Sequence[Sample], report: StepReport) -> None:
         trainer = self.trainer
         assert trainer is not None
         sampler = trainer.sampler

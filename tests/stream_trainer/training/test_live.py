@@ -106,6 +106,15 @@ def test_a_run_without_a_server_gathers_nothing(tmp_path: Path) -> None:
     assert live.to_drain() is None
 
 
+def test_what_cannot_be_shown_ends_no_run_and_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    live = Live(Settings(**configuration(tmp_path, jsonl(tmp_path / "in.jsonl"))), Metrics())
+    on_step = live.watcher.on_step
+    assert on_step is not None
+    for step in (1, 2):
+        on_step(step, [sample(1)], step_report([1.0]))  # there is no trainer yet
+    assert [record.message.partition(" cannot")[0] for record in caplog.records] == ["step 1"]
+
+
 def test_near_copies_are_found_and_common_phrases_are_none() -> None:
     copy = (1, 2, 3, 4, 5, 6, 7, 8)
     pool = [copy, (9, *copy[:6]), (20, 21, 22, 23, 24), (), (30,)]
