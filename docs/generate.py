@@ -246,6 +246,7 @@ COMMANDS_INTRO = """\
 | [`config`](#config) | shows, checks or describes the settings |
 | [`dead-letters inspect`](#dead-letters-inspect) | shows records that could not be used, and why |
 | [`dead-letters replay`](#dead-letters-replay) | publishes them again |
+| [`ctl`](#ctl) | pauses, resumes, checkpoints or asks a trainer that runs, or has it reload its target |
 
 `stream-trainer COMMAND --help` says the same.
 
@@ -294,6 +295,10 @@ WITH_OPTIONS = {
     "dead-letters replay": (
         "stream_trainer.commands.replay_letters",
         "Publishes the original records again, each once however often it is called.",
+    ),
+    "ctl": (
+        "stream_trainer.commands.ctl",
+        "Gives an order to a trainer that runs, and prints what came of it. Settings may be given, as to `run`.",
     ),
 }
 

@@ -28,6 +28,7 @@ commands:
   dead-letters  what could not be used and why; publish it again
   replay        make the steps between two checkpoints again, and compare to the bit
   models        published versions: list, show, verify, roll back, promote
+  ctl           pause, resume, checkpoint, reload the target of a trainer that runs, or ask it
 
 examples:
   stream-trainer demo
@@ -329,6 +330,16 @@ def _models(arguments: Sequence[str]) -> int:
     return run(known, overrides)
 
 
+def _ctl(arguments: Sequence[str]) -> int:
+    from stream_trainer.commands.ctl import EXAMPLES, add_arguments, run
+
+    parser = _parser("stream-trainer ctl", "Give an order to a trainer that runs.", EXAMPLES)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, with address and token")
+    add_arguments(parser)
+    known, overrides = parser.parse_known_args(arguments)
+    return run(known, overrides)
+
+
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "produce": _produce,
@@ -338,6 +349,7 @@ _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "dead-letters": _dead_letters,
     "replay": _replay,
     "models": _models,
+    "ctl": _ctl,
 }
 
 

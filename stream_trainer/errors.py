@@ -11,6 +11,7 @@ StreamTrainerError            exit code 1
 ├── FencedError               exit code 6   another trainer has the checkpoint directory
 ├── TrainingError             exit code 7   training cannot go on: the model dies again and again, or no step works
 ├── PoisonError               exit code 8   too many records of the stream cannot be used
+├── ControlError              exit code 1   a trainer does not answer, or refuses an order
 └── SampleError               (never fatal) one record cannot become a sample: it is dead-lettered
 """
 
@@ -81,6 +82,10 @@ class PoisonError(StreamTrainerError):
     """So many records cannot be used that something is wrong with the stream or the settings, not with a record."""
 
     exit_code = 8
+
+
+class ControlError(StreamTrainerError):
+    """A trainer does not answer, refuses an order, or does not obey it in time."""
 
 
 class SampleError(StreamTrainerError):

@@ -64,8 +64,12 @@ SERVICE_ROOMS = {
         *("publishing", "training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
         *("settings", "records", "errors"),
     ),
-    "service": (
+    "assembly": (
         *("tracking", "publishing", "training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
+        *("settings", "records", "__init__"),
+    ),
+    "service": (
+        *("assembly", "training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
         *("settings", "records", "__init__"),
     ),
     "replay": ("service", "training", "checkpoints", "settings", "records", "errors"),

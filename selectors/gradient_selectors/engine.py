@@ -41,6 +41,7 @@ class PoolReport:
     Attributes:
         losses_N: loss of each candidate before the update (nats per token): progressive validation for free.
         utilities_N: utility of each candidate relative to the target's own, float64, if it was asked for.
+        alignments_N: `Interaction.utilities_N`, if the decision needed them.
         target_refreshed: whether the target's gradient was computed for this pass.
         target_refused: whether it was, but was not finite: the pass used the one before.
         mask_change: what a refresh of the mask changed, or None if there was none.
@@ -62,6 +63,7 @@ class PoolReport:
     padding: float = 0.0
     second_pass_samples: int = 0
     comparison: Comparison | None = None
+    alignments_N: Tensor | None = None
 
 
 class SelectionEngine:
@@ -189,6 +191,7 @@ class SelectionEngine:
             mask_change=change,
             seconds=clock.seconds,
             comparison=compared,
+            alignments_N=interaction.known_utilities_N,
             **self._passes(batch, pool),
         )
         return decision

@@ -100,6 +100,18 @@ class Target:
         self.age += 1
         return self.gradient, due and not self.refused
 
+    def renewed(
+        self, batches: "Iterable[Batch | Mapping[str, Any]]", capture: GradientCapture, micro_tokens: int | None = None
+    ) -> "Target":
+        """Another target with the same options and its first gradient; this one stays as it is.
+
+        Raises ValueError if there is no sample, and TargetError if the gradient is not finite.
+        """
+        options = {"refresh_steps": self.refresh_steps, "refresh_samples": self.refresh_samples, "decay": self.decay}
+        other = Target.of(batches, **options)
+        other._refresh(capture, micro_tokens)
+        return other
+
     def next(self, capture: GradientCapture, micro_tokens: int | None = None) -> Gradient:
         """The gradient of the next refresh's samples, as the model is now. Nothing of it enters `gradient`.
 

@@ -27,6 +27,7 @@ from stream_trainer.settings.source import SourceSettings
 # With another one of these the run would be wrong; with another of the rest it is another run.
 REFUSED = ("model.config", "model.parameters", "model.tokenizer_contents", "source.jsonl.contents")
 
+TARGET_CONTENTS = "target.path_contents"
 LOOKED_AT_BYTES = 1024 * 1024  # at either end of what was read of a file
 _NUMBERS = 16  # leading numbers of each parameter by which a model is known again
 
@@ -107,7 +108,7 @@ def _flat(prefix: str, section: Section) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Section):
             yield from _flat(key, value)
         elif isinstance(value, Path):
-            yield f"{key}_contents", _digest_of_file(value)  # wherever it lies
+            yield f"{key}_contents", digest_of_file(value)  # wherever it lies
         elif isinstance(value, Mapping):
             yield key, _digest(value)  # what users put in there is theirs
         else:
@@ -152,7 +153,8 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _digest_of_file(path: Path) -> str | None:
+def digest_of_file(path: Path) -> str | None:
+    """Of what a file holds; None for what is none. Raises OSError."""
     if not path.is_file():
         return None  # a pipe gives what it holds only once
     with path.open("rb") as file:

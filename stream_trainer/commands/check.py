@@ -247,18 +247,20 @@ def _device(model: ModelSettings) -> Check:
 
 
 def _server(settings: Settings) -> Iterator[Check]:
-    server = settings.server
-    if not server.enabled:
-        return
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    for name, section in (("server", settings.server), ("control", settings.control)):
+        if section.enabled:
+            yield _port(name, section.host, section.port)
+
+
+def _port(name: str, host: str, port: int) -> Check:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((server.host, server.port))
+            probe.bind((host, port))
         except OSError as error:
-            yield Check("server.port", False, listen_problem(server, error))
-            return
-    yield Check("server.port", True, f"{server.host}:{server.port} is free")
+            return Check(f"{name}.port", False, listen_problem(name, host, port, error))
+    return Check(f"{name}.port", True, f"{host}:{port} is free")
 
 
 def _kafka(settings: Settings) -> Iterator[Check]:

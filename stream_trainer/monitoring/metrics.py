@@ -21,6 +21,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from stream_trainer.monitoring.orders import ACTIONS
 from stream_trainer.records import Outcome
 
 PREFIX = "stream_trainer"
@@ -32,6 +33,7 @@ SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 PHASES = ("wait", "target", "score", "weigh", "compare", "train", "update", "second_pass", "evaluate", "checkpoint")
 WAYS = ("learned", "scored", "rival", "uniform")
 STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps", "skipped_failed")
+ORDER_RESULTS = ("done", "refused")
 DEGRADED_CAUSES = ("checkpoint", "evaluation", "publish", "upload", "tracking")
 PUBLISH_STAGES = ("version", "upload", "hub", "vllm", "command")
 GATES = ("not_evaluated", "target_loss", "forgetting")
@@ -51,6 +53,7 @@ class State(StrEnum):
     CATCHING_UP = "catching_up"
     TRAINING = "training"
     IDLE = "idle"
+    PAUSED = "paused"
     DRAINING = "draining"
     FAILED = "failed"
 
@@ -197,6 +200,10 @@ class Metrics:
             states=[state.value for state in State],
             registry=self.registry,
         )
+        self.orders = self._counter("orders_total", "Orders obeyed or refused.", ("action", "result"))
+        for action in ACTIONS:
+            for result in ORDER_RESULTS:
+                self.orders.labels(action, result)
         self.build = Info(f"{PREFIX}_build", "Versions of what is running.", registry=self.registry)
 
     def _selection(self) -> None:

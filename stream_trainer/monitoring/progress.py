@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from stream_trainer.monitoring.metrics import Metrics
-from stream_trainer.monitoring.server import Health
+from stream_trainer.monitoring.pages import Health
 
 RATE_S = 60.0  # over which rates are measured
 NET_RATE_S, LEAST_NET_S = 120.0, 10.0  # over which the lag's fall is, at most and at least

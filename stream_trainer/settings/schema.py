@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from stream_trainer.settings.base import Count, NonNegative, Positive, Section, Share
+from stream_trainer.settings.control import ControlSettings
 from stream_trainer.settings.publish import PublishSettings, StoreUrl, TrackingSettings
 from stream_trainer.settings.selection import TARGET_PROFILES, SelectionSettings, set_by_profile
 from stream_trainer.settings.source import SourceSettings
@@ -146,6 +147,8 @@ class TargetSettings(Section):
     """JSONL file of target samples in the stream's format. They steer the selection and are never trained on."""
     max_samples: Count = 64
     """Samples used, from the top of the file."""
+    watch: bool = False
+    """Look every 5 seconds whether the file is another one, and go on with that if it can be used."""
     refresh_steps: Count = 4
     """Steps between refreshes of the target's gradient; 1 refreshes it at every step. With `draw: learned` or `auto`,
     every probe refreshes it."""
@@ -262,7 +265,7 @@ class CheckpointSettings(Section):
 
 
 class ServerSettings(Section):
-    """HTTP server with `/metrics`, `/healthz` and `/readyz`."""
+    """HTTP server with `/metrics`, `/healthz`, `/readyz` and a page for people at `/`."""
 
     enabled: bool = True
     """Whether the server runs."""
@@ -272,6 +275,8 @@ class ServerSettings(Section):
     """Port to listen on. 0 takes a free port and logs it."""
     stall_s: Positive = 600.0
     """Seconds without progress, while there is work to do, after which `/healthz` responds with 503."""
+    show_text: bool = False
+    """Whether the page shows the beginning of samples. Anyone who can open the page can then read them."""
 
 
 class LogSettings(Section):
@@ -321,6 +326,7 @@ class Settings(BaseSettings):
     dead_letters: DeadLetterSettings = DeadLetterSettings()
     buffer: BufferSettings = BufferSettings()
     server: ServerSettings = ServerSettings()
+    control: ControlSettings = ControlSettings()
     log: LogSettings = LogSettings()
 
     @classmethod

@@ -2,8 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
+
+from stream_trainer.errors import SettingsError
 
 MASK = "**********"
+MAX_SECRET_BYTES = 64 * 1024
 
 _WORDS = r"pass|pasw|psw|pwd|secret|credential|api_?key|jaas"
 _NAME = re.compile(rf"{_WORDS}|(^|[._-])(token|auth|pw)$", re.IGNORECASE)
@@ -45,6 +49,25 @@ def shown_usage(message: str, arguments: Sequence[str]) -> str:
         return message
     own = _OWN_WORDS.match(message)
     return own[0].strip() if own else "the arguments cannot be understood"
+
+
+def read_secret(setting: str, path: Path) -> str:
+    """What the file of a setting holds, less the line's end. Raises SettingsError if that is no secret."""
+    # A path in no directory may be a secret that was put here by mistake.
+    shown = path if path.parent.is_dir() else "..."
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_SECRET_BYTES + 1).decode().rstrip("\r\n")
+    except OSError as error:
+        raise SettingsError(
+            f"{setting}={shown} cannot be read ({error.strerror}); name a readable file that holds the secret"
+        ) from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{setting}={shown} is not UTF-8; write the secret as text into it") from None
+    if not text or len(text) > MAX_SECRET_BYTES:
+        problem = "is empty" if not text else f"is larger than {MAX_SECRET_BYTES} bytes"
+        raise SettingsError(f"{setting}={shown} {problem}; write the secret alone into it")
+    return text
 
 
 def is_sensitive(argument: str) -> bool:

@@ -11,9 +11,8 @@ from kafka.net.sasl.oauth import AbstractTokenProvider
 from pydantic import SecretStr
 
 from stream_trainer.errors import SettingsError
+from stream_trainer.settings.secrets import read_secret
 from stream_trainer.settings.source import KafkaSettings
-
-MAX_SECRET_BYTES = 64 * 1024
 
 
 def security_options(settings: KafkaSettings) -> dict[str, Any]:
@@ -56,7 +55,7 @@ class TokenFile(AbstractTokenProvider):  # type: ignore[misc]
 
     def token(self) -> str:
         """Raises SettingsError if the file holds none."""
-        token = read_secret("sasl_token_file", self._path)
+        token = read_secret("source.kafka.sasl_token_file", self._path)
         if not re.fullmatch(r"[\x21-\x7e]+", token):
             raise SettingsError(
                 f"source.kafka.sasl_token_file={self._path} holds no token: it has a space or a sign that tokens "
@@ -65,32 +64,13 @@ class TokenFile(AbstractTokenProvider):  # type: ignore[misc]
         return token
 
 
-def read_secret(name: str, path: Path) -> str:
-    """What the file of the setting `name` holds, less the line's end. Raises SettingsError if that is no secret."""
-    # A path in no directory may be a secret that was put here by mistake.
-    shown = path if path.parent.is_dir() else "..."
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_SECRET_BYTES + 1).decode().rstrip("\r\n")
-    except OSError as error:
-        raise SettingsError(
-            f"source.kafka.{name}={shown} cannot be read ({error.strerror}); name a readable file that holds the secret"
-        ) from None
-    except UnicodeDecodeError:
-        raise SettingsError(f"source.kafka.{name}={shown} is not UTF-8; write the secret as text into it") from None
-    if not text or len(text) > MAX_SECRET_BYTES:
-        problem = "is empty" if not text else f"is larger than {MAX_SECRET_BYTES} bytes"
-        raise SettingsError(f"source.kafka.{name}={shown} {problem}; write the secret alone into it")
-    return text
-
-
 def _secret(settings: KafkaSettings, name: str) -> str | None:
     """The secret itself, from its own setting or from the file."""
     given: SecretStr | None = getattr(settings, name)
     if given is not None:
         return given.get_secret_value()
     path: Path | None = getattr(settings, f"{name}_file")
-    return None if path is None else read_secret(f"{name}_file", path)
+    return None if path is None else read_secret(f"source.kafka.{name}_file", path)
 
 
 def _check_authorities(path: Path | None) -> None:

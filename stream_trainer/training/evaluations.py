@@ -83,17 +83,26 @@ class Evaluations:
         """What was measured was of weights that are no more."""
         self._target = self.at = None
 
+    def replace_target(self, step: int, samples: Sequence[Sample], loss: float) -> None:
+        """Watch another target, whose loss was measured; the lowest one was that of the target before."""
+        self.sets = {**self.sets, "target": samples}
+        self._target, self.recovery.best_loss = (step, loss), loss
+        self._show("target", loss)
+
+    def _show(self, name: str, loss: float) -> None:
+        self.losses[name] = loss
+        self.metrics.evaluation_loss.labels(name).set(loss)
+        self.metrics.evaluation_time.labels(name).set_to_current_time()
+
     def _measure(self, step: int, name: str, samples: Sequence[Sample]) -> None:
         started = time.perf_counter()
         with self.watchers.during(f"evaluating {name}", len(samples)) as advance:
             loss = mean_loss(self.capture, [collate(samples, self.pad_id)], advance)
-        self.losses[name] = loss
+        self._show(name, loss)
         if name == "target":
             self._target = step, loss
             # Not what a resume or a checkpoint measures beside: when these come is chance.
             if step % self.every_steps == 0 or self.recovery.best_loss is None:
                 self.recovery.note_loss(loss)
-        self.metrics.evaluation_loss.labels(name).set(loss)
-        self.metrics.evaluation_time.labels(name).set_to_current_time()
         self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - started)
         logger.info("step %d: %s loss %.4f", step, name, loss)

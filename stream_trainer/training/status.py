@@ -7,12 +7,19 @@ from typing import Any
 from stream_trainer import __version__
 from stream_trainer.errors import StreamTrainerError
 from stream_trainer.monitoring.metrics import Metrics, State
-from stream_trainer.monitoring.server import Health
+from stream_trainer.monitoring.pages import Health
 from stream_trainer.records import Outcome
 from stream_trainer.settings.schema import Settings
+from stream_trainer.training.live.watch import Live, sum_of
 from stream_trainer.training.trainer import Trainer
 
-READY = frozenset({State.CATCHING_UP, State.TRAINING, State.IDLE})
+READY = frozenset({State.CATCHING_UP, State.TRAINING, State.IDLE, State.PAUSED})
+DOING = {
+    State.LOADING: "loading",
+    State.IDLE: "waiting for samples",
+    State.PAUSED: "paused by an order",
+    State.DRAINING: "making the last checkpoint",
+}
 
 
 class Status:
@@ -20,6 +27,7 @@ class Status:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.trainer: Trainer | None = None
+        self.live: Live | None = None
         self._settings = settings
         self._metrics = metrics
         self._state = State.STARTING
@@ -60,17 +68,28 @@ class Status:
         if failing is not None and not detail:
             failed_s = time.monotonic() - failing.since
             return Health("degraded", ok=True, ready=ready, detail=f"fails for {failed_s:.0f} s: {failing.error}")
-        return Health(state, ok=not detail, ready=ready, detail=detail or trainer.recovery.trouble)
+        return Health(state, ok=not detail, ready=ready, detail=detail or trainer.recovery.trouble or _why_not(trainer))
+
+    def _doing(self) -> str:
+        """What it does at this moment, for people."""
+        trainer = self.trainer
+        if trainer is None:
+            return "loading the model"
+        if trainer.state in DOING:
+            return DOING[trainer.state]
+        return f"step {trainer.step + 1}, for {time.monotonic() - trainer.last_progress:.0f} s"
 
     def report(self) -> dict[str, Any]:
         """The service in a page: state, step, losses, records by outcome, what waits."""
-        trainer = self.trainer
+        trainer, health = self.trainer, self.health()
         report: dict[str, Any] = {
             "version": __version__,
             "python": python_version(),
             "model": self._settings.model.name or "built from model.config",
             "selection": f"{self._settings.selection.draw}, {self._settings.selection.weigh}",
             "state": State.LOADING.value if trainer is None else trainer.state.value,
+            "health": {"ok": health.ok, "ready": health.ready, "state": health.state, "detail": health.detail},
+            "doing": self._doing(),
         }
         if trainer is None:
             return report
@@ -80,6 +99,8 @@ class Status:
             "evaluation_loss": dict(trainer.evaluations.losses),
             "records": {outcome.value: trainer.cursor.counts[outcome] for outcome in Outcome},
             "buffer_records": trainer.buffer.records,
+            "lag": sum_of(self._metrics.lag),
+            "seconds_to_drain": None if self.live is None else self.live.to_drain(),
             "resumed_otherwise": list(trainer.changed),
         }
         if last is not None:
@@ -89,3 +110,8 @@ class Status:
                 "step_seconds": sum(last.seconds.values()),
             }
         return report
+
+
+def _why_not(trainer: Trainer) -> str:
+    """Why no step is made although all is well."""
+    return "paused by an order; stream-trainer ctl resume ends that" if trainer.state is State.PAUSED else ""

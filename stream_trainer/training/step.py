@@ -34,6 +34,7 @@ class StepReport:
         coefficients: of each candidate in the update, the mean over layers if they differ; all zero if it was skipped.
         decision: what the selector said.
         utilities: `Interaction.relative_utilities_N`, if the draw learns from them.
+        alignments: of each candidate's gradient with the target's, as inner products, if the decision needed them.
         gradient_norm: length of the gradient before clipping.
         target_refused: whether a refresh of the target's gradient was not finite: the one before was used.
         mask_change: what a refresh of the mask changed, or None if there was none.
@@ -46,6 +47,7 @@ class StepReport:
     coefficients: tuple[float, ...]
     decision: Decision
     utilities: tuple[float, ...] | None = None
+    alignments: tuple[float, ...] | None = None
     gradient_norm: float = math.nan
     learning_rate: float = math.nan
     target_refreshed: bool = False
@@ -97,6 +99,7 @@ def train_step(
         coefficients=tuple(coefficients_N.tolist()) if applied else (0.0,) * len(pool),
         decision=decision,
         utilities=None if found.utilities_N is None else tuple(found.utilities_N.tolist()),
+        alignments=None if found.alignments_N is None else tuple(found.alignments_N.tolist()),
         gradient_norm=update.gradient_norm,
         learning_rate=update.learning_rate,
         target_refreshed=found.target_refreshed,

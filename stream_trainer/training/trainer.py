@@ -29,6 +29,7 @@ from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Record, Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
+from stream_trainer.training.control.steering import Steering
 from stream_trainer.training.draw.paying import Paying, comparison_of
 from stream_trainer.training.draw.pools import PoolSampler
 from stream_trainer.training.evaluations import Evaluations
@@ -64,6 +65,7 @@ class Trainer:
         step: steps made over the life of the model, skipped ones included.
         evaluations: losses of the evaluation sets.
         changed: what the resumed checkpoint was made with and is other now, by name.
+        steering: obeys orders between two steps.
         recovery: what went wrong lately, and what follows from it.
     """
 
@@ -86,7 +88,9 @@ class Trainer:
     state: State = State.LOADING
     last_progress: float = field(default_factory=time.monotonic)
     last_report: StepReport | None = None
+    last_undrawn: Sequence[Sample] = ()
     changed: Sequence[str] = ()
+    steering: Steering = field(default_factory=Steering)
     recovery: Recovery = field(init=False)
     evaluations: Evaluations = field(init=False)
 
@@ -165,13 +169,16 @@ class Trainer:
     def _loop(self) -> None:
         limit = self.settings.training.max_steps
         while not self.stopped() and (limit is None or self.step < limit):
+            self.steering.obey(self)
             asked = time.perf_counter()
             pool = self._next_pool()
             started = time.perf_counter()
+            if not pool and self.steering.called:
+                continue
             if not pool:
                 if self.stopped() or not self.saver.is_due_while_idle(self.step):
                     return
-                self._checkpoint()
+                self.checkpoint()
                 continue
             survived = self._step(pool, started - asked)
             if self.step % self.settings.evaluation.every_steps == 0:
@@ -180,9 +187,9 @@ class Trainer:
                 if why is not None:
                     self._roll_back(why)
             if survived or self.saver.is_due(self.step) or self.plan.saves_after(self.step):
-                self._checkpoint()
+                self.checkpoint()
 
-    def _checkpoint(self) -> None:
+    def checkpoint(self) -> None:
         """A model that is not sound goes back to the checkpoint before, and that is saved; or it is tried later."""
         self.saver.save_or_retry(self.step, self._sound_parts())
         if self.saver.failing is None:
@@ -212,7 +219,13 @@ class Trainer:
         """Whether to wait no longer for samples. Raises FencedError as soon as it is known."""
         if time.monotonic() - self._owner_seen >= OWNER_LOOK_S:
             self._look_for_a_successor()
-        return self.stopped() or self.saver.is_due_while_idle(self.step)
+        return self.stopped() or self.steering.called or self.saver.is_due_while_idle(self.step)
+
+    def rest(self) -> None:
+        """What is due although no step is made, while paused."""
+        self.last_progress = time.monotonic()
+        if self._is_interrupted() and self.saver.is_due_while_idle(self.step):
+            self.checkpoint()
 
     def _look_for_a_successor(self) -> None:
         self._owner_seen = time.monotonic()
@@ -365,7 +378,7 @@ class Trainer:
         if report is None:
             self.metrics.steps.labels(made.whole.result).inc()
             return
-        self.last_report = report
+        self.last_report, self.last_undrawn = report, undrawn
         observe_step(self.metrics, pool, undrawn, report, waited, seconds)
         if self.settings.selection.mask != "none":
             self.metrics.mask_density.set(self.optimizer.density)

@@ -128,7 +128,7 @@ class ClusterUcb:
             order = np.argsort(-index_K[arms_m], kind="stable")
             late = _ranks_within(arms_m[order]) >= slots_K[arms_m[order]]
             return samples[torch.from_numpy(order[np.argsort(late, kind="stable")][:count])]
-        deviations_K = self._uncertainty_K()
+        deviations_K = self.uncertainty_K()
         noise_nK = torch.randn(count, len(index_K), generator=self._generator, dtype=torch.float64).numpy()
         urns = [samples[arms_M[samples] == arm].tolist()[::-1] for arm in range(len(index_K))]
         drawn: list[int] = []
@@ -150,7 +150,7 @@ class ClusterUcb:
         """Each arm's `mean + beta std` after shrinkage, in units of the utilities' mean size."""
         return self.moments.shrunk(self._options.shrinkage).mean_std(self._options.beta)
 
-    def _uncertainty_K(self) -> Vector:
+    def uncertainty_K(self) -> Vector:
         """Standard deviation of each arm's mean."""
         shrunk = self.moments.shrunk(self._options.shrinkage)
         deviations_K: Vector = np.sqrt(shrunk.variances_K / np.maximum(shrunk.counts_K, 1.0))

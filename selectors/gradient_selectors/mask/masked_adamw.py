@@ -104,6 +104,15 @@ class MaskedAdamW(torch.optim.Optimizer):
         kept: int = sum(state["exp_avg"].numel() for state in self.state.values())
         return kept / sum(parameter.numel() for parameter in self.parameters.values())
 
+    @property
+    def densities(self) -> dict[str, tuple[int, int]]:
+        """Of each parameter, the weights that may move and all of them."""
+        kept = {name: self.state.get(parameter) for name, parameter in self.parameters.items()}
+        return {
+            name: (state["exp_avg"].numel() if state else 0, self.parameters[name].numel())
+            for name, state in kept.items()
+        }
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of the kept weights, as torch's AdamW would make it; masked ones are not even read."""

@@ -57,6 +57,11 @@ class Interaction:
         """Utilities: row sums of M, `c_i = <g_i, P G_target>`: the first-order utility of each sample, (N,) float32."""
         return torch.stack(list(self.utilities_by_parameter.values())).sum(0)
 
+    @property
+    def known_utilities_N(self) -> Tensor | None:
+        """`utilities_N` if somebody has asked for them, and None otherwise: nothing is computed."""
+        return self.__dict__.get("utilities_N")
+
     @cached_property
     def relative_utilities_N(self) -> Tensor:
         """`c_i / <G, P G>`: what share of the target's own utility each sample has, (N,) float64.

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from stream_trainer.monitoring.metrics import Metrics
+from stream_trainer.monitoring.pages import Health
 from stream_trainer.monitoring.panel import LEAST_LINES, duration, fields, panel
 from stream_trainer.monitoring.progress import Loss, Now, Phase, Progress, announced
-from stream_trainer.monitoring.server import Health
 
 
 class Clock:

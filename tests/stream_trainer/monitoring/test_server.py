@@ -3,11 +3,13 @@
 import errno
 import http.client
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from stream_trainer.errors import SettingsError
 from stream_trainer.monitoring import bounded_http
 from stream_trainer.monitoring.bounded_http import MAX_CONNECTIONS, MAX_THREADS
 from stream_trainer.monitoring.metrics import Metrics
-from stream_trainer.monitoring.server import Health, Server
+from stream_trainer.monitoring.pages import Health
+from stream_trainer.monitoring.server import Server
 from stream_trainer.records import Outcome
 from stream_trainer.settings.schema import ServerSettings
 
@@ -72,14 +75,50 @@ def test_health_and_readiness_follow_the_callback(service: Service) -> None:
     assert json.loads(text) == {"ok": False, "state": "training", "detail": "no step for 700 s"}
 
 
-def test_the_page_lists_the_status_and_escapes_it(service: Service) -> None:
+def test_the_page_is_made_of_files_and_loads_nothing_from_elsewhere(service: Service) -> None:
     service.status["topic"] = "<script>alert(1)</script>"
     status, kind, text = service.request("/?refresh=1")
     assert (status, kind) == (200, "text/html; charset=utf-8")
-    assert "<tr><th>records.trained</th><td>3</td></tr>" in text
-    assert "<tr><th>loss</th><td>1.25</td></tr>" in text
-    assert "<script>" not in text
-    assert "&lt;script&gt;" in text
+    assert "alert" not in text
+    named = re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert {"page.js", "page.css", "uPlot.iife.min.js"} <= set(named)
+    for name in set(named) - {"data:,"}:
+        status, kind, text = service.request(f"/{name}")
+        assert status == 200, name
+        assert "//" not in name
+        assert kind == "text/javascript; charset=utf-8" or not name.endswith(".js")
+    for name in ("shapes.js", "charts.js", "panels.js", "page.js"):
+        text = service.request(f"/{name}")[2]
+        assert "innerHTML" not in text
+        assert all(service.request(f"/{other}")[0] == 200 for other in re.findall(r'from "\./([^"]+)"', text))
+
+
+def test_a_browser_is_told_to_trust_nothing_else(service: Service) -> None:
+    connection = http.client.HTTPConnection(service.host, service.port, timeout=30)
+    for path in ("/", "/page.js", "/status", "/nowhere"):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        response.read()
+        assert response.headers["Content-Security-Policy"].startswith("default-src 'self';")
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_history_and_panels_are_what_the_callbacks_return(service: Service) -> None:
+    asked: list[int] = []
+
+    def history(since: int) -> dict[str, Any]:
+        asked.append(since)
+        return {"rows": [float("nan")]}
+
+    pages = service.server._pages
+    service.server._pages = replace(pages, history=history, panels=lambda: {"arms": []})
+    service.server.stop()
+    service.host, service.port = service.server.start()
+    assert json.loads(service.request("/history?since=7")[2]) == {"rows": [None]}
+    for odd in ("", "?since=", "?since=-1", "?since=x", "?since=" + "9" * 99):
+        assert service.request(f"/history{odd}")[0] == 200
+    assert asked == [7, 0, 0, 0, 0, 0]
+    assert json.loads(service.request("/panels")[2]) == {"arms": []}
 
 
 def test_status_is_json_even_where_a_loss_is_not_finite(service: Service) -> None:

@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from stream_trainer.cli import main
 from stream_trainer.errors import SettingsError
+from stream_trainer.settings.secrets import MAX_SECRET_BYTES
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.kafka import probe
-from stream_trainer.sources.security import MAX_SECRET_BYTES, security_options
+from stream_trainer.sources.security import security_options
 
 PASSWORD = "right-password"
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")

@@ -1,0 +1,216 @@
+"""The parts of a run, put together: model, selection, checkpoint, stream and what watches them."""
+
+import logging
+import random
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from gradient_selectors import MaskedAdamW, SelectionEngine
+
+from stream_trainer import __version__
+from stream_trainer.checkpoints.checkpoint import Checkpoint, TrainerState, load_latest, restore
+from stream_trainer.checkpoints.fingerprint import TARGET_CONTENTS, change_of, check_resume, consumed, fingerprint_of
+from stream_trainer.checkpoints.ownership import Owner, claim
+from stream_trainer.checkpoints.plan import PlanFile
+from stream_trainer.checkpoints.provenance import provenance_of, read_provenance, report_changes
+from stream_trainer.ingest.buffer import Buffer
+from stream_trainer.ingest.cursor import Cursor
+from stream_trainer.ingest.dead_letters import DeadLetters, open_dead_letters
+from stream_trainer.ingest.thread import Ingest
+from stream_trainer.models.loading import LoadedModel, load_model
+from stream_trainer.monitoring.metrics import Metrics
+from stream_trainer.monitoring.orders import Orders
+from stream_trainer.publishing.attach import attach
+from stream_trainer.records import Sample
+from stream_trainer.samples.decoder import Decoder, read_samples
+from stream_trainer.settings.schema import Settings
+from stream_trainer.sources import open_source
+from stream_trainer.tracking.attach import track
+from stream_trainer.training.build import make_engine
+from stream_trainer.training.control.steering import Steering
+from stream_trainer.training.control.watched import WatchedFile
+from stream_trainer.training.draw.sampling import make_paying, make_sampler, resting
+from stream_trainer.training.faults.culprits import Failure
+from stream_trainer.training.optimizer import NamedAdamW, make_optimizer
+from stream_trainer.training.planning import Plan
+from stream_trainer.training.saver import Saver
+from stream_trainer.training.trainer import Trainer
+from stream_trainer.training.watchers import Watchers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is asked for, and what must know of it.
+
+    Attributes:
+        stack: takes what must be closed at the end.
+        strict: whether steps are only made again as they are planned.
+    """
+
+    settings: Settings
+    metrics: Metrics
+    watchers: Watchers
+    orders: Orders
+    stop: threading.Event
+    stack: ExitStack
+    strict: bool
+
+
+def build(run: Run) -> Trainer:
+    """Load model, samples and checkpoint."""
+    settings, metrics, stack = run.settings, run.metrics, run.stack
+    started = time.perf_counter()
+    learner = _learner(settings, run.watchers)
+    buffer, paying = Buffer(settings.buffer), make_paying(settings)
+
+    def accuse(sample: Sample, failure: Failure) -> None:
+        trainer.accuse(sample, failure)  # made below, once there is a cursor
+
+    with run.watchers.during("describing the target"):
+        drawn = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"], accuse)
+    owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
+    with run.watchers.during("looking for a checkpoint to resume"):
+        checkpoint = load_latest(settings.checkpoint.dir)
+        state = restore(checkpoint, learner.loaded, learner.optimizer) if checkpoint is not None else None
+    logger.info("loaded the model in %.1f s", time.perf_counter() - started)
+    if not run.strict:  # what is made again is not reported or published again
+        track(settings.tracking, metrics, run.watchers, stack)
+        attach(settings, learner.loaded, metrics, run.watchers, stack)
+    reading = _reading(run, learner, owner, buffer, state)
+    saver = Saver(
+        settings=settings,
+        loaded=learner.loaded,
+        optimizer=learner.optimizer,
+        cursor=reading.cursor,
+        ingest=reading.ingest,
+        dead_letters=reading.dead_letters,
+        metrics=metrics,
+        owner=owner,
+        plan=reading.plan.file,
+        fingerprint=fingerprint_of(settings, learner.loaded, __version__),
+        made_with=provenance_of(settings, __version__, {} if checkpoint is None else read_provenance(checkpoint.path)),
+        jitter=random.SystemRandom(),
+        watchers=run.watchers,
+    )
+    trainer = Trainer(
+        settings=settings,
+        loaded=learner.loaded,
+        optimizer=learner.optimizer,
+        engine=learner.engine,
+        evaluation_sets=learner.sets,
+        cursor=reading.cursor,
+        buffer=buffer,
+        sampler=resting(drawn, paying, settings),
+        paying=paying,
+        ingest=reading.ingest,
+        saver=saver,
+        plan=reading.plan,
+        metrics=metrics,
+        stopped=run.stop.is_set,
+        watchers=run.watchers,
+        steering=Steering(run.orders, _watched(settings, saver)),
+    )
+    if checkpoint is not None and state is not None:
+        _resume(trainer, checkpoint, _without_letters(state) if run.strict else state)
+    metrics.in_force(saver.made_with["settings_hash"], saver.made_with["settings_since"])
+    stack.callback(reading.ingest.stop)
+    return trainer
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """The model and what trains it, before anything is restored.
+
+    Attributes:
+        sets: fixed samples by name, whose loss is watched.
+    """
+
+    loaded: LoadedModel
+    decoder: Decoder
+    sets: dict[str, list[Sample]]
+    optimizer: NamedAdamW | MaskedAdamW
+    engine: SelectionEngine
+
+
+def _learner(settings: Settings, watchers: Watchers) -> _Learner:
+    with watchers.during("loading model and tokenizer"):
+        loaded = load_model(settings.model, settings.training.seed)
+    decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
+    with watchers.during("reading the target and the evaluation sets"):
+        sets, anchors = _evaluation_sets(settings, decoder), _anchors(settings, decoder)
+    with watchers.during("attaching the selection to the model"):
+        optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
+        engine = make_engine(settings, loaded, optimizer, sets["target"], anchors)
+    return _Learner(loaded, decoder, sets, optimizer, engine)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What reads the stream, and notes what is read."""
+
+    cursor: Cursor
+    dead_letters: DeadLetters
+    ingest: Ingest
+    plan: Plan
+
+
+def _reading(run: Run, learner: _Learner, owner: Owner, buffer: Buffer, state: TrainerState | None) -> _Reading:
+    settings, metrics = run.settings, run.metrics
+    cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
+    metrics.count_outcomes(lambda: cursor.counts)
+    dead_letters = open_dead_letters(settings, owner.confirm)
+    run.stack.callback(dead_letters.close)
+    source = open_source(settings.source, owner.confirm)
+    ingest = Ingest(source, learner.decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
+    plan = Plan(PlanFile(settings.checkpoint.dir, owner), cursor, buffer, run.strict)
+    run.stack.callback(plan.file.close)
+    return _Reading(cursor, dead_letters, ingest, plan)
+
+
+def _watched(settings: Settings, saver: Saver) -> WatchedFile | None:
+    """The target's file, where a new one is to take over by itself."""
+    if not settings.target.watch:
+        return None
+    return WatchedFile(settings.target.path, lambda: saver.fingerprint.get(TARGET_CONTENTS))
+
+
+def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> None:
+    """Go on from a checkpoint that model and optimizer are restored from, if it goes with what is there now."""
+    settings, metrics = trainer.settings, trainer.metrics
+    now = trainer.saver.fingerprint | consumed(settings.source, state.cursor)
+    trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
+    changes = [change_of(name, state.fingerprint, now) for name in trainer.changed]
+    changes += report_changes(read_provenance(checkpoint.path), trainer.saver.made_with, but=trainer.changed)
+    metrics.resumed_otherwise(trainer.changed)
+    if changes:
+        trainer.watchers.event(state.step, "settings_changed", "; ".join(changes))
+        trainer.saver.made_with["settings_since"] = time.time()
+    trainer.restore(state)
+    metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
+    logger.info("resumed from %s at step %d", checkpoint.path, state.step)
+
+
+def _without_letters(state: TrainerState) -> TrainerState:
+    """What is made again keeps its letters elsewhere."""
+    return replace(state, parts={name: part for name, part in state.parts.items() if name != "dead_letters"})
+
+
+def _evaluation_sets(settings: Settings, decoder: Decoder) -> dict[str, list[Sample]]:
+    sets = {"target": read_samples(settings.target.path, decoder, settings.target.max_samples, "target.path")}
+    watched = {f"sets.{name}": (name, path) for name, path in settings.evaluation.sets.items()}
+    if settings.evaluation.retention_path is not None:
+        watched["retention_path"] = ("retention", settings.evaluation.retention_path)
+    for setting, (name, path) in watched.items():
+        sets[name] = read_samples(path, decoder, settings.evaluation.max_samples, f"evaluation.{setting}")
+    return sets
+
+
+def _anchors(settings: Settings, decoder: Decoder) -> list[Sample]:
+    dual_sft = settings.selection.dual_sft
+    if settings.selection.mask != "dual_sft" or dual_sft.anchor_path is None:
+        return []
+    return read_samples(dual_sft.anchor_path, decoder, dual_sft.anchors, "selection.dual_sft.anchor_path")
