@@ -191,13 +191,20 @@ def process(folder: Path, name: str, *command: str) -> Iterator[None]:
 
 
 def waiting(what: str, condition: Callable[[], bool]) -> float:
-    """Seconds until it holds. Raises TimeoutError."""
+    """Seconds until it holds; it does not while nobody answers. Raises TimeoutError."""
     begun = time.monotonic()
-    while not condition():
+    while not holds(condition):
         if time.monotonic() - begun > PATIENCE_S:
             raise TimeoutError(f"waited {PATIENCE_S:g} s in vain for {what}")
         time.sleep(0.2)
     return round(time.monotonic() - begun, 1)
+
+
+def holds(condition: Callable[[], bool]) -> bool:
+    try:
+        return condition()
+    except OSError:
+        return False
 
 
 def last_words(folder: Path) -> str:
@@ -209,17 +216,15 @@ def last_words(folder: Path) -> str:
 
 
 def get(address: str) -> Any:
-    """The JSON there; None while nobody answers."""
-    try:
-        with urllib.request.urlopen(address, timeout=10) as answer:
-            return json.load(answer)
-    except OSError:
-        return None
+    """The JSON there. Raises OSError while nobody answers."""
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        return json.load(answer)
 
 
 def series(stack: Stack, query: str) -> list[Any]:
     found = get(f"{stack.prometheus}/api/v1/query?query={urllib.parse.quote(query)}")
-    return found["data"]["result"] if found else []
+    result: list[Any] = found["data"]["result"]
+    return result
 
 
 def value(stack: Stack, query: str) -> list[float]:
@@ -231,7 +236,7 @@ def firing(stack: Stack) -> bool:
 
 
 def notified(stack: Stack) -> bool:
-    alerts = get(f"{stack.alertmanager}/api/v2/alerts?active=true") or []
+    alerts = get(f"{stack.alertmanager}/api/v2/alerts?active=true")
     return any(alert["labels"]["alertname"] == ALERT for alert in alerts)
 
 

@@ -11,7 +11,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from stream_trainer.demo.broker import free_port
 from stream_trainer.sources import kafka as kafka_source
-from tests.helpers.brokers import client_options, create_topic, publish
+from tests.helpers.brokers import client_options, create_topic, needs_apache_kafka, publish
 from tests.helpers.malformed import malformed_values
 from tests.helpers.service import (
     ALL_ON,
@@ -121,6 +121,7 @@ def test_a_run_over_three_partitions_that_is_stopped_equals_one_that_was_not(
         assert selection or steps == whole
 
 
+@needs_apache_kafka("the mock cluster does not show what a transaction committed")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_ended_loses_nothing_and_repeats_nothing(
     number: signal.Signals, broker: str, topic: str, tmp_path: Path
