@@ -246,6 +246,7 @@ COMMANDS_INTRO = """\
 | [`config`](#config) | shows, checks or describes the settings |
 | [`dead-letters inspect`](#dead-letters-inspect) | shows records that could not be used, and why |
 | [`dead-letters replay`](#dead-letters-replay) | publishes them again |
+| [`models`](#models) | lists, shows and verifies published versions, rolls back and promotes |
 
 `stream-trainer COMMAND --help` says the same.
 
@@ -294,6 +295,10 @@ WITH_OPTIONS = {
     "dead-letters replay": (
         "stream_trainer.commands.replay_letters",
         "Publishes the original records again, each once however often it is called.",
+    ),
+    "models": (
+        "stream_trainer.commands.models",
+        "Shows what is published, and says which version servers are to use.",
     ),
 }
 
