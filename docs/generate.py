@@ -246,7 +246,10 @@ COMMANDS_INTRO = """\
 | [`config`](#config) | shows, checks or describes the settings |
 | [`dead-letters inspect`](#dead-letters-inspect) | shows records that could not be used, and why |
 | [`dead-letters replay`](#dead-letters-replay) | publishes them again |
+<<<<<<< HEAD
 | [`ctl`](#ctl) | pauses, resumes, checkpoints or asks a trainer that runs, or has it reload its target |
+=======
+| [`models`](#models) | lists, shows and verifies published versions, rolls back and promotes |
 
 `stream-trainer COMMAND --help` says the same.
 
@@ -299,6 +302,10 @@ WITH_OPTIONS = {
     "ctl": (
         "stream_trainer.commands.ctl",
         "Gives an order to a trainer that runs, and prints what came of it. Settings may be given, as to `run`.",
+    ),
+    "models": (
+        "stream_trainer.commands.models",
+        "Shows what is published, and says which version servers are to use.",
     ),
 }
 

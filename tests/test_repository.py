@@ -68,10 +68,7 @@ SERVICE_ROOMS = {
         *("tracking", "publishing", "training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
         *("settings", "records", "__init__"),
     ),
-    "service": (
-        *("assembly", "training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
-        *("settings", "records", "__init__"),
-    ),
+    "service": ("assembly", "training", "monitoring", "checkpoints", "samples", "settings", "__init__"),
     "replay": ("service", "training", "checkpoints", "settings", "records", "errors"),
     "demo": (
         *("service", "commands", "training", "monitoring"),
