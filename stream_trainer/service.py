@@ -85,7 +85,7 @@ def serve(settings: Settings, stop: threading.Event, *watchers: Watcher, progres
     status = Status(settings, metrics)
     if progress is not None:
         progress.begin(metrics, status.health)
-        watchers = (*watchers, watching(progress))
+        watchers = (watching(progress), *watchers)
     keep_freed_memory()
     if settings.training.threads is not None:
         torch.set_num_threads(settings.training.threads)
@@ -96,6 +96,7 @@ def serve(settings: Settings, stop: threading.Event, *watchers: Watcher, progres
             host, port = server.start()
             stack.callback(server.stop)
             logger.info("serving http://%s:%d/metrics", host, port)
+        metrics.state.state(State.LOADING.value)
         try:
             trainer = _build(settings, metrics, Watchers([*watchers]), stop, stack)
             status.trainer = trainer
@@ -120,7 +121,6 @@ def _build(
     settings: Settings, metrics: Metrics, watchers: Watchers, stop: threading.Event, stack: ExitStack
 ) -> Trainer:
     """Load model, samples and checkpoint, and begin to read. What must be closed goes onto `stack`."""
-    metrics.state.state(State.LOADING.value)
     started = time.perf_counter()
     loaded, decoder, sets, anchors = _load(settings, watchers)
     buffer = Buffer(settings.buffer)

@@ -68,11 +68,12 @@ def _rows(now: Now) -> list[Row]:
     doing = now.doing
     if now.doing_s >= LONG_STEP_S:
         doing += f", for {duration(now.doing_s)}"
+    pull = "" if now.gain is None else f"{now.gain:.0%} of the pull last measured"
     rows = [
         ("now", Text(doing, "bold")),
         ("steps", _joined(_count(now.step), _rate(now.steps_per_s, "steps/s"), _rate(now.tokens_per_s, "tokens/s"))),
         ("stream", _joined(f"lag {_count(now.lag)}", f"drained in {_drained(now)}")),
-        ("chosen", _joined(f"{_share(now.chosen)} of the pool", f"{_share(now.gain)} of its pull to the target")),
+        ("chosen", _joined(f"{_share(now.chosen)} of the pool", pull)),
         ("pool loss", _against_start(now.pool)),
     ]
     for name, loss in list(now.sets.items())[:SHOWN_SETS]:

@@ -54,7 +54,7 @@ def test_the_way_on_a_terminal(
 ) -> None:
     monkeypatch.setenv("TERM", term)
     with terminal() as (stream, _):
-        assert way(LogSettings(**settings), stream) == expected  # type: ignore[arg-type]
+        assert way(LogSettings(**settings), stream) == expected
 
 
 def test_the_way_elsewhere(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
