@@ -10,7 +10,7 @@ from rich.text import Text
 
 from stream_trainer.monitoring.progress import Loss, Now
 
-WIDE = 120  # columns from which two stand side by side
+WIDE = 132  # columns from which two stand side by side
 LEAST_LINES, LEAST_WIDTH = 12, 60  # of a terminal that a panel fits on; one line on a smaller one
 LONG_STEP_S = 5.0  # after which a step's seconds are shown
 SHOWN_SETS, NAME_WIDTH = 4, 14

@@ -120,7 +120,7 @@ def drawn(now: Now, width: int, height: int = 40) -> list[str]:
     return str(text).splitlines()
 
 
-@pytest.mark.parametrize("width", [60, 80, 119, 120, 200])
+@pytest.mark.parametrize("width", [60, 80, 131, 132, 200])
 def test_a_panel_fits_and_says_it_all(width: int) -> None:
     lines = drawn(far(), width)
     assert {len(line) for line in lines} == {width}
