@@ -195,7 +195,7 @@ def _run(arguments: Sequence[str]) -> int:
 def _format_asked_for(arguments: Sequence[str]) -> str:
     """`log.format` by command line and environment: mistakes in the settings are told of in it too."""
     asked = os.environ.get("STREAM_TRAINER_LOG__FORMAT", "")
-    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for name, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if name.startswith("--log.format"):
             asked = name.partition("=")[2] or following
     return asked

@@ -81,7 +81,7 @@ def serve(
     status, live = Status(settings, metrics), Live(settings, metrics)
     if progress is not None:
         progress.begin(metrics, status.health)
-        watchers = (*watchers, watching(progress))
+        watchers = (watching(progress), *watchers)
     keep_freed_memory()
     if settings.training.threads is not None:
         torch.set_num_threads(settings.training.threads)
@@ -91,8 +91,8 @@ def serve(
         if settings.server.enabled:
             watchers += (live.watcher,)
         _listen(settings, metrics, status, live, orders, stack)
+        metrics.state.state(State.LOADING.value)
         try:
-            metrics.state.state(State.LOADING.value)
             trainer = build(Run(settings, metrics, Watchers([*watchers]), orders, stop, stack, strict))
             status.trainer = live.trainer = trainer
             status.live = live

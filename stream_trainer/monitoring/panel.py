@@ -10,7 +10,7 @@ from rich.text import Text
 
 from stream_trainer.monitoring.progress import Loss, Now
 
-WIDE = 120  # columns from which two stand side by side
+WIDE = 132  # columns from which two stand side by side
 LEAST_LINES, LEAST_WIDTH = 12, 60  # of a terminal that a panel fits on; one line on a smaller one
 LONG_STEP_S = 5.0  # after which a step's seconds are shown
 SHOWN_SETS, NAME_WIDTH = 4, 14
@@ -68,11 +68,12 @@ def _rows(now: Now) -> list[Row]:
     doing = now.doing
     if now.doing_s >= LONG_STEP_S:
         doing += f", for {duration(now.doing_s)}"
+    pull = "" if now.gain is None else f"{now.gain:.0%} of the pull last measured"
     rows = [
         ("now", Text(doing, "bold")),
         ("steps", _joined(_count(now.step), _rate(now.steps_per_s, "steps/s"), _rate(now.tokens_per_s, "tokens/s"))),
         ("stream", _joined(f"lag {_count(now.lag)}", f"drained in {_drained(now)}")),
-        ("chosen", _joined(f"{_share(now.chosen)} of the pool", f"{_share(now.gain)} of its pull to the target")),
+        ("chosen", _joined(f"{_share(now.chosen)} of the pool", pull)),
         ("pool loss", _against_start(now.pool)),
     ]
     for name, loss in list(now.sets.items())[:SHOWN_SETS]:

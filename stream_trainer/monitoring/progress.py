@@ -59,7 +59,7 @@ class Now:
         pool: mean loss of the last pools, before training on them.
         sets: loss of each evaluation set.
         chosen: share of the last pool that was trained on.
-        gain: share of the last pool's pull towards the target that the chosen samples have.
+        gain: share of a pool's pull towards the target that its chosen samples had, when it was last known.
     """
 
     state: str
@@ -110,7 +110,7 @@ class Progress:
         with self._lock:
             now = self.clock()
             self._step, self._tokens, self._stepped_at = step, self._tokens + tokens, now
-            self._shares = (chosen, gain)
+            self._shares = (chosen, self._shares[1] if gain is None else gain)
             self._mark(now)
             if finite:
                 self._pools.append(sum(finite) / len(finite))

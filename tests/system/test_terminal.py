@@ -81,8 +81,7 @@ def test_on_a_terminal_progress_is_seen_and_nothing_stays(tmp_path: Path) -> Non
     expected = ("loading model and tokenizer", "stream-trainer · ", "training", "target loss", "lag", "steps/s")
     assert [part for part in expected if part not in text] == []
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is shown again"
-    last = text[text.rindex("\x1b[2K") :]
-    assert "╭" not in last
+    assert "╭" not in text[text.rindex("\x1b[2K") :]
     assert "stopped; records" in text
 
 
@@ -102,6 +101,7 @@ def test_every_line_of_a_failing_run_is_json(tmp_path: Path) -> None:
     assert said.index("loading model and tokenizer") < said.index("reading the target and the evaluation sets")
 
 
+@pytest.mark.slow
 def test_progress_in_plain_lines(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, log={"format": "json", "every_s": 0.05}, training={"max_steps": 150})
     assert run_to_end(settings) == 0
@@ -125,7 +125,7 @@ def test_progress_in_plain_lines(tmp_path: Path) -> None:
         (["--log.format=json", "--selection.pool=8"], "selection.pool"),
         (["--log.format", "json", "--config=nowhere.yaml"], None),
         (["--config=json.yaml", "--server.port=-1"], "server.port"),
-        (["--config=json.yaml", "--model.name=./nowhere"], "model.name"),
+        (["--config=json.yaml"], "target.path"),
     ],
 )
 def test_a_mistake_of_the_user_is_one_json_line(options: list[str], setting: str | None, tmp_path: Path) -> None:
