@@ -34,10 +34,10 @@ from tests.helpers.service import (
     write_lines,
 )
 
-pytestmark = pytest.mark.slow
-
 STARTS = int(os.environ.get("STREAM_TRAINER_STARTS", "4"))
 RECORDS = 800
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LONG_S * (1 + STARTS))]
 
 # Machines apart do not see each other's locks.
 APART = f"""
