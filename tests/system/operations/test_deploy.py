@@ -16,7 +16,7 @@ from stream_trainer.samples.decoder import REASONS
 from stream_trainer.settings.loading import load_settings
 from stream_trainer.settings.schema import Settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
 
 

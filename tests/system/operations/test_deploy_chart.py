@@ -19,7 +19,7 @@ from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.samples.decoder import REASONS
 from stream_trainer.settings.schema import Settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm" / "stream-trainer"
 LOCKS = (DEPLOY / "requirements.lock", DEPLOY / "torch-cuda.lock")
