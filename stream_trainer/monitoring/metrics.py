@@ -4,6 +4,7 @@ Names follow Prometheus' conventions (`promtool check metrics` passes): base uni
 closed sets only. Children of labelled metrics are created at the start, for an alert on an absent series never fires.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 
@@ -224,9 +225,10 @@ class Metrics:
         for status in SOLVER_STATUSES:
             self.solver_runs.labels(status)
         self.comparisons = self._counter("comparisons_total", "Comparisons of selection with a uniform draw.")
-        self.advantage = self._gauge(
-            "selection_advantage", "What an update of selection is worth, in uniform ones; 0 before it is known."
+        self.selection_advantage = self._gauge(
+            "selection_advantage", "What an update of selection is worth, in uniform ones; NaN before it is known."
         )
+        self.selection_advantage.set(math.nan)
         self.pays = self._gauge("selection_pays", "0 while selection does not pay; 1 before it is known.")
         self.pays.set(1)
         self.target_agreement = self._gauge(

@@ -122,7 +122,7 @@ def observe_advantage(metrics: Metrics, paying: Paying) -> None:
     if paying.agreement is not None:
         metrics.target_agreement.set(paying.agreement)
     if paying.advantage is not None and paying.pays is not None:
-        metrics.advantage.set(paying.advantage)
+        metrics.selection_advantage.set(paying.advantage)
         metrics.pays.set(paying.pays)
 
 
