@@ -5,7 +5,7 @@ from platform import python_version
 from typing import Any
 
 from stream_trainer import __version__
-from stream_trainer.errors import StreamTrainerError
+from stream_trainer.errors import FencedError, StreamTrainerError
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.monitoring.pages import Health
 from stream_trainer.records import Outcome
@@ -40,6 +40,7 @@ class Status:
 
     def fail(self, error: BaseException) -> None:
         """Go to the last state, and say why if it is for people to mend."""
+        self._metrics.fenced.set(isinstance(error, FencedError))
         self._failure = str(error) if isinstance(error, StreamTrainerError) else "the service failed; see its log"
         self.enter(State.FAILED)
 
