@@ -44,6 +44,7 @@ class Ingest:
 
     Attributes:
         last_turn: when the thread last came round (`time.monotonic()`); it does at least every few seconds.
+        unreachable_since: since when the stream cannot be read (`time.monotonic()`); None while it can.
         away: why the source could not be started yet; empty once it was, or before it was tried.
     """
 
@@ -79,6 +80,7 @@ class Ingest:
         self._paused = False
         self._lost = self._passes = 0
         self.away = ""
+        self.unreachable_since: float | None = None
         self.last_turn = time.monotonic()
         self._lag_due = 0.0
         self._horizon = Horizon()
@@ -184,7 +186,7 @@ class Ingest:
         if not self.away:
             logger.warning("%s; waiting for it", error)
         self.away = str(error)
-        self._metrics.reachable.set(0)
+        self._note_reachable(reachable=False)
         self._reading_ends.wait(backoff * (0.5 + self._jitter()))
 
     def _begin(self) -> None:
@@ -315,4 +317,11 @@ class Ingest:
         self._metrics.buffer_bytes.set(self._buffer.bytes)
         self._metrics.buffer_tokens.set(self._buffer.tokens)
         self._metrics.paused.set(self._paused)
-        self._metrics.reachable.set(self._source.reachable)
+        self._note_reachable(reachable=self._source.reachable)
+
+    def _note_reachable(self, *, reachable: bool) -> None:
+        self._metrics.reachable.set(reachable)
+        if reachable:
+            self.unreachable_since = None
+        elif self.unreachable_since is None:
+            self.unreachable_since = time.monotonic()

@@ -47,7 +47,7 @@ def observe_step(
     metrics.target_refusals.inc(int(report.target_refused))
     _observe_ages(metrics, (*pool, *undrawn))
     _observe_decision(metrics, report)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         metrics.gpu_memory.labels("allocated").set(torch.cuda.memory_allocated())
         metrics.gpu_memory.labels("reserved").set(torch.cuda.memory_reserved())
 

@@ -492,3 +492,18 @@ def test_a_source_that_keeps_no_time_has_no_retention() -> None:
     with running(Service(ListSource(records_of([good(0)])))) as service:
         service.take_all()
         assert service.metric("retention_remaining_seconds", topic="log", partition="0") is None
+
+
+def test_since_when_the_stream_cannot_be_read_is_known_until_it_can() -> None:
+    source = ListSource(records_of([good(0)]), finite=False)
+    with running(Service(source)) as service:
+        service.take(1)
+        assert service.ingest.unreachable_since is None
+        source.reachable = False
+        wait_for(lambda: service.ingest.unreachable_since is not None)
+        first = service.ingest.unreachable_since
+        turn = service.ingest.last_turn
+        wait_for(lambda: service.ingest.last_turn > turn + 0.2)
+        assert service.ingest.unreachable_since == first
+        source.reachable = True
+        wait_for(lambda: service.ingest.unreachable_since is None)
