@@ -73,6 +73,7 @@ def build(run: Run) -> Trainer:
     with run.watchers.during("describing the target"):
         drawn = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"], accuse)
     owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
+    metrics.owner_epoch.set(owner.epoch)
     with run.watchers.during("looking for a checkpoint to resume"):
         checkpoint = load_latest(settings.checkpoint.dir)
         state = restore(checkpoint, learner.loaded, learner.optimizer) if checkpoint is not None else None

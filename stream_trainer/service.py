@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -18,8 +19,8 @@ import transformers
 from stream_trainer import __version__
 from stream_trainer.assembly import Run, build
 from stream_trainer.checkpoints.ownership import locked
-from stream_trainer.checkpoints.trouble import try_out
-from stream_trainer.monitoring.allocator import keep_freed_memory
+from stream_trainer.checkpoints.trouble import free_bytes, try_out
+from stream_trainer.monitoring.allocator import keep_freed_memory, memory_limit
 from stream_trainer.monitoring.control import ControlServer
 from stream_trainer.monitoring.logs import adopt_transformers
 from stream_trainer.monitoring.metrics import Metrics, State
@@ -83,11 +84,14 @@ def serve(
         progress.begin(metrics, status.health)
         watchers = (watching(progress), *watchers)
     keep_freed_memory()
+    metrics.memory_limit.set(memory_limit())
     if settings.training.threads is not None:
         torch.set_num_threads(settings.training.threads)
     with ExitStack() as stack:
         _take_directory(settings.checkpoint.dir, stack)
+        metrics.disk_free.set_function(partial(free_bytes, settings.checkpoint.dir))
         orders = Orders()
+        watchers += (Watcher(on_event=lambda _, kind, __: metrics.happened(kind)),)
         if settings.server.enabled:
             watchers += (live.watcher,)
         _listen(settings, metrics, status, live, orders, stack)

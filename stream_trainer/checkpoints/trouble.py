@@ -5,6 +5,7 @@ that must be known before training has begun, not at the first checkpoint.
 """
 
 import errno
+import math
 import os
 import re
 import secrets
@@ -95,3 +96,11 @@ def _rename(trial: Path, renamed: Path, directory: Path) -> None:
             f"checkpoint.dir={directory} is on a mount that cannot rename directories ({error.strerror}), and without "
             "that no checkpoint becomes whole; name a directory on another mount"
         ) from error
+
+
+def free_bytes(directory: Path) -> float:
+    """What may still be written there; not a number while that cannot be told."""
+    try:
+        return float(shutil.disk_usage(directory).free)
+    except OSError:
+        return math.nan

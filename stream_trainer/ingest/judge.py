@@ -85,6 +85,7 @@ class Judge:
                 samples.append(result)
             elif is_fresh:
                 self._cursor.resolve(record.partition, record.offset, Outcome.FILTERED)
+                self._metrics.unselected.labels("filtered").inc()
             self._note_usable(record, is_fresh)
         self._metrics.unusable_ratio.set(self._watch.ratio)
         return samples

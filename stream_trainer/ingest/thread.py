@@ -19,11 +19,13 @@ from stream_trainer.ingest.dead_letters import DeadLetters
 from stream_trainer.ingest.judge import Judge, Snapshot
 from stream_trainer.ingest.letter import DeadLetter
 from stream_trainer.ingest.rotation import Rotation
+from stream_trainer.monitoring.laps import Laps
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Partition, Record
 from stream_trainer.samples.decoder import Decoder
 from stream_trainer.settings.schema import DeadLetterSettings
 from stream_trainer.sources.base import Source
+from stream_trainer.sources.retention import Horizon
 
 POLL_TIMEOUT_S = 0.1
 LAG_INTERVAL_S = 5.0
@@ -42,6 +44,7 @@ class Ingest:
 
     Attributes:
         last_turn: when the thread last came round (`time.monotonic()`); it does at least every few seconds.
+        unreachable_since: since when the stream cannot be read (`time.monotonic()`); None while it can.
         away: why the source could not be started yet; empty once it was, or before it was tried.
     """
 
@@ -77,8 +80,11 @@ class Ingest:
         self._paused = False
         self._lost = self._passes = 0
         self.away = ""
+        self.unreachable_since: float | None = None
         self.last_turn = time.monotonic()
         self._lag_due = 0.0
+        self._horizon = Horizon()
+        self._ends: Mapping[Partition, int] = {}
 
     def start(self, positions: Mapping[Partition, int], identity: Mapping[str, str]) -> None:
         """Begin to read at `positions`; `identity` was stored beside them. Errors surface in `Buffer.take`."""
@@ -146,8 +152,10 @@ class Ingest:
         return self._thread is not None and self._thread.is_alive()
 
     def _run(self, positions: Mapping[Partition, int], identity: Mapping[str, str]) -> None:
+        self._laps = Laps(self._metrics.reading_seconds)
         try:
             if self._start_source(positions, identity):
+                self._laps.lap("wait")
                 while not self._stopping.is_set():
                     self._turn()
                 self._commits.make(self._partitions)
@@ -178,7 +186,7 @@ class Ingest:
         if not self.away:
             logger.warning("%s; waiting for it", error)
         self.away = str(error)
-        self._metrics.reachable.set(0)
+        self._note_reachable(reachable=False)
         self._reading_ends.wait(backoff * (0.5 + self._jitter()))
 
     def _begin(self) -> None:
@@ -202,15 +210,18 @@ class Ingest:
         """Read or decode a little, and see to what is due."""
         self.last_turn = time.monotonic()
         self._commits.make(self._partitions)
+        self._laps.lap("commit")
         if self._reading_ends.is_set():
             self._reading_ended.set()
             self._stopping.wait(POLL_TIMEOUT_S)
+            self._laps.lap("wait")
             return
         if time.monotonic() >= self._lag_due:
             self._observe_lag()
             self._lag_due = time.monotonic() + LAG_INTERVAL_S
         self._judge.settle()
         self._pause_or_resume()
+        self._laps.lap("other")
         chunk = [] if self._is_full() else self._next_chunk()
         if chunk:
             self._process(chunk)
@@ -220,6 +231,7 @@ class Ingest:
             self._buffer.end(self._failure)
         else:
             self._read()
+        self._laps.lap("decode" if chunk else "hold" if self._paused else "wait")
         self._observe_buffer()
 
     def _read(self) -> None:
@@ -232,6 +244,7 @@ class Ingest:
             return
         self._metrics.records_read.inc(len(records))
         self._metrics.bytes_read.inc(sum(len(record.value or b"") for record in records))
+        self._horizon.note(records)
         self._rotation.put(records)
         source = self._source
         self._rotation.know(source.positions(), source.drained, finite=source.finite)
@@ -268,12 +281,13 @@ class Ingest:
         """Export how far behind we are, and pass what the stream holds but never returns."""
         self._metrics.records_lost.inc(self._source.records_lost - self._lost)
         self._lost = self._source.records_lost
+        self._observe_retention()
         try:
             read_to, ends = self._source.positions(), self._source.end_positions()
         except Exception as error:  # if it lasts, polling will say so
             logger.debug("the lag is unknown for now (%s)", type(error).__name__)
             return
-        self._partitions = frozenset(read_to)
+        self._partitions, self._ends = frozenset(read_to), ends
         for partition, position in read_to.items():
             if self._rotation.is_empty(partition):
                 self._cursor.reached(partition, position)
@@ -281,15 +295,33 @@ class Ingest:
         for partition, end in ends.items():
             behind = max(0, end - positions.get(partition, 0))
             self._metrics.lag.labels(partition.topic, str(partition.number)).set(behind)
+            self._metrics.decided_offset.labels(partition.topic, str(partition.number)).set(end - behind)
         for partition, count in self._source.held_back().items():
             self._metrics.behind_transactions.labels(partition.topic, str(partition.number)).set(count)
         self._metrics.partitions_without_leader.set(len(self._source.without_leader()))
         self._metrics.passes.inc(self._rotation.passes - self._passes)
         self._passes = self._rotation.passes
 
+    def _observe_retention(self) -> None:
+        """Before the ends are asked for: during an outage time runs on."""
+        if self._source.retention_s is None:
+            return
+        positions = self._cursor.positions()
+        found = self._horizon.remaining(self._source.retention_s, positions, self._ends, time.time())
+        for partition, seconds in found.items():
+            self._metrics.retention.labels(partition.topic).set(self._source.retention_s)
+            self._metrics.retention_remaining.labels(partition.topic, str(partition.number)).set(seconds)
+
     def _observe_buffer(self) -> None:
         self._metrics.buffer_records.set(self._buffer.records)
         self._metrics.buffer_bytes.set(self._buffer.bytes)
         self._metrics.buffer_tokens.set(self._buffer.tokens)
         self._metrics.paused.set(self._paused)
-        self._metrics.reachable.set(self._source.reachable)
+        self._note_reachable(reachable=self._source.reachable)
+
+    def _note_reachable(self, *, reachable: bool) -> None:
+        self._metrics.reachable.set(reachable)
+        if reachable:
+            self.unreachable_since = None
+        elif self.unreachable_since is None:
+            self.unreachable_since = time.monotonic()

@@ -1,9 +1,28 @@
-"""How the process keeps memory between steps."""
+"""How the process keeps memory between steps, and how much it may take."""
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt, from glibc's malloc.h
+
+# Of the container, by either version of control groups.
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def memory_limit(limits: Iterable[Path] = LIMITS) -> float:
+    """Bytes that the process may take: the machine's memory, or what its container allows; 0 if that is not known."""
+    try:
+        found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    except (ValueError, OSError):
+        return 0.0
+    for path in limits:
+        with suppress(OSError, ValueError):  # `max` is no limit
+            found.append(float(path.read_text()))
+    return min(found)
 
 
 def keep_freed_memory() -> bool:

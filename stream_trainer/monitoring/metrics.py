@@ -31,7 +31,18 @@ STEP_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 AGE_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
 SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 
-PHASES = ("wait", "target", "score", "weigh", "compare", "train", "update", "second_pass", "evaluate", "checkpoint")
+PHASES = (
+    *("wait", "target", "score", "weigh", "compare", "train", "update", "second_pass", "evaluate", "checkpoint"),
+    "other",
+)
+READING = ("wait", "decode", "hold", "commit", "other")
+GPU_MEMORY = ("allocated", "reserved")
+UNSELECTED = ("undrawn", "low_scored", "filtered")
+EVENTS = (
+    *("checkpoint_failed", "evaluation_failed", "paused", "resumed", "target_refused", "target_replaced", "rollback"),
+    *("accused", "selection_pays", "selection_does_not_pay", "settings_changed"),
+    *("published", "publish_gated", "publish_failed"),
+)
 WAYS = ("learned", "scored", "rival", "uniform")
 STEP_RESULTS = ("applied", "skipped_nonfinite", "skipped_none_helps", "skipped_failed")
 ORDER_RESULTS = ("done", "refused")
@@ -92,6 +103,7 @@ class Metrics:
         self._stages()
         self._durability()
         self._published()
+        self._limits()
         for reason in reasons:
             self.dead_letters.labels(reason)
         for arm in range(arms):
@@ -113,6 +125,10 @@ class Metrics:
         """Show the settings by their hash, and since when they are in force (Unix time)."""
         self.settings.info({"hash": settings_hash})
         self.settings_changed.set(since)
+
+    def happened(self, kind: str) -> None:
+        """Note the time of an event of one of `EVENTS`."""
+        self.last_event.labels(kind).set_to_current_time()
 
     def count_outcomes(self, counts: Callable[[], Mapping[Outcome, int]]) -> None:
         """Show these counts of decided records, which somebody else keeps."""
@@ -158,6 +174,22 @@ class Metrics:
         )
         self.reachable = self._gauge("source_reachable", "0 while the stream cannot be read, its brokers being away.")
         self.paused = self._gauge("reading_paused", "1 while reading is paused because the buffer is full.")
+        self.decided_offset = self._gauge(
+            "decided_offset", "Offset below which every record is decided.", ("topic", "partition")
+        )
+        self.retention = self._gauge(
+            "retention_seconds", "For how long the topic keeps its records; +Inf if for ever.", ("topic",)
+        )
+        self.retention_remaining = self._gauge(
+            "retention_remaining_seconds",
+            "Time until the oldest undecided record may be deleted by the topic's retention; +Inf if it never is.",
+            ("topic", "partition"),
+        )
+        self.reading_seconds = self._counter(
+            "reading_seconds_total", "Time of the thread that reads, by what it does.", ("activity",)
+        )
+        for activity in READING:
+            self.reading_seconds.labels(activity)
         self.buffer_records = self._gauge("buffer_records", "Samples waiting to be trained on.")
         self.buffer_bytes = self._gauge("buffer_bytes", "Bytes of record values waiting.")
         self.buffer_tokens = self._gauge("buffer_tokens", "Tokens waiting.")
@@ -174,7 +206,7 @@ class Metrics:
         self.step_seconds = self._histogram(
             "step_seconds", "Time of one whole step, without the wait for its samples.", STEP_SECONDS
         )
-        self.phase_seconds = self._counter("phase_seconds_total", "Time spent, by phase.", ("phase",))
+        self.phase_seconds = self._counter("phase_seconds_total", "Time of the main thread, by phase.", ("phase",))
         for phase in PHASES:
             self.phase_seconds.labels(phase)
         self.last_step = self._gauge("last_step_timestamp_seconds", "When the last step ended.")
@@ -195,6 +227,9 @@ class Metrics:
         self.evaluation_time = self._gauge(
             "evaluation_timestamp_seconds", "When a fixed set was last evaluated.", ("set",)
         )
+        self.forgetting = self._gauge(
+            "forgetting_ratio", "Loss on a fixed set over the first one measured, before it was trained.", ("set",)
+        )
         self.state = Enum(
             f"{PREFIX}_state",
             "What the service is doing.",
@@ -209,6 +244,11 @@ class Metrics:
 
     def _selection(self) -> None:
         self.selected_ratio = self._gauge("selected_ratio", "Share of the last pool that entered the update.")
+        self.unselected = self._counter(
+            "unselected_total", "Records that were not trained on, for no fault of theirs, by why.", ("why",)
+        )
+        for why in UNSELECTED:
+            self.unselected.labels(why)
         self.effective_samples = self._gauge(
             "effective_samples", "Effective sample size of the last coefficients, (sum w)^2 / sum w^2."
         )
@@ -296,6 +336,25 @@ class Metrics:
         self.settings_changed = self._gauge(
             "settings_changed_timestamp_seconds", "When settings, or contents that they name, last changed."
         )
+
+    def _limits(self) -> None:
+        """Of what ends a run, and of what happened to it."""
+        self.disk_free = self._gauge("disk_free_bytes", "Bytes that may still be written where checkpoints lie.")
+        self.memory_limit = self._gauge(
+            "memory_limit_bytes", "Memory that the process may take: that of its container, or of the machine."
+        )
+        self.gpu_memory = self._gauge(
+            "gpu_memory_bytes", "Memory of the GPU: used, and taken from the driver; 0 without one.", ("kind",)
+        )
+        for kind in GPU_MEMORY:
+            self.gpu_memory.labels(kind)
+        self.owner_epoch = self._gauge("owner_epoch", "How often the directory of checkpoints has had a new owner.")
+        self.fenced = self._gauge("fenced", "1 once another trainer has taken over; this one is about to end.")
+        self.last_event = self._gauge(
+            "last_event_timestamp_seconds", "When something last happened, by kind; 0 before it has.", ("kind",)
+        )
+        for kind in EVENTS:
+            self.last_event.labels(kind)
 
     def _published(self) -> None:
         """Of what goes out: published versions, uploads, trackers."""

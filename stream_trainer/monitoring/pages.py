@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -17,6 +18,15 @@ TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 Values = dict[str, Any]
 
 
+class Condition(StrEnum):
+    """How a service is, in one word."""
+
+    STARTING = "starting"  # it has not begun its work
+    HEALTHY = "healthy"
+    DEGRADED = "degraded"  # it goes on although something fails, and recovers by itself
+    STUCK = "stuck"  # nothing comes of it: it hangs, or has failed
+
+
 @dataclass(frozen=True, slots=True)
 class Health:
     """How the service is.
@@ -26,12 +36,14 @@ class Health:
         ok: whether it is alive; False has an orchestrator restart it.
         ready: whether it has begun its work: catching up, training or idle.
         detail: why it is not, for people.
+        health: all of that in one word.
     """
 
     state: str
     ok: bool
     ready: bool
     detail: str = ""
+    health: Condition = Condition.HEALTHY
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ def _since(target: str) -> int:
 
 
 def _reason(health: Health) -> dict[str, str]:
-    return {"state": health.state, "detail": health.detail}
+    return {"health": health.health.value, "state": health.state, "detail": health.detail}
 
 
 def _finite(value: Any) -> Any:

@@ -72,6 +72,10 @@ class Source(Protocol):
     def without_leader(self) -> frozenset[Partition]:
         """Partitions that nobody serves at present, as last looked at."""
 
+    @property
+    def retention_s(self) -> float | None:
+        """For how long records are kept, in seconds; infinite if for ever, None if that is not known."""
+
     def identity(self) -> Mapping[str, str]:
         """What tells this stream from another of the same name (topic id); stored beside the cursor."""
 

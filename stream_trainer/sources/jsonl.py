@@ -135,6 +135,11 @@ class JsonlSource:
             return {self._partition: max(self._read_to, self._line_start)}
         return {self._partition: os.fstat(self._fd).st_size}
 
+    @property
+    def retention_s(self) -> None:
+        """A file is not shortened by age."""
+        return None
+
     def identity(self) -> Mapping[str, str]:
         """Empty: nothing tells a file from another of its name."""
         return {}

@@ -61,6 +61,7 @@ class KafkaSource:
         self._next_discovery = 0.0
         self._paused = False
         self._outage = False
+        self.retention_s: float | None = None
 
     def start(
         self, cursor: Mapping[Partition, int], identity: Mapping[str, str], marks: Mapping[Partition, tuple[int, str]]
@@ -96,6 +97,7 @@ class KafkaSource:
         self._last_ends = dict(beginning.ends)
         self._read_from(beginning.positions)
         self._note_leaders(topic.leaderless)
+        self.retention_s = self._log.retention_s(self._topic)
         self._next_discovery = time.monotonic() + self._settings.discovery_interval_s
         logger.info("reading %s from %s", self._topic, {p.number: at for p, at in beginning.positions.items()})
 
@@ -304,6 +306,8 @@ class KafkaSource:
         if self._topic_id and topic.id and topic.id != self._topic_id:
             raise self._loss.shortened(f"the topic was deleted and created again (id {self._topic_id}, now {topic.id})")
         self._note_leaders(topic.leaderless)
+        if self.retention_s is not None:  # else the brokers do not say
+            self.retention_s = self._log.retention_s(self._topic)
         every = (Partition(self._topic, n) for n in topic.partitions)
         new = [p for p in every if p not in self._partitions and p not in self._leaderless]
         if new and not self.finite:  # a batch run ends with what it had

@@ -4,10 +4,12 @@ Only the thread that owns the source calls this. kafka-python has no method for 
 its admin client sends its own.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kafka import TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import KafkaError, LeaderNotAvailableError, for_code
 from kafka.protocol.consumer import FetchRequest, IsolationLevel, OffsetForLeaderEpochRequest, OffsetSpec
 
@@ -49,6 +51,17 @@ class TopicLog:
         asked = {to_kafka(p): OffsetSpec.LATEST for p in partitions}
         found = self._admin.list_partition_offsets(asked, IsolationLevel.READ_UNCOMMITTED, REQUEST_TIMEOUT_MS)
         return {from_kafka(p): answer.offset for p, answer in found.items()}
+
+    def retention_s(self, topic: str) -> float | None:
+        """For how long records are kept; infinite if for ever, None if the brokers do not say."""
+        wanted = {"retention.ms": "", "cleanup.policy": ""}
+        try:
+            asked = [ConfigResource(ConfigResourceType.TOPIC, topic, wanted)]
+            (found,) = self._admin.describe_configs(asked, config_filter="all", flat=True)
+            kept_ms, policy = float(found["retention.ms"]["value"]), found["cleanup.policy"]["value"]
+        except (KafkaError, KeyError, TypeError, ValueError):  # no permission, or nothing that we know
+            return None
+        return kept_ms / 1000 if kept_ms >= 0 and "delete" in policy else math.inf
 
     def open_transactions(self, partition: Partition) -> str:
         """Producers with an open transaction in a partition, oldest first, for people to read."""

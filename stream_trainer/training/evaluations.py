@@ -1,6 +1,7 @@
 """The losses of the fixed sets, and whether that of the target tells that the model has become worse."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,11 +88,14 @@ class Evaluations:
         """Watch another target, whose loss was measured; the lowest one was that of the target before."""
         self.sets = {**self.sets, "target": samples}
         self._target, self.recovery.best_loss = (step, loss), loss
+        self.recovery.first_losses.pop("target", None)
         self._show("target", loss)
 
     def _show(self, name: str, loss: float) -> None:
         self.losses[name] = loss
         self.metrics.evaluation_loss.labels(name).set(loss)
+        first = self.recovery.first_losses.setdefault(name, loss)
+        self.metrics.forgetting.labels(name).set(loss / first if first > 0 else math.nan)
         self.metrics.evaluation_time.labels(name).set_to_current_time()
 
     def _measure(self, step: int, name: str, samples: Sequence[Sample]) -> None:

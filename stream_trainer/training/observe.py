@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 
+import torch
 from gradient_selectors import SelectionEngine
 from gradient_selectors.capture.gradients import layer_of
 from gradient_selectors.draw.auto import AutoDraw
@@ -40,10 +41,15 @@ def observe_step(
         metrics.gradient_norm.set(report.gradient_norm)
         metrics.learning_rate.set(report.learning_rate)
     metrics.selected_ratio.set(len(selected) / len(pool))
+    metrics.unselected.labels("low_scored").inc(len(pool) - len(selected))
+    metrics.unselected.labels("undrawn").inc(len(undrawn))
     metrics.target_refreshes.inc(int(report.target_refreshed))
     metrics.target_refusals.inc(int(report.target_refused))
     _observe_ages(metrics, (*pool, *undrawn))
     _observe_decision(metrics, report)
+    if torch.cuda.is_available():
+        metrics.gpu_memory.labels("allocated").set(torch.cuda.memory_allocated())
+        metrics.gpu_memory.labels("reserved").set(torch.cuda.memory_reserved())
 
 
 def _observe_ages(metrics: Metrics, decided: Iterable[Sample]) -> None:

@@ -1,19 +1,21 @@
 """What the HTTP server shows of a run: health, and the report of its page."""
 
 import time
+from dataclasses import asdict
 from platform import python_version
 from typing import Any
 
 from stream_trainer import __version__
-from stream_trainer.errors import StreamTrainerError
+from stream_trainer.errors import FencedError, StreamTrainerError
 from stream_trainer.monitoring.metrics import Metrics, State
-from stream_trainer.monitoring.pages import Health
+from stream_trainer.monitoring.pages import Condition, Health
 from stream_trainer.records import Outcome
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.live.watch import Live, sum_of
 from stream_trainer.training.trainer import Trainer
 
 READY = frozenset({State.CATCHING_UP, State.TRAINING, State.IDLE, State.PAUSED})
+OUTAGE_GRACE_S = 60.0  # brokers that are restarted are away for less
 DOING = {
     State.LOADING: "loading",
     State.IDLE: "waiting for samples",
@@ -40,6 +42,7 @@ class Status:
 
     def fail(self, error: BaseException) -> None:
         """Go to the last state, and say why if it is for people to mend."""
+        self._metrics.fenced.set(isinstance(error, FencedError))
         self._failure = str(error) if isinstance(error, StreamTrainerError) else "the service failed; see its log"
         self.enter(State.FAILED)
 
@@ -48,27 +51,45 @@ class Status:
 
         A run that got over something says what it was, and is well.
         """
-        trainer, limit = self.trainer, self._settings.server.stall_s
+        trainer = self.trainer
         if self._state is State.FAILED:
-            return Health(State.FAILED.value, ok=False, ready=False, detail=self._failure)
+            return Health(State.FAILED.value, ok=False, ready=False, detail=self._failure, health=Condition.STUCK)
         if trainer is None:
-            return Health(State.LOADING.value, ok=True, ready=False, detail="the model is being loaded")
+            loading = "the model is being loaded"
+            return Health(State.LOADING.value, ok=True, ready=False, detail=loading, health=Condition.STARTING)
+        outage_s = _outage_s(trainer)
         if trainer.ingest.away:
             detail = f"waiting for the stream: {trainer.ingest.away}"
-            return Health(trainer.state.value, ok=True, ready=False, detail=detail)
+            health = Condition.DEGRADED if outage_s > OUTAGE_GRACE_S else Condition.STARTING
+            return Health(trainer.state.value, ok=True, ready=False, detail=detail, health=health)
+        state, ready, failing = trainer.state.value, trainer.state in READY, trainer.saver.failing
+        detail = self._why_stuck(trainer)
+        if detail:
+            return Health(state, ok=False, ready=ready, detail=detail, health=Condition.STUCK)
+        if failing is not None:
+            failed_s = time.monotonic() - failing.since
+            detail = f"fails for {failed_s:.0f} s: {failing.error}"
+            return Health("degraded", ok=True, ready=ready, detail=detail, health=Condition.DEGRADED)
+        causes = [sample.labels["cause"] for sample in self._metrics.degraded.collect()[0].samples if sample.value]
+        health = Condition.STARTING if trainer.state is State.LOADING else Condition.HEALTHY
+        if causes or outage_s > OUTAGE_GRACE_S:
+            health = Condition.DEGRADED
+        detail = trainer.recovery.trouble or _why_not(trainer)
+        if outage_s > 0:
+            detail = f"the stream cannot be read for {outage_s:.0f} s; trying on"
+        elif causes and not detail:
+            detail = f"{' and '.join(causes)} fails; the log says why"
+        return Health(state, ok=True, ready=ready, detail=detail, health=health)
+
+    def _why_stuck(self, trainer: Trainer) -> str:
+        """Empty unless neither steps nor reading come on."""
+        limit = self._settings.server.stall_s
         # A step may rightly wait `buffer.wait_s` for samples that would fill its pool.
         age = time.monotonic() - trainer.last_progress - self._settings.buffer.wait_s
         silence = time.monotonic() - trainer.ingest.last_turn if trainer.ingest.alive else 0.0
-        detail = ""
         if trainer.state is not State.IDLE and age > limit:
-            detail = f"no progress for {age:.0f} s, server.stall_s={limit:.0f}"
-        elif silence > limit:
-            detail = f"reading hangs since {silence:.0f} s, server.stall_s={limit:.0f}"
-        state, ready, failing = trainer.state.value, trainer.state in READY, trainer.saver.failing
-        if failing is not None and not detail:
-            failed_s = time.monotonic() - failing.since
-            return Health("degraded", ok=True, ready=ready, detail=f"fails for {failed_s:.0f} s: {failing.error}")
-        return Health(state, ok=not detail, ready=ready, detail=detail or trainer.recovery.trouble or _why_not(trainer))
+            return f"no progress for {age:.0f} s, server.stall_s={limit:.0f}"
+        return f"reading hangs since {silence:.0f} s, server.stall_s={limit:.0f}" if silence > limit else ""
 
     def _doing(self) -> str:
         """What it does at this moment, for people."""
@@ -88,7 +109,7 @@ class Status:
             "model": self._settings.model.name or "built from model.config",
             "selection": f"{self._settings.selection.draw}, {self._settings.selection.weigh}",
             "state": State.LOADING.value if trainer is None else trainer.state.value,
-            "health": {"ok": health.ok, "ready": health.ready, "state": health.state, "detail": health.detail},
+            "health": asdict(health),
             "doing": self._doing(),
         }
         if trainer is None:
@@ -110,6 +131,12 @@ class Status:
                 "step_seconds": sum(last.seconds.values()),
             }
         return report
+
+
+def _outage_s(trainer: Trainer) -> float:
+    """For how long the stream cannot be read."""
+    since = trainer.ingest.unreachable_since
+    return 0.0 if since is None else time.monotonic() - since
 
 
 def _why_not(trainer: Trainer) -> str:

@@ -25,6 +25,7 @@ from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.letter import DeadLetter
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.models.loading import LoadedModel
+from stream_trainer.monitoring.laps import Rest
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.records import Outcome, Record, Sample
 from stream_trainer.samples.collate import collate
@@ -138,6 +139,7 @@ class Trainer:
         """
         self._look_for_a_successor()
         self._attempts.begin(self.saver.saved)
+        self._rest = Rest(self.metrics.phase_seconds)
         expect_layers(self.metrics, self.engine)
         try:
             self._loop()
@@ -173,6 +175,8 @@ class Trainer:
             asked = time.perf_counter()
             pool = self._next_pool()
             started = time.perf_counter()
+            if not pool:
+                self.metrics.phase_seconds.labels("wait").inc(started - asked)
             if not pool and self.steering.called:
                 continue
             if not pool:
@@ -351,6 +355,8 @@ class Trainer:
                 "or set another checkpoint.dir"
             ) from error
         self.recovery.best_loss = self._best_loss(state)
+        if self.recovery.best_loss is None:
+            self.recovery.first_losses.clear()
 
     def _best_loss(self, state: TrainerState) -> float | None:
         """The lowest target loss that a checkpoint knows of, unless it is that of other samples or another model."""
@@ -380,6 +386,7 @@ class Trainer:
             return
         self.last_report, self.last_undrawn = report, undrawn
         observe_step(self.metrics, pool, undrawn, report, waited, seconds)
+        self._rest.note()
         if self.settings.selection.mask != "none":
             self.metrics.mask_density.set(self.optimizer.density)
         observe_stages(self.metrics, self.engine, self.sampler, report)

@@ -66,6 +66,7 @@ class ListSource:
         self.calls: list[str] = []
         self.paused = False
         self.records_lost = 0
+        self.retention_s: float | None = None
         self.replaced: dict[Partition, int] = {}
         self.fences = False
         self.held: frozenset[Partition] = frozenset()

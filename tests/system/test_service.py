@@ -1,6 +1,7 @@
 """The whole service on a file: every record decided, every number it shows true, every error one line."""
 
 import math
+import re
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from stream_trainer.errors import CheckpointError, SourceError
 from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.models.loading import LoadedModel, load_model
+from stream_trainer.monitoring.metrics import EVENTS
 from stream_trainer.samples.decoder import Decoder, read_samples
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import SampleSettings, Settings
@@ -297,3 +299,57 @@ def test_a_line_of_the_target_that_is_no_sample_is_one_line(
     assert run_main(tmp_path, config) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: target.path={tmp_path}/target.jsonl line 2 is not a sample (wrong_type")
+
+
+def test_the_phases_of_the_main_thread_sum_to_wall_time(stream: Stream) -> None:
+    """Whatever is done between two steps, evaluations and checkpoints too, is in one phase, and in no other."""
+    often = {"every_steps": 2}
+    config = on_free_port(stream(goods(160), evaluation=often, checkpoint=often))
+    seen: list[tuple[float, float]] = []
+
+    def look(*_: object) -> None:
+        shown = metrics(config)
+        seen.append((time.perf_counter(), sum(shown[name] for name in shown if name.startswith("phase_seconds_total"))))
+
+    serve(Settings(**config), threading.Event(), Watcher(on_step=look))
+    (begun, before), (ended, after) = seen[1], seen[-1]
+    assert len(seen) > 10
+    assert (after - before) / (ended - begun) == pytest.approx(1, abs=0.02)
+
+
+def test_what_may_end_a_run_and_what_happened_is_shown(stream: Stream) -> None:
+    config = on_free_port(stream(goods(16)))
+    shown: dict[str, float] = {}
+
+    def look(step: int, *_: object) -> None:
+        if step == 2:
+            shown.update(metrics(config))
+
+    serve(Settings(**config), threading.Event(), Watcher(on_step=look))
+    assert 0 < shown["disk_free_bytes"] < 1e18
+    assert shown["memory_limit_bytes"] > 1e8
+    assert shown["owner_epoch"] == 1
+    assert shown["fenced"] == 0
+    assert shown['forgetting_ratio{set="target"}'] == 1
+    assert shown['unselected_total{why="low_scored"}'] >= 5
+    assert shown['unselected_total{why="undrawn"}'] == 0
+    assert shown['gpu_memory_bytes{kind="allocated"}'] >= 0
+    assert {kind for kind in EVENTS if shown[f'last_event_timestamp_seconds{{kind="{kind}"}}'] != 0} == set()
+
+
+def test_forgetting_is_told_from_the_first_loss_of_all_over_restarts(stream: Stream) -> None:
+    first, _ = serve_until(stream(goods(40)))
+    config = on_free_port(stream(goods(80), evaluation={"every_steps": 1}))
+    ratios: list[float] = []
+    look = Watcher(on_step=lambda *_: ratios.append(metrics(config)['forgetting_ratio{set="target"}']))
+    serve(Settings(**config), threading.Event(), look)
+    assert ratios[0] < 0.999
+    assert first.losses["target"] > 0
+
+
+def test_every_kind_of_event_is_known() -> None:
+    root = Path(service.__file__).parent
+    code = " ".join(" ".join(path.read_text().split()) for path in root.rglob("*.py"))
+    events = r"(?:watchers\.event\((?:(?:self|trainer|state)\.)?step|_events\.put\(\((?:candidate\.)?step), (.{0,80})"
+    told = {kind for call in re.findall(events, code) for kind in re.findall(r'"([a-z_]+)"', call.split(", ")[0])}
+    assert told | {"selection_pays", "selection_does_not_pay"} == set(EVENTS)

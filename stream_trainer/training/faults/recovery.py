@@ -29,6 +29,7 @@ class Recovery:
         factor: what rollbacks have made of the learning rate.
         updated: whether there was an update since the last rollback.
         best_loss: lowest loss on the target set that an evaluation in its turn has found; None before there is one.
+        first_losses: the loss of each evaluation set when it was first measured.
         trouble: what went wrong last, for people; empty once something new was saved after it.
     """
 
@@ -41,6 +42,7 @@ class Recovery:
     factor: float = field(default=1.0, init=False)
     updated: bool = field(default=False, init=False)
     best_loss: float | None = field(default=None, init=False)
+    first_losses: dict[str, float] = field(default_factory=dict, init=False)
     trouble: str = field(default="", init=False)
 
     @property
@@ -123,6 +125,7 @@ class Recovery:
             "of": self.optimizer.learning_rate,
             "updated": self.updated,
             "best_loss": self.best_loss,
+            "first_losses": dict(self.first_losses),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -130,4 +133,5 @@ class Recovery:
         self.dead, self.failed, self.idle, self.rollbacks = state["counts"]
         self.updated = state["updated"]
         self.best_loss = state.get("best_loss")  # older checkpoints have none
+        self.first_losses = dict(state.get("first_losses", {}))
         self.factor = state["factor"] if state["of"] == self.optimizer.learning_rate else 1.0

@@ -16,7 +16,7 @@ from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.ingest.thread import Ingest
-from stream_trainer.monitoring.metrics import Metrics
+from stream_trainer.monitoring.metrics import READING, Metrics
 from stream_trainer.records import Outcome, Partition, Record, Sample
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.samples.decoder import REASONS, Decoder
@@ -459,3 +459,51 @@ def test_a_commit_that_fails_holds_up_no_checkpoint() -> None:
         service.take(1)
         service.ingest.confirm(step=1)
         assert service.metric("commit_failures_total") == 1
+
+
+def test_every_moment_of_the_thread_is_told_by_what_it_did() -> None:
+    begun = time.perf_counter()
+    with running(Service(ListSource(records_of(map(good, range(300))), finite=False), max_records=100)) as service:
+        wait_for(lambda: (service.metric("reading_seconds_total", activity="hold") or 0) > 0.02)
+        spent = [service.metric("reading_seconds_total", activity=name) or 0 for name in READING]
+        assert sum(spent) <= time.perf_counter() - begun
+        assert service.metric("reading_seconds_total", activity="decode")
+    with running(Service(ListSource(records_of([good(0)]), finite=False))) as service:
+        wait_for(lambda: (service.metric("reading_seconds_total", activity="wait") or 0) > 0.02)
+        assert service.metric("reading_seconds_total", activity="hold") == 0
+
+
+def test_time_until_retention_reaches_the_cursor_is_exported() -> None:
+    now = time.time()
+    source = ListSource([Record(LOG, n, n + 1, good(n), timestamp=now - 600) for n in range(3)], finite=False)
+    source.retention_s = 1000.0
+    with running(Service(source)) as service:
+        service.take(3)
+        service.ingest._lag_due = 0.0
+        wait_for(lambda: service.metric("retention_remaining_seconds", topic="log", partition="0") is not None)
+        assert 340 < (service.metric("retention_remaining_seconds", topic="log", partition="0") or 0) <= 400
+        for offset in range(3):
+            service.cursor.resolve(LOG, offset, Outcome.TRAINED)
+        service.ingest._lag_due = 0.0
+        wait_for(lambda: service.metric("retention_remaining_seconds", topic="log", partition="0") == 1000)
+
+
+def test_a_source_that_keeps_no_time_has_no_retention() -> None:
+    with running(Service(ListSource(records_of([good(0)])))) as service:
+        service.take_all()
+        assert service.metric("retention_remaining_seconds", topic="log", partition="0") is None
+
+
+def test_since_when_the_stream_cannot_be_read_is_known_until_it_can() -> None:
+    source = ListSource(records_of([good(0)]), finite=False)
+    with running(Service(source)) as service:
+        service.take(1)
+        assert service.ingest.unreachable_since is None
+        source.reachable = False
+        wait_for(lambda: service.ingest.unreachable_since is not None)
+        first = service.ingest.unreachable_since
+        turn = service.ingest.last_turn
+        wait_for(lambda: service.ingest.last_turn > turn + 0.2)
+        assert service.ingest.unreachable_since == first
+        source.reachable = True
+        wait_for(lambda: service.ingest.unreachable_since is None)

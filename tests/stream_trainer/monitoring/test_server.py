@@ -18,7 +18,7 @@ from stream_trainer.errors import SettingsError
 from stream_trainer.monitoring import bounded_http
 from stream_trainer.monitoring.bounded_http import MAX_CONNECTIONS, MAX_THREADS
 from stream_trainer.monitoring.metrics import Metrics
-from stream_trainer.monitoring.pages import Health
+from stream_trainer.monitoring.pages import Condition, Health
 from stream_trainer.monitoring.server import Server
 from stream_trainer.records import Outcome
 from stream_trainer.settings.schema import ServerSettings
@@ -68,11 +68,11 @@ def test_health_and_readiness_follow_the_callback(service: Service) -> None:
     service.health = Health("loading", ok=True, ready=False)
     assert service.request("/healthz")[0] == 200
     status, _, text = service.request("/readyz")
-    assert (status, json.loads(text)) == (503, {"ready": False, "state": "loading", "detail": ""})
-    service.health = Health("training", ok=False, ready=True, detail="no step for 700 s")
+    assert (status, json.loads(text)) == (503, {"ready": False, "health": "healthy", "state": "loading", "detail": ""})
+    service.health = Health("training", ok=False, ready=True, detail="no step for 700 s", health=Condition.STUCK)
     status, kind, text = service.request("/healthz")
     assert (status, kind) == (503, "application/json")
-    assert json.loads(text) == {"ok": False, "state": "training", "detail": "no step for 700 s"}
+    assert json.loads(text) == {"ok": False, "health": "stuck", "state": "training", "detail": "no step for 700 s"}
 
 
 def test_the_page_is_made_of_files_and_loads_nothing_from_elsewhere(service: Service) -> None:

@@ -191,6 +191,7 @@ def queries() -> list[tuple[str, str]]:
     for file in sorted((DEPLOY / "grafana" / "dashboards").glob("*.json")):
         for panel in json.loads(file.read_text())["panels"]:
             found += [(f"{file.name}: {panel['title']}", target["expr"]) for target in panel.get("targets", [])]
+        found += [(f"{file.name}: {m['name']}", m["expr"]) for m in json.loads(file.read_text())["annotations"]["list"]]
     for file in sorted((DEPLOY / "prometheus").glob("*.yml")):
         for group in yaml.safe_load(file.read_text()).get("groups", []):
             found += [
@@ -203,16 +204,42 @@ def queries() -> list[tuple[str, str]]:
 def test_every_metric_that_is_asked_for_exists(place: str, query: str) -> None:
     metrics = Metrics(REASONS)
     metrics.state.state(State.STARTING.value)
+    rules = {place.partition(": ")[2] for place, _ in queries()}
+    recorded = re.findall(r"\binstance:[\w:]+", query)
+    assert set(recorded) <= rules, place
+    query = re.sub(r"\binstance:[\w:]+", "", query)
     families = list(metrics.registry.collect())
     names = {sample.name for family in families for sample in family.samples}
     names |= {family.name + suffix for family in families for suffix in ("", "_total", "_bucket", "_sum", "_count")}
     selectors = re.findall(
         r"\b((?:stream_trainer|process|python)_\w+)(?:\{([^}]*)\})?", re.sub(r"by \([^)]*\)", "", query)
     )
-    assert selectors
+    assert selectors or recorded or query.startswith("up{")
     for name, labels in selectors:
         assert name in names, f"{place} asks for {name}"
-        assert re.fullmatch(r"(?:\w+=~?\"[^\"]*\"(?:, )?)*", labels)
+        assert re.fullmatch(r"(?:\w+(?:=~?|!=)\"[^\"]*\"(?:, )?)*", labels)
+
+
+def test_the_overview_answers_what_is_asked_on_call_in_this_order() -> None:
+    overview = json.loads((DEPLOY / "grafana" / "dashboards" / "overview.json").read_text())
+    rows = [panel["title"] for panel in overview["panels"] if panel["type"] == "row"]
+    asked = ("progress", "keeping up", "sane", "fresh", "throw away", "time", "kill", "changed")
+    assert [word in row for word, row in zip(asked, rows, strict=True)] == [True] * 8
+    assert [row.split()[0] for row in rows] == list("12345678")
+
+
+@pytest.mark.parametrize("name", ["overview", "selection"])
+def test_panels_of_a_dashboard_lie_beside_each_other_and_are_explained(name: str) -> None:
+    panels = json.loads((DEPLOY / "grafana" / "dashboards" / f"{name}.json").read_text())["panels"]
+    taken = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        squares = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not squares & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= squares
+        assert panel["type"] == "row" or panel["description"].endswith(".")
+    assert len({panel["id"] for panel in panels}) == len(panels)
 
 
 def test_grafana_is_given_what_it_is_told_of() -> None:

@@ -1,0 +1,41 @@
+"""Where the time of a thread goes: every moment of it under one name, so that the names sum to wall time."""
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import Counter
+
+
+class Laps:
+    """Charges the time since the last lap to what was done in it. Used by one thread."""
+
+    def __init__(self, counter: Counter, clock: Callable[[], float] = time.perf_counter) -> None:
+        """`counter` has one label, the name."""
+        self._counter, self._clock = counter, clock
+        self._last = clock()
+
+    def lap(self, name: str) -> None:
+        """All since the last lap was for `name`."""
+        now = self._clock()
+        self._counter.labels(name).inc(now - self._last)
+        self._last = now
+
+
+class Rest:
+    """Finds the time that no phase was charged with, and charges `other` with it. Used by the thread that counts."""
+
+    def __init__(self, counter: Counter, clock: Callable[[], float] = time.perf_counter) -> None:
+        """`counter` has one label, the phase."""
+        self._counter, self._clock = counter, clock
+        self._last, self._spent = clock(), self._sum()
+
+    def note(self) -> None:
+        """To be called where no phase is under way."""
+        now = self._clock()
+        other = now - self._last - (self._sum() - self._spent)
+        self._counter.labels("other").inc(max(0.0, other))
+        self._last, self._spent = now, self._sum()
+
+    def _sum(self) -> float:
+        (family,) = self._counter.collect()
+        return sum(sample.value for sample in family.samples)
