@@ -88,8 +88,12 @@ def read(path: Path) -> pa.Table:
         return file.read(use_threads=False)
 
 
-def put(directory: Path, owner: Owner, first: int, end: int, table: pa.Table) -> Path:
-    """Write the segment of some decisions durably, if `owner` still has `directory`. Raises OSError, FencedError."""
+def put(directory: Path, owner: Owner, first: int, end: int, table: pa.Table, index: pa.Table | None = None) -> None:
+    """Write the segment of some decisions durably, if `owner` still has `directory`.
+
+    `index` is that of the table's ids, where it is known. Raises OSError, FencedError.
+    """
+    index = index_of(table) if index is None else index
     folder, name = directory / FOLDER, name_of(first, end, owner.epoch)
     if not (folder / IDS).exists():
         (folder / IDS).mkdir(parents=True, exist_ok=True)
@@ -98,18 +102,16 @@ def put(directory: Path, owner: Owner, first: int, end: int, table: pa.Table) ->
     temporary = make_temporary(directory, owner.epoch, "ledger")  # which a successor takes away
     try:
         _write(temporary / name, table)
-        has_ids = table["id"].null_count < table.num_rows
-        if has_ids:
-            write_ids(temporary / IDS, table)
+        if index.num_rows:
+            _write_index(temporary / IDS, index)
         owner.confirm()
-        if has_ids:
+        if index.num_rows:
             (temporary / IDS).rename(folder / IDS / name)
             sync_directory(folder / IDS)
         (temporary / name).rename(folder / name)
         sync_directory(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder / name
 
 
 def _write(path: Path, table: pa.Table) -> None:
@@ -126,19 +128,21 @@ def _write(path: Path, table: pa.Table) -> None:
     sync(path)
 
 
-def write_ids(path: Path, table: pa.Table) -> None:
-    """The index of ids of a segment's rows. Raises OSError."""
+def index_of(table: pa.Table) -> pa.Table:
+    """Where each id of a segment's rows is, by its hash."""
     table = table.filter(pc.is_valid(table["id"]))
     hashes = pa.array([hash_of(name) for name in table["id"].to_pylist()], pa.int64())
-    index = table.select(POSITION).append_column("hash", hashes).sort_by("hash")
-    encoding = {"hash": "PLAIN", "offset": "DELTA_BINARY_PACKED"}
+    return table.select(POSITION).append_column("hash", hashes)
+
+
+def _write_index(path: Path, index: pa.Table) -> None:
     pq.write_table(
-        index,
+        index.sort_by("hash"),
         path,
         row_group_size=GROUP_ROWS,
         compression="zstd",
         use_dictionary=["topic", "partition"],
-        column_encoding=encoding,
+        column_encoding={"hash": "PLAIN", "offset": "DELTA_BINARY_PACKED"},
     )
     sync(path)
 

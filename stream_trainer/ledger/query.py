@@ -87,9 +87,10 @@ def _matching(path: Path, equal: Mapping[str, Any], found: Found) -> Iterator[di
             group = file.metadata.row_group(i)
             if all(_may_hold(group.column(columns[name]).statistics, value) for name, value in equal.items()):
                 found.groups_read += 1
-                table = file.read_row_group(i, use_threads=False)
-                masks = [pc.equal(table[name], value) for name, value in equal.items()]
-                yield from table.filter(reduce(pc.and_kleene, masks)).to_pylist()
+                asked = file.read_row_group(i, list(equal), use_threads=False)
+                mask = reduce(pc.and_kleene, [pc.equal(asked[name], value) for name, value in equal.items()])
+                if pc.any(mask).as_py():
+                    yield from file.read_row_group(i, use_threads=False).filter(mask).to_pylist()
 
 
 def _may_hold(statistics: Any, value: Any) -> bool:

@@ -69,7 +69,9 @@ def merge(directory: Path, owner: Owner) -> bool:
     if not chosen:
         return False
     table = pa.concat_tables([read(segment.path).cast(SCHEMA) for segment in chosen])
-    put(directory, owner, chosen[0].first, chosen[-1].end, table)
+    indexes = [read(segment.ids) for segment in chosen if segment.ids.exists()]
+    index = pa.concat_tables(indexes) if indexes else None
+    put(directory, owner, chosen[0].first, chosen[-1].end, table, index)
     for segment in chosen:
         delete(segment)
     return True
