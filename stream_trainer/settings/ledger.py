@@ -9,4 +9,4 @@ class LedgerSettings(Section):
     enabled: bool = False
     """Whether the ledger is kept. It begins with the records that are decided from then on."""
     keep_days: Positive | None = 365.0
-    """Days that rows stay. `null`: for ever. About 15 bytes a record, 45 where samples have an `id`."""
+    """Days that rows stay. `null`: for ever. About 2 bytes a record, some 30 where samples have a random `id`."""
