@@ -67,7 +67,7 @@ class Decisions(Protocol):
     def write(self, total: int, step: int) -> None:
         """Make the first `total` durable, before the checkpoint of `step` that holds them."""
 
-    def saved(self, total: int) -> None:
+    def saved(self) -> None:
         """Take note that this checkpoint is durable."""
 
 

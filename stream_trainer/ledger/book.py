@@ -12,8 +12,8 @@ from stream_trainer.checkpoints.ownership import Owner
 from stream_trainer.checkpoints.trouble import remedy_of
 from stream_trainer.errors import CheckpointError
 from stream_trainer.ledger.files import put, read, rows_of, table_of
-from stream_trainer.ledger.names import FOLDER, all_in, segments_in
-from stream_trainer.ledger.tidy import clear, delete, drop_after, merge, prune
+from stream_trainer.ledger.names import FOLDER, segments_in
+from stream_trainer.ledger.tidy import clear, drop_after, merge, prune
 from stream_trainer.records import Decided, Outcome
 
 UNDONE_BY_ROLLBACK = (Outcome.TRAINED, Outcome.NOT_SELECTED)
@@ -27,7 +27,7 @@ class Ledger:
 
     Attributes:
         directory: of the checkpoints.
-        durable: number of decisions that the newest checkpoint holds.
+        durable: number of decisions that are written, for the newest checkpoint or one that failed after that.
         keep_days: how long rows stay; None for ever.
     """
 
@@ -53,7 +53,7 @@ class Ledger:
 
     def discard(self, after: int) -> None:
         """Mark what was trained on or not selected from decision `after` on. Raises CheckpointError, FencedError."""
-        if after < self.durable:  # newer checkpoints than the one that was gone back to are damaged
+        if after < self.durable:  # a newer checkpoint than the one that was gone back to failed, or is damaged
             try:
                 self._take_back(after)
             except OSError as error:
@@ -65,7 +65,7 @@ class Ledger:
     def _take_back(self, after: int) -> None:
         """Have the decisions from `after` on in memory again, for the next checkpoint to write."""
         above = [segment for segment in segments_in(self.directory / FOLDER) if segment.end > after]
-        rows = [row for segment in above if segment.end <= self.durable for row in rows_of(read(segment.path))]
+        rows = [row for segment in above for row in rows_of(read(segment.path))]
         drop_after(self.directory, self.owner, after)
         self._rows[:0], self.durable = rows, after
 
@@ -75,20 +75,17 @@ class Ledger:
         Raises CheckpointError if they cannot be written, FencedError if another trainer has taken over.
         """
         try:
-            for segment in all_in(self.directory / FOLDER):  # of a checkpoint that failed after this
-                if segment.epoch == self.owner.epoch and segment.end > self.durable:
-                    delete(segment)
             rows = self._rows[: total - self.durable]
             if rows:
                 table = table_of(rows, self.owner.epoch, step, total)
                 put(self.directory, self.owner, self.durable, total, table)
         except OSError as error:
             raise self._trouble(error) from error
-
-    def saved(self, total: int) -> None:
-        """Take note that the checkpoint is durable. What tidying meets with is only logged. Raises FencedError."""
-        del self._rows[: total - self.durable]
+        del self._rows[: len(rows)]
         self.durable = total
+
+    def saved(self) -> None:
+        """Tidy, now that the checkpoint is durable. What that meets with is only logged. Raises FencedError."""
         try:
             merge(self.directory, self.owner)
             if self.keep_days is not None:

@@ -145,7 +145,7 @@ class Saver:
         self._note(step, snapshot.counts)
         self.plan.prune()
         if self.ledger is not None:
-            self.ledger.saved(decided)
+            self.ledger.saved()
         seconds = time.perf_counter() - started
         self.metrics.checkpoint_seconds.observe(seconds)
         self.metrics.phase_seconds.labels("checkpoint").inc(seconds)

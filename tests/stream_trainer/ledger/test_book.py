@@ -61,7 +61,7 @@ class Trainer:
             path = self.directory / f"step-{self.step:08d}.e{self.ledger.owner.epoch}"
             path.mkdir(exist_ok=True)
             (path / "trainer.json").write_text(json.dumps({"cursor": {"counts": counts}}))
-            self.ledger.saved(total)
+            self.ledger.saved()
         return counts
 
 
@@ -117,7 +117,22 @@ def test_a_checkpoint_that_fails_leaves_no_second_row(tmp_path: Path) -> None:
     trainer.decide(T)
     trainer.save()
     assert outcomes(tmp_path) == [T, N, T]
-    assert len(all_in(tmp_path / FOLDER)) == 1
+    trainer.decide(N)
+    trainer.save(fails=True)
+    Trainer(tmp_path, resumed=3)
+    assert outcomes(tmp_path) == [T, N, T]
+
+
+def test_a_rollback_after_a_checkpoint_that_failed_discards_what_it_wrote(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path)
+    trainer.decide(T)
+    counts = trainer.save()
+    trainer.decide(T, D)
+    trainer.save(fails=True)
+    trainer.decide(N)
+    trainer.cursor.discard(counts)
+    trainer.save()
+    assert outcomes(tmp_path) == [T, Outcome.DISCARDED, D, Outcome.DISCARDED]
 
 
 def test_a_rollback_discards_what_came_after_the_checkpoint(tmp_path: Path) -> None:
