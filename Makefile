@@ -129,7 +129,7 @@ $(VENV)/.installed: pyproject.toml selectors/pyproject.toml constraints.txt | $(
 .venv-lowest/.installed: pyproject.toml selectors/pyproject.toml lowest.txt
 	$(PYTHON) -m venv $(@D)
 	@echo '*' > $(@D)/.gitignore
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c lowest.txt -e ./selectors -e ".[lora,demo,gguf,upload,tensorboard,otlp]" pytest pytest-timeout pytest-xdist hypothesis psutil
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c lowest.txt -e ./selectors -e ".[lora,demo,gguf,upload,ledger,tensorboard,otlp]" pytest pytest-timeout pytest-xdist hypothesis psutil
 	@touch $@
 
 .venv-supply/.installed: Makefile

@@ -246,10 +246,9 @@ COMMANDS_INTRO = """\
 | [`config`](#config) | shows, checks or describes the settings |
 | [`dead-letters inspect`](#dead-letters-inspect) | shows records that could not be used, and why |
 | [`dead-letters replay`](#dead-letters-replay) | publishes them again |
-<<<<<<< HEAD
 | [`ctl`](#ctl) | pauses, resumes, checkpoints or asks a trainer that runs, or has it reload its target |
-=======
 | [`models`](#models) | lists, shows and verifies published versions, rolls back and promotes |
+| [`ledger`](#ledger) | shows what became of a record, and which models were trained on it |
 
 `stream-trainer COMMAND --help` says the same.
 
@@ -306,6 +305,10 @@ WITH_OPTIONS = {
     "models": (
         "stream_trainer.commands.models",
         "Shows what is published, and says which version servers are to use.",
+    ),
+    "ledger": (
+        "stream_trainer.commands.ledger",
+        "Shows what became of a record, and which checkpoints and published versions were trained on it.",
     ),
 }
 

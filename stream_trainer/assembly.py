@@ -19,11 +19,12 @@ from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters, open_dead_letters
 from stream_trainer.ingest.thread import Ingest
+from stream_trainer.ledger.opening import open_ledger
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.monitoring.orders import Orders
 from stream_trainer.publishing.attach import attach
-from stream_trainer.records import Sample
+from stream_trainer.records import Decisions, Sample
 from stream_trainer.samples.decoder import Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
@@ -117,6 +118,7 @@ def build(run: Run) -> Trainer:
     )
     if checkpoint is not None and state is not None:
         _resume(trainer, checkpoint, _without_letters(state) if run.strict else state)
+    saver.ledger = reading.cursor.ledger = _ledger(run, owner, reading.cursor)
     metrics.in_force(saver.made_with["settings_hash"], saver.made_with["settings_since"])
     stack.callback(reading.ingest.stop)
     return trainer
@@ -170,6 +172,11 @@ def _reading(run: Run, learner: _Learner, owner: Owner, buffer: Buffer, state: T
     plan = Plan(PlanFile(settings.checkpoint.dir, owner), cursor, buffer, run.strict)
     run.stack.callback(plan.file.close)
     return _Reading(cursor, dead_letters, ingest, plan)
+
+
+def _ledger(run: Run, owner: Owner, cursor: Cursor) -> Decisions | None:
+    """What is made again is in the ledger already."""
+    return None if run.strict else open_ledger(run.settings.ledger, owner, sum(cursor.counts.values()))
 
 
 def _watched(settings: Settings, saver: Saver) -> WatchedFile | None:

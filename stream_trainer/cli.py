@@ -28,6 +28,7 @@ commands:
   dead-letters  what could not be used and why; publish it again
   replay        make the steps between two checkpoints again, and compare to the bit
   models        published versions: list, show, verify, roll back, promote
+  ledger        what became of a record, and which models were trained on it
   ctl           pause, resume, checkpoint, reload the target of a trainer that runs, or ask it
 
 examples:
@@ -330,6 +331,15 @@ def _models(arguments: Sequence[str]) -> int:
     return run(known, overrides)
 
 
+def _ledger(arguments: Sequence[str]) -> int:
+    from stream_trainer.commands.ledger import EXAMPLES, add_arguments, run
+
+    parser = _parser("stream-trainer ledger", "Which records were trained on, and by which models.", EXAMPLES)
+    add_arguments(parser)
+    known, overrides = parser.parse_known_args(arguments)
+    return run(known, overrides)
+
+
 def _ctl(arguments: Sequence[str]) -> int:
     from stream_trainer.commands.ctl import EXAMPLES, add_arguments, run
 
@@ -349,6 +359,7 @@ _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "dead-letters": _dead_letters,
     "replay": _replay,
     "models": _models,
+    "ledger": _ledger,
     "ctl": _ctl,
 }
 

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class Partition(NamedTuple):
@@ -32,6 +32,43 @@ class Outcome(StrEnum):
     FILTERED = "filtered"  # it was legal but carries nothing to train on (a tombstone)
     DEAD_LETTERED = "dead_lettered"  # it could not be used; its bytes are kept
     DISCARDED = "discarded"  # it was trained on or not selected, and a rollback took that back
+
+
+class Decided(NamedTuple):
+    """What became of a record, for the ledger.
+
+    Attributes:
+        time: of the decision (Unix time).
+        id: the producer's name for its sample, if one was made of it and has one.
+        step: that decided it; None if it was decided before it came to a step.
+        coefficient: of a sample that a step scored, zero if it was not selected; None if it was not scored.
+        reason: of its dead letter.
+    """
+
+    partition: Partition
+    offset: int
+    outcome: Outcome
+    time: float
+    id: str | None = None
+    step: int | None = None
+    coefficient: float | None = None
+    reason: str | None = None
+
+
+class Decisions(Protocol):
+    """Whoever keeps what was decided. Decisions are numbered as they are made, over the life of the model."""
+
+    def note(self, decided: Decided) -> None:
+        """Take note of the next decision."""
+
+    def discard(self, after: int) -> None:
+        """Take note that a rollback undid what was trained on or not selected from decision `after` on."""
+
+    def write(self, total: int, step: int) -> None:
+        """Make the first `total` durable, before the checkpoint of `step` that holds them."""
+
+    def saved(self) -> None:
+        """Take note that this checkpoint is durable."""
 
 
 @dataclass(frozen=True, slots=True)

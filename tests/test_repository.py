@@ -49,6 +49,7 @@ SERVICE_ROOMS = {
     "samples": ("settings", "records", "errors"),
     "models": ("samples", "settings", "errors"),
     "checkpoints": ("models", "settings", "records", "errors"),
+    "ledger": ("checkpoints", "settings", "records", "errors"),
     "monitoring": ("settings", "records", "errors"),
     "ingest": (
         *("monitoring", "checkpoints", "samples", "sources"),
@@ -61,12 +62,12 @@ SERVICE_ROOMS = {
     "publishing": ("training", "monitoring", "checkpoints", "models", "settings", "errors", "__init__"),
     "tracking": ("training", "monitoring", "models", "settings", "__init__"),
     "commands": (
-        *("publishing", "training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
+        *("publishing", "training", "ingest", "monitoring", "ledger", "checkpoints", "models", "samples", "sources"),
         *("settings", "records", "errors"),
     ),
     "assembly": (
-        *("tracking", "publishing", "training", "ingest", "monitoring", "checkpoints", "models", "samples", "sources"),
-        *("settings", "records", "__init__"),
+        *("tracking", "publishing", "training", "ingest", "monitoring", "ledger", "checkpoints", "models", "samples"),
+        *("sources", "settings", "records", "__init__"),
     ),
     "service": ("assembly", "training", "monitoring", "checkpoints", "samples", "settings", "__init__"),
     "replay": ("service", "training", "checkpoints", "settings", "records", "errors"),

@@ -41,13 +41,15 @@ def checkpoints_in(directory: Path) -> list[Found]:
     """All that are named as checkpoints, newest first. Raises OSError."""
     if not directory.exists():
         return []
-    matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in directory.iterdir()]
-    found = [
-        Found(int(match[3] or 0), int(match[2]), 0 if match[1] else int(match[4] or 1), path)
-        for match, path in matches
-        if match
-    ]
-    return sorted(found, reverse=True)
+    return sorted(filter(None, map(named, directory.iterdir())), reverse=True)
+
+
+def named(path: Path) -> Found | None:
+    """What a checkpoint's name says; None if it is none. Nothing needs to be there."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    if match is None:
+        return None
+    return Found(int(match[3] or 0), int(match[2]), 0 if match[1] else int(match[4] or 1), path)
 
 
 def claims_in(directory: Path) -> list[int]:

@@ -217,6 +217,8 @@ def _extras(settings: Settings) -> Iterator[Check]:
         yield _extra("gguf", ("gguf", "accelerate"), f"model.gguf_file={model.gguf_file}")
     for name in settings.tracking.report_to:
         yield _extra(name, (name,), f"tracking.report_to={name}")
+    if settings.ledger.enabled:
+        yield _extra("ledger", ("pyarrow",), "ledger.enabled=true")
     if settings.tracking.otlp_url is not None:
         yield _extra("otlp", ("opentelemetry",), f"tracking.otlp_url={settings.tracking.otlp_url}")
     for setting, url in (("publish", settings.publish.upload), ("checkpoint", settings.checkpoint.upload)):

@@ -11,13 +11,14 @@ goes on where it was. Within a partition the order is that of the offsets, so it
 """
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from stream_trainer.ingest.arrivals import Arrivals
-from stream_trainer.records import Outcome, Partition
+from stream_trainer.records import Decided, Decisions, Outcome, Partition
 
 
 @dataclass(slots=True)
@@ -95,9 +96,14 @@ class _Log:
 
 
 class Cursor:
-    """Thread-safe: the ingest thread fetches, and both it and the trainer decide. O(1) amortised per record."""
+    """Thread-safe: the ingest thread fetches, and both it and the trainer decide. O(1) amortised per record.
+
+    Attributes:
+        ledger: told of every decision, in the order of the counts.
+    """
 
     def __init__(self) -> None:
+        self.ledger: Decisions | None = None
         self._lock = threading.Lock()
         self._logs: dict[Partition, _Log] = {}
         self._counts: Counter[Outcome] = Counter()
@@ -192,13 +198,28 @@ class Cursor:
                 self._gave_all(partition)
             self._order.gave_all(partition, position)
 
-    def resolve(self, partition: Partition, offset: int, outcome: Outcome) -> None:
-        """Settle what became of a record. Asserts that it was fetched and is undecided."""
+    def resolve(
+        self,
+        partition: Partition,
+        offset: int,
+        outcome: Outcome,
+        *,
+        id: str | None = None,
+        step: int | None = None,
+        coefficient: float | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Settle what became of a record; the rest is for the ledger (see `Decided`).
+
+        Asserts that it was fetched and is undecided.
+        """
         with self._lock:
             log = self._logs.get(partition, _Log(read_to=0))
             assert offset in log.undecided, f"{partition} has no undecided record {offset}"
             log.decide(offset)
             self._counts[outcome] += 1
+            if self.ledger is not None:
+                self.ledger.note(Decided(partition, offset, outcome, time.time(), id, step, coefficient, reason))
 
     def discard(self, before: Mapping[str, int]) -> int:
         """Count as discarded what was trained on or not selected since the counts of an earlier `state_dict`.
@@ -211,6 +232,8 @@ class Cursor:
                 gone += self._counts[outcome] - before.get(outcome.value, 0)
                 self._counts[outcome] = before.get(outcome.value, 0)
             self._counts[Outcome.DISCARDED] += gone
+            if self.ledger is not None:
+                self.ledger.discard(sum(before.values()))
             return gone
 
     def positions(self) -> dict[Partition, int]:

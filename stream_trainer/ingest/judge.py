@@ -100,7 +100,8 @@ class Judge:
         """Decide the records whose letters are kept."""
         with self._lock:
             for letter in self._dead_letters.settled():
-                self._cursor.resolve(letter.record.partition, letter.record.offset, Outcome.DEAD_LETTERED)
+                record, dead = letter.record, Outcome.DEAD_LETTERED
+                self._cursor.resolve(record.partition, record.offset, dead, reason=letter.reason)
                 self._metrics.dead_letters.labels(letter.reason).inc()
         self._metrics.dead_letters_held.set(self._dead_letters.held)
 

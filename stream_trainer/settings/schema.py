@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from stream_trainer.settings.base import Count, NonNegative, Positive, Section, Share
 from stream_trainer.settings.control import ControlSettings
+from stream_trainer.settings.ledger import LedgerSettings
 from stream_trainer.settings.publish import PublishSettings, StoreUrl, TrackingSettings
 from stream_trainer.settings.selection import TARGET_PROFILES, SelectionSettings, set_by_profile
 from stream_trainer.settings.source import SourceSettings
@@ -320,6 +321,7 @@ class Settings(BaseSettings):
     memory: MemorySettings = MemorySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    ledger: LedgerSettings = LedgerSettings()
     publish: PublishSettings = PublishSettings()
     tracking: TrackingSettings = TrackingSettings()
     samples: SampleSettings = SampleSettings()

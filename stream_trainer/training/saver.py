@@ -21,7 +21,7 @@ from stream_trainer.ingest.dead_letters import DeadLetters
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.monitoring.metrics import Metrics
-from stream_trainer.records import Partition
+from stream_trainer.records import Decisions, Partition
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.failing import Failing, failed_again
 from stream_trainer.training.optimizer import NamedAdamW
@@ -43,6 +43,7 @@ class Saver:
         watchers: told of every checkpoint, and of those that fail.
         failing: while checkpoints cannot be written, since when and why.
         saved: step of the newest checkpoint; None before there is one.
+        ledger: keeps what is decided, made durable with each checkpoint; None if nobody does.
     """
 
     settings: Settings
@@ -60,6 +61,7 @@ class Saver:
     watchers: Watchers
     failing: Failing | None = None
     saved: int | None = None
+    ledger: Decisions | None = None
     _time: float = field(default=0.0, init=False)
     _durable: object = field(default=None, init=False)
 
@@ -109,6 +111,7 @@ class Saver:
         """
         started = time.perf_counter()
         snapshot = self.ingest.snapshot()
+        decided = sum(snapshot.cursor["counts"].values())
         positions = {Partition.parse(name): log["next"] for name, log in snapshot.cursor["partitions"].items()}
         state = TrainerState(
             step=step,
@@ -123,6 +126,8 @@ class Saver:
             self.owner.confirm()
             self.dead_letters.flush()
             self.plan.flush()
+            if self.ledger is not None:
+                self.ledger.write(decided, step)
             with self.watchers.during("writing a checkpoint"):
                 saved = save_checkpoint(
                     self.settings.checkpoint.dir,
@@ -139,6 +144,8 @@ class Saver:
             raise
         self._note(step, snapshot.counts)
         self.plan.prune()
+        if self.ledger is not None:
+            self.ledger.saved()
         seconds = time.perf_counter() - started
         self.metrics.checkpoint_seconds.observe(seconds)
         self.metrics.phase_seconds.labels("checkpoint").inc(seconds)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NoReturn
 
 import torch
@@ -303,10 +304,11 @@ class Trainer:
         self._require_sound()
 
     def _resolve(self, made: Made, undrawn: Sequence[Sample]) -> None:
-        selected = set() if made.report is None else set(made.report.selected)
-        for i, sample in enumerate((*made.pool, *undrawn)):
-            outcome = Outcome.TRAINED if i in selected else Outcome.NOT_SELECTED
-            self.cursor.resolve(sample.partition, sample.offset, outcome)
+        coefficients = () if made.report is None else made.report.coefficients
+        for sample, given in zip_longest((*made.pool, *undrawn), coefficients):
+            outcome = Outcome.TRAINED if given is not None and given > 0 else Outcome.NOT_SELECTED
+            at = sample.partition, sample.offset
+            self.cursor.resolve(*at, outcome, id=sample.id, step=self.step, coefficient=given)
 
     @property
     def _pad_id(self) -> int:

@@ -227,8 +227,8 @@ def _tell_steps(path: Path) -> Callable[[int, Sequence[Sample], StepReport], Non
 def _tell_decisions(path: Path) -> None:
     write, inner = _appending(path), Cursor.resolve
 
-    def resolve(self: Cursor, partition: Partition, offset: int, outcome: Outcome) -> None:
-        inner(self, partition, offset, outcome)
+    def resolve(self: Cursor, partition: Partition, offset: int, outcome: Outcome, **more: Any) -> None:
+        inner(self, partition, offset, outcome, **more)
         write(f"{partition.number} {offset} {outcome.value}")
 
     Cursor.resolve = resolve  # type: ignore[method-assign]

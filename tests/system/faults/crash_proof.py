@@ -38,6 +38,7 @@ from tests.system.faults.ends import (
     letters_of,
     newest,
     outcomes_of,
+    rows_of,
     steps_of,
 )
 
@@ -61,16 +62,19 @@ class Variant:
     Attributes:
         records: of the stream, poison among them.
         selection: what is set of the selection.
+        ledger: whether a ledger is kept, with a checkpoint after each step, so that segments are merged.
     """
 
     name: str
     records: int
     selection: Mapping[str, Any]
+    ledger: bool = False
 
 
 VARIANTS = (
     Variant("default", 800, {"filter_then_weight": {"solver_max_iterations": 1000}}),
     Variant("everything", 240, ALL_ON),
+    Variant("ledger", 240, {"filter_then_weight": {"solver_max_iterations": 1000}}, ledger=True),
 )
 
 
@@ -158,7 +162,8 @@ def config_of(variant: Variant, stream: Stream, folder: Path) -> dict[str, Any]:
         folder,
         stream.source(folder.name),
         model={"config": WIDE},
-        checkpoint={"every_steps": 6, "every_seconds": 1e6},
+        checkpoint={"every_steps": 1 if variant.ledger else 6, "every_seconds": 1e6},
+        ledger={"enabled": variant.ledger},
         target={"refresh_samples": 2},
         dead_letters={} if stream.letters is None else {"kind": "topic", "topic": stream.letters},
     )
@@ -233,6 +238,11 @@ def _what_is_wrong(config: Mapping[str, Any], place: Place, stream: Stream, expe
     if stream.letters is not None and max(letters.values(), default=1) > 1:
         yield f"{letters.total()} letters of {len(letters)} records are in the topic"
     yield from differences(newest(config), expected.checkpoint)
+    rows, wanted = (rows_of(checkpoint.parent) for checkpoint in (newest(config), expected.checkpoint))
+    if config["ledger"]["enabled"] and (len(rows) != stream.size or rows != wanted):
+        yield f"the ledger has {len(rows)} rows, {sum(row not in wanted for row in rows)} not of the undisturbed run"
+    if config["ledger"]["enabled"] and {f"{row[1]} {row[2]}": row[5] for row in rows} != expected.outcomes:
+        yield "the ledger has other outcomes than were decided"
 
 
 def file_stream(variant: Variant, folder: Path) -> Stream:

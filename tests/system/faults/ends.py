@@ -123,6 +123,28 @@ def _letters_in_topic(config: Mapping[str, Any]) -> Counter[str]:
     return Counter(content)
 
 
+def rows_of(checkpoints: Path) -> list[list[Any]]:
+    """The ledger's rows in order, but for times and whose they are: topic, partition, offset, id, step, outcome ...
+
+    They are read by a child, for whoever forks later must not have had the threads of Parquet's readers.
+    """
+    found = checkpoints.parent / "ledger-of-test.json"
+
+    def read() -> int:
+        from stream_trainer.ledger.files import read
+        from stream_trainer.ledger.names import FOLDER, segments_in
+
+        rows = [list(row.values()) for s in segments_in(checkpoints / FOLDER) for row in read(s.path).to_pylist()]
+        found.write_text(json.dumps(sorted(row[:8] for row in rows)))
+        return 0
+
+    _, status = os.waitpid(fork(read), 0)
+    if status:
+        raise RuntimeError(f"the ledger in {checkpoints} could not be read")
+    rows: list[list[Any]] = json.loads(found.read_text())
+    return rows
+
+
 def letters_in(servers: str, topic: str) -> list[DeadLetter]:
     """What is in a topic for readers of committed records."""
     settings = KafkaSettings(bootstrap_servers=servers, topic=topic, group_id=None, stop_at_end=True)

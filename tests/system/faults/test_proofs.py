@@ -37,6 +37,15 @@ def test_a_run_that_is_killed_anywhere_ends_as_one_that_was_not(variant: str, fi
     assert not found["failures"]
 
 
+@pytest.mark.timeout(900)
+def test_every_record_has_one_row_in_the_ledger_wherever_a_run_is_killed(tmp_path: Path) -> None:
+    summary = tmp_path / "summary.json"
+    run_proof("crash_proof", "--seeds=3", "--variant=ledger", f"--summary={summary}")
+    found = json.loads(summary.read_text())
+    assert found["kills"] >= 2
+    assert not found["failures"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_on_three_partitions_that_is_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:

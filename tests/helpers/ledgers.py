@@ -1,0 +1,116 @@
+"""A ledger of many rows, as a long run would have left it, and how fast it answers.
+
+    python -m tests.helpers.ledgers DIRECTORY --rows 100000000
+
+The rows go through what a trainer writes with, a merged segment at a time, so that no model is needed.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from stream_trainer.checkpoints.ownership import Owner, claim
+from stream_trainer.ledger.files import SCHEMA, put
+from stream_trainer.ledger.names import FOLDER
+from stream_trainer.ledger.query import Found, redone, rows_where, trained_on
+from stream_trainer.ledger.tidy import LARGEST
+
+TOPIC, PARTITIONS, POOL = "samples", 8, 64
+FIRST_TIME_MS = 1_700_000_000_000
+
+
+def id_of(number: int) -> str:
+    """The id of the sample of a decision."""
+    return f"order-{number * 2654435761 % 2**32:08x}-{number}"
+
+
+def position_of(number: int) -> tuple[int, int]:
+    """Partition and offset of the record of a decision."""
+    return number % PARTITIONS, number // PARTITIONS
+
+
+def generate(directory: Path, rows: int, segment_rows: int = LARGEST) -> Owner:
+    """Write a ledger of so many rows: steps of 64, a checkpoint each 200 steps."""
+    owner = claim(directory)
+    for first in range(0, rows, segment_rows):
+        end = min(first + segment_rows, rows)
+        put(directory, owner, first, end, _rows(first, end))
+    return owner
+
+
+def _rows(first: int, end: int) -> pa.Table:
+    numbers = np.arange(first, end)
+    trained = numbers % 4 == 0
+    checkpoints = (numbers // POOL // 200 + 1) * 200
+    columns = {
+        "topic": pa.array([TOPIC]).take(pa.array(np.zeros(len(numbers), dtype=np.int64))),
+        "partition": numbers % PARTITIONS,
+        "offset": numbers // PARTITIONS,
+        "id": pa.array(list(map(id_of, range(first, end)))),
+        "step": numbers // POOL + 1,
+        "outcome": pa.array(["not_selected", "trained"]).take(pa.array(trained.astype(np.int64))),
+        "coefficient": np.where(trained, (numbers % 97 + 1) / 97, 0.0).astype(np.float32),
+        "reason": pa.nulls(len(numbers), pa.string()),
+        "time": pa.array(FIRST_TIME_MS + numbers, pa.int64()).cast(SCHEMA.field("time").type),
+        "epoch": np.ones(len(numbers), dtype=np.int32),
+        "checkpoint": checkpoints,
+        "until": checkpoints * POOL,
+    }
+    return pa.table([pa.array(columns[field.name]).cast(field.type) for field in SCHEMA], schema=SCHEMA)
+
+
+def by_position(directory: Path, number: int) -> Found:
+    partition, offset = position_of(number)
+    return rows_where(directory, {"partition": partition, "offset": offset}, 20)
+
+
+def by_id(directory: Path, number: int) -> Found:
+    return rows_where(directory, {"id": id_of(number)}, 20)
+
+
+def main() -> int:
+    """Generate and measure. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="an empty directory, which is left as it is then")
+    parser.add_argument("--rows", type=int, default=100_000_000)
+    options = parser.parse_args()
+    rows, directory = options.rows, options.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    if not (directory / FOLDER).exists():
+        generate(directory, rows)
+    files = [path for path in (directory / FOLDER).rglob("*.parquet")]
+    size = sum(path.stat().st_size for path in files)
+    print(f"{rows} rows in {len(files)} files, {size / rows:.1f} bytes a row, {time.perf_counter() - started:.0f} s")
+    chance = random.Random(0)
+    numbers = [chance.randrange(rows) for _ in range(20)]
+    _measure("by position", lambda number: by_position(directory, number).groups_read, numbers)
+    _measure("by id", lambda number: by_id(directory, number).groups_read, numbers)
+    _measure("by step", lambda n: rows_where(directory, {"step": n // POOL + 1}, POOL).groups_read, numbers)
+    _measure("version, records", lambda n: sum(x.records for x in trained_on(directory, 1, n // POOL)), numbers)
+    _measure("version, redone", lambda n: redone(directory, 1, n // POOL), numbers)
+    return 0
+
+
+def _measure(what: str, ask: Callable[[int], int], numbers: list[int]) -> None:
+    seconds, answers = [], []
+    for number in numbers:
+        started = time.perf_counter()
+        answers.append(ask(number))
+        seconds.append(time.perf_counter() - started)
+    print(
+        f"{what:<17} first {seconds[0]:.3f} s, median {statistics.median(seconds):.3f} s, most {max(seconds):.3f} s; "
+        f"answers such as {answers[0]}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
