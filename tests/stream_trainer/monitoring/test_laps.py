@@ -9,7 +9,8 @@ def test_every_moment_has_one_name() -> None:
     laps = Laps(metrics.reading_seconds, lambda: next(times))
     for name in ("wait", "decode", "wait"):
         laps.lap(name)
-    found = {sample.labels["activity"]: sample.value for sample in metrics.reading_seconds.collect()[0].samples}
+    (family,) = metrics.reading_seconds.collect()
+    found = {sample.labels["activity"]: sample.value for sample in family.samples}
     assert found == {"wait": 1.5, "decode": 2.5, "hold": 0, "commit": 0, "other": 0}
 
 
