@@ -70,7 +70,8 @@ class Status:
             failed_s = time.monotonic() - failing.since
             detail = f"fails for {failed_s:.0f} s: {failing.error}"
             return Health("degraded", ok=True, ready=ready, detail=detail, health=Condition.DEGRADED)
-        causes = [sample.labels["cause"] for sample in self._metrics.degraded.collect()[0].samples if sample.value]
+        (family,) = self._metrics.degraded.collect()
+        causes = [sample.labels["cause"] for sample in family.samples if sample.value]
         health = Condition.STARTING if trainer.state is State.LOADING else Condition.HEALTHY
         if causes or outage_s > OUTAGE_GRACE_S:
             health = Condition.DEGRADED

@@ -203,7 +203,8 @@ def test_every_alert_leads_to_what_to_do() -> None:
 def test_every_alert_has_a_test_of_promtool() -> None:
     """One in which it fires, and one in which it does not."""
     cases = yaml.safe_load((DEPLOY / "prometheus" / "alerts_test.yml").read_text())["tests"]
-    fires, is_silent = set(), set()
+    fires: set[str] = set()
+    is_silent: set[str] = set()
     for case in cases:
         for one in case.get("alert_rule_test", []):
             (fires if one.get("exp_alerts") else is_silent).add(one["alertname"])

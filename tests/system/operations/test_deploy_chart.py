@@ -231,7 +231,7 @@ def test_the_overview_answers_what_is_asked_on_call_in_this_order() -> None:
 @pytest.mark.parametrize("name", ["overview", "selection"])
 def test_panels_of_a_dashboard_lie_beside_each_other_and_are_explained(name: str) -> None:
     panels = json.loads((DEPLOY / "grafana" / "dashboards" / f"{name}.json").read_text())["panels"]
-    taken = set()
+    taken: set[tuple[int, int]] = set()
     for panel in panels:
         at = panel["gridPos"]
         squares = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
