@@ -152,7 +152,7 @@ class Ingest:
         return self._thread is not None and self._thread.is_alive()
 
     def _run(self, positions: Mapping[Partition, int], identity: Mapping[str, str]) -> None:
-        self._laps = Laps(self._metrics.reading_seconds)
+        self._laps = Laps(self._metrics)
         try:
             if self._start_source(positions, identity):
                 self._laps.lap("wait")

@@ -3,15 +3,14 @@
 import time
 from collections.abc import Callable
 
-from prometheus_client import Counter
+from stream_trainer.monitoring.metrics import Metrics
 
 
 class Laps:
-    """Charges the time since the last lap to what was done in it. Used by one thread."""
+    """Charges the time since the last lap to what was done in it. Used by the thread that reads."""
 
-    def __init__(self, counter: Counter, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`counter` has one label, the name."""
-        self._counter, self._clock = counter, clock
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._counter, self._clock = metrics.reading_seconds, clock
         self._last = clock()
 
     def lap(self, name: str) -> None:
@@ -22,11 +21,10 @@ class Laps:
 
 
 class Rest:
-    """Finds the time that no phase was charged with, and charges `other` with it. Used by the thread that counts."""
+    """Finds the time that no phase was charged with, and charges `other` with it. Used by the main thread."""
 
-    def __init__(self, counter: Counter, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`counter` has one label, the phase."""
-        self._counter, self._clock = counter, clock
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._counter, self._clock = metrics.phase_seconds, clock
         self._last, self._spent = clock(), self._sum()
 
     def note(self) -> None:

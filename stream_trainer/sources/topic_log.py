@@ -57,9 +57,9 @@ class TopicLog:
         wanted = {"retention.ms": "", "cleanup.policy": ""}
         try:
             asked = [ConfigResource(ConfigResourceType.TOPIC, topic, wanted)]
-            (found,) = self._admin.describe_configs(asked, config_filter="all", flat=True)
+            found = self._admin.describe_configs(asked, config_filter="all")["topic"][topic]
             kept_ms, policy = float(found["retention.ms"]["value"]), found["cleanup.policy"]["value"]
-        except (KafkaError, KeyError, TypeError, ValueError):  # no permission, or nothing that we know
+        except (KafkaError, KeyError, ValueError):  # no permission, or nothing that we know
             return None
         return kept_ms / 1000 if kept_ms >= 0 and "delete" in policy else math.inf
 

@@ -140,7 +140,7 @@ class Trainer:
         """
         self._look_for_a_successor()
         self._attempts.begin(self.saver.saved)
-        self._rest = Rest(self.metrics.phase_seconds)
+        self._rest = Rest(self.metrics)
         expect_layers(self.metrics, self.engine)
         try:
             self._loop()

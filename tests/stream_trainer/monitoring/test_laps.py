@@ -6,7 +6,7 @@ from stream_trainer.monitoring.metrics import Metrics
 
 def test_every_moment_has_one_name() -> None:
     metrics, times = Metrics(), iter([10.0, 11.0, 13.5, 14.0])
-    laps = Laps(metrics.reading_seconds, lambda: next(times))
+    laps = Laps(metrics, lambda: next(times))
     for name in ("wait", "decode", "wait"):
         laps.lap(name)
     (family,) = metrics.reading_seconds.collect()
@@ -17,7 +17,7 @@ def test_every_moment_has_one_name() -> None:
 def test_what_no_phase_has_is_other_and_phases_sum_to_wall_time() -> None:
     metrics, times = Metrics(), iter([100.0, 110.0, 120.0, 130.0])
     metrics.phase_seconds.labels("evaluate").inc(7)  # before it began
-    rest = Rest(metrics.phase_seconds, lambda: next(times))
+    rest = Rest(metrics, lambda: next(times))
     other = metrics.phase_seconds.labels("other")
     metrics.phase_seconds.labels("train").inc(8)
     rest.note()
