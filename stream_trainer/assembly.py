@@ -93,7 +93,7 @@ def build(run: Run) -> Trainer:
         metrics=metrics,
         owner=owner,
         plan=reading.plan.file,
-        fingerprint=fingerprint_of(settings, learner.loaded, __version__),
+        fingerprint=learner.fingerprint,
         made_with=provenance_of(settings, __version__, {} if checkpoint is None else read_provenance(checkpoint.path)),
         jitter=random.SystemRandom(),
         watchers=run.watchers,
@@ -130,6 +130,7 @@ class _Learner:
 
     Attributes:
         sets: fixed samples by name, whose loss is watched.
+        fingerprint: what it is made of; a checkpoint's weights, once they are restored, are others.
     """
 
     loaded: LoadedModel
@@ -137,6 +138,7 @@ class _Learner:
     sets: dict[str, list[Sample]]
     optimizer: NamedAdamW | MaskedAdamW
     engine: SelectionEngine
+    fingerprint: dict[str, object]
 
 
 def _learner(settings: Settings, watchers: Watchers) -> _Learner:
@@ -148,7 +150,7 @@ def _learner(settings: Settings, watchers: Watchers) -> _Learner:
     with watchers.during("attaching the selection to the model"):
         optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
         engine = make_engine(settings, loaded, optimizer, sets["target"], anchors)
-    return _Learner(loaded, decoder, sets, optimizer, engine)
+    return _Learner(loaded, decoder, sets, optimizer, engine, fingerprint_of(settings, loaded, __version__))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from kafka.errors import (
     AuthorizationError,
     CommitFailedError,
     IllegalGenerationError,
+    KafkaConnectionError,
     KafkaError,
     ProducerFencedError,
     UnknownMemberIdError,
@@ -199,7 +200,10 @@ class Group:
         """Raise UnknownMemberIdError if the group has any: what is committed for these is theirs."""
         if self._is_ours:
             return
-        (found,) = self._admin.describe_groups([self._settings.group_id]).values()
+        try:
+            (found,) = self._admin.describe_groups([self._settings.group_id]).values()
+        except KafkaConnectionError:  # away, which the commit tells, or a broker that hangs up on what it does not know
+            return
         if found["members"]:
             raise UnknownMemberIdError(f"{len(found['members'])} members")
         self._is_ours = True

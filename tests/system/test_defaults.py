@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from gradient_selectors import FilterThenWeight, Sketched
 
-from stream_trainer import service
+from stream_trainer import assembly
 from stream_trainer.checkpoints.directory import checkpoints_in
 from stream_trainer.training.draw.waiting import LearnedSampler
 from stream_trainer.training.trainer import Trainer
@@ -40,7 +40,7 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
             super().__init__(*arguments, **parts)
             made.append(self)
 
-    monkeypatch.setattr(service, "Trainer", Noted)
+    monkeypatch.setattr(assembly, "Trainer", Noted)
     return made
 
 

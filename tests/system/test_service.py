@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stream_trainer import service
+from stream_trainer import assembly, service
 from stream_trainer.errors import CheckpointError, SourceError
 from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.ingest.letter_file import FileDeadLetters
@@ -204,7 +204,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_service_goes_on(
         loaded.append(load_model(*arguments))
         return loaded[0]
 
-    monkeypatch.setattr(service, "load_model", load)
+    monkeypatch.setattr(assembly, "load_model", load)
     config = on_free_port(stream(goods(80), selection={"weigh": weigh, "batch_size": 3 if weigh != "equal" else 8}))
     results: list[str] = []
     kept: list[torch.Tensor] = []

@@ -161,7 +161,7 @@ def test_where_the_group_tells_of_steps_that_no_checkpoint_has(broker: str, topi
         source.commit({Partition(topic, 0): 4}, step=7)
     message = (
         rf"^source.kafka.group_id=group-of-{topic} stands at offset 4 of partition 0, put there at step 7, but .*"
-        r"on_lost_checkpoint to continue .* or start_over$"
+        r"on_lost_checkpoint to continue .* or start_over; if another trainer did that, name another .*group_id$"
     )
     with pytest.raises(CheckpointError, match=message), started(broker, topic):
         pass

@@ -34,4 +34,4 @@ def test_a_run_tells_of_its_steps_evaluations_and_checkpoints(tmp_path: Path) ->
     )
     config = configuration(tmp_path, jsonl(tmp_path / "in.jsonl"), training={"max_steps": 2})
     serve(Settings(**config), threading.Event(), watcher)
-    assert told == [("step", 0), ("evaluation", 0), ("step", 1), ("step", 2), ("step", 2), ("evaluation", 2)]
+    assert told == [("evaluation", 0), ("step", 0), ("step", 1), ("step", 2), ("step", 2), ("evaluation", 2)]

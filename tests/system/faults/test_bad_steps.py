@@ -14,14 +14,14 @@ from gradient_selectors.target import mean_loss
 from safetensors.torch import load_file
 from torch import nn
 
-from stream_trainer import service
+from stream_trainer import assembly
 from stream_trainer.checkpoints.ownership import note_in
 from stream_trainer.errors import TrainingError
 from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.service import Summary, serve
 from stream_trainer.settings.schema import Settings
-from stream_trainer.training import trainer
+from stream_trainer.training import evaluations
 from stream_trainer.training.watchers import Watcher
 from tests.helpers.service import (
     ALL_ON,
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path, mon
         loaded.model.get_parameter("model.norm.weight").data[0] = math.nan
         return loaded
 
-    monkeypatch.setattr(service, "load_model", load)
+    monkeypatch.setattr(assembly, "load_model", load)
     with pytest.raises(TrainingError, match=r"weight model.norm.weight is not finite at step 0, before any update"):
         serve_until(config)
 
@@ -231,7 +231,7 @@ def test_samples_that_a_step_fails_on_are_dead_lettered_and_the_step_is_made_wit
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(service, "load_model", failing_model(error))
+    monkeypatch.setattr(assembly, "load_model", failing_model(error))
     # Two of a pool, one, and a pool of nothing else; so many that whatever draws draws some.
     bad = set(range(0, 96, 3)) if selection else {3, 4, 29} | set(range(40, 48))
     values = [poisoned(number) if number in bad else good(number) for number in range(96)]
@@ -297,7 +297,7 @@ def fail_from(patched: pytest.MonkeyPatch, first: int, last: int) -> None:
 
 KILLED_BY_A_TOKEN = """
 import os, signal, sys
-from stream_trainer import service
+from stream_trainer import assembly
 from stream_trainer.cli import main
 from stream_trainer.models.loading import load_model
 
@@ -310,7 +310,7 @@ def load(*arguments):
     loaded.model.get_input_embeddings().register_forward_pre_hook(kill)
     return loaded
 
-service.load_model = load
+assembly.load_model = load
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -374,7 +374,7 @@ def failing_from(call: int) -> Callable[..., float]:
 
 def test_an_evaluation_that_fails_later_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, goods(64), evaluation={"every_steps": 3})
-    monkeypatch.setattr(trainer, "mean_loss", failing_from(2))
+    monkeypatch.setattr(evaluations, "mean_loss", failing_from(2))
     summary, steps = serve_until(config)
     assert [step.number for step in steps] == list(range(1, 9))
     assert sum(summary.counts.values()) == 64
@@ -385,7 +385,7 @@ def test_a_first_evaluation_that_fails_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(tmp_path, goods(64))
-    monkeypatch.setattr(trainer, "mean_loss", failing_from(1))
+    monkeypatch.setattr(evaluations, "mean_loss", failing_from(1))
     assert run_main(tmp_path, config) == 7
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: the loss of target cannot be measured (OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB); "
