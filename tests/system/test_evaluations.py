@@ -94,7 +94,9 @@ def test_a_model_that_gets_worse_goes_back_and_says_why(tmp_path: Path, caplog: 
     assert summary.losses["target"] < losses[0]
 
 
-@pytest.mark.parametrize("every_steps", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "every_steps", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(1000, marks=pytest.mark.slow)]
+)
 def test_what_no_rollback_mends_ends_the_run_and_no_bad_checkpoint_is_left(
     every_steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +126,7 @@ def test_without_a_limit_it_is_not_seen(tmp_path: Path) -> None:
     assert summary.losses["target"] > 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every_steps", "crashes"), [(3, [1, 2, 3, 5, 8, 9]), (7, [3, 5, 6, 8])])
 def test_it_goes_back_at_the_same_step_after_crashes(every_steps: int, crashes: list[int], tmp_path: Path) -> None:
     ends = []

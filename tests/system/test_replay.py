@@ -101,6 +101,7 @@ def test_a_replay_is_equal_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["replay.yaml"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_in_between_is_replayed_as_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_run_that_was_stopped_in_between_is_replayed_as_one(
     assert "equal: 6 steps" in said
 
 
+@pytest.mark.slow
 def test_a_live_draw_that_learns_from_its_time_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = everything_on(tmp_path)
     config["selection"] = {name: ALL_ON[name] for name in ("pool_size", "batch_size", "waiting", "intake")}
