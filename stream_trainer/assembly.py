@@ -63,7 +63,7 @@ class Run:
 
 def build(run: Run) -> Trainer:
     """Load model, samples and checkpoint."""
-    settings, metrics, stack = run.settings, run.metrics, run.stack
+    settings, metrics = run.settings, run.metrics
     started = time.perf_counter()
     learner = _learner(settings, run.watchers)
     buffer, paying = Buffer(settings.buffer), make_paying(settings)
@@ -73,15 +73,14 @@ def build(run: Run) -> Trainer:
 
     with run.watchers.during("describing the target"):
         drawn = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"], accuse)
-    owner = claim(settings.checkpoint.dir)  # from here on a trainer on another machine writes nothing more
-    metrics.owner_epoch.set(owner.epoch)
+    owner = _claim(run)
     with run.watchers.during("looking for a checkpoint to resume"):
         checkpoint = load_latest(settings.checkpoint.dir)
         state = restore(checkpoint, learner.loaded, learner.optimizer) if checkpoint is not None else None
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
     if not run.strict:  # what is made again is not reported or published again
-        track(settings.tracking, metrics, run.watchers, stack)
-        attach(settings, learner.loaded, metrics, run.watchers, stack)
+        track(settings.tracking, metrics, run.watchers, run.stack)
+        attach(settings, learner.loaded, metrics, run.watchers, run.stack)
     reading = _reading(run, learner, owner, buffer, state)
     saver = Saver(
         settings=settings,
@@ -117,10 +116,10 @@ def build(run: Run) -> Trainer:
         steering=Steering(run.orders, _watched(settings, saver)),
     )
     if checkpoint is not None and state is not None:
-        _resume(trainer, checkpoint, _without_letters(state) if run.strict else state)
+        _resume(run, trainer, checkpoint, state)
     saver.ledger = reading.cursor.ledger = _ledger(run, owner, reading.cursor)
     metrics.in_force(saver.made_with["settings_hash"], saver.made_with["settings_since"])
-    stack.callback(reading.ingest.stop)
+    run.stack.callback(reading.ingest.stop)
     return trainer
 
 
@@ -176,6 +175,13 @@ def _reading(run: Run, learner: _Learner, owner: Owner, buffer: Buffer, state: T
     return _Reading(cursor, dead_letters, ingest, plan)
 
 
+def _claim(run: Run) -> Owner:
+    """From here on a trainer on another machine writes nothing more."""
+    owner = claim(run.settings.checkpoint.dir)
+    run.metrics.owner_epoch.set(owner.epoch)
+    return owner
+
+
 def _ledger(run: Run, owner: Owner, cursor: Cursor) -> Decisions | None:
     """What is made again is in the ledger already."""
     return None if run.strict else open_ledger(run.settings.ledger, owner, sum(cursor.counts.values()))
@@ -188,9 +194,10 @@ def _watched(settings: Settings, saver: Saver) -> WatchedFile | None:
     return WatchedFile(settings.target.path, lambda: saver.fingerprint.get(TARGET_CONTENTS))
 
 
-def _resume(trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> None:
+def _resume(run: Run, trainer: Trainer, checkpoint: Checkpoint, found: TrainerState) -> None:
     """Go on from a checkpoint that model and optimizer are restored from, if it goes with what is there now."""
-    settings, metrics = trainer.settings, trainer.metrics
+    settings, metrics = run.settings, run.metrics
+    state = _without_letters(found) if run.strict else found
     now = trainer.saver.fingerprint | consumed(settings.source, state.cursor)
     trainer.changed = check_resume(checkpoint.path, state.fingerprint, now, settings.checkpoint.on_mismatch)
     changes = [change_of(name, state.fingerprint, now) for name in trainer.changed]

@@ -49,6 +49,7 @@ def test_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "share of the step spent waiting for data" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs_apache_kafka("the mock cluster holds too little")
 def test_a_topic(tmp_path: Path) -> None:
     figures = measured([], tmp_path / "result.json")

@@ -208,6 +208,7 @@ def test_pools_are_the_same_in_every_process_and_as_stated() -> None:
     assert {sample.num_tokens for pool in pools(tiny) for sample in pool} == {tiny.tokens}
 
 
+@pytest.mark.slow
 def test_processes_answer_and_take_turns() -> None:
     options = Options(("tiny",), (EXACT,), ("plain_k",), repeats=2, threads=1, device="cpu")
     result = measure(options, start)

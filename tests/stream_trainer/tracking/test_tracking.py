@@ -265,6 +265,7 @@ def test_a_collector_gets_all_metrics_with_their_histograms() -> None:
     assert point.bucket_counts[-1] == 1
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_away_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with http_server(lambda _, __: (200, {})) as (url, _):
         pass

@@ -315,6 +315,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_sample_that_kills_the_process_is_got_past_in_the_end(tmp_path: Path) -> None:
     """Steps before it, and those after it, are as in a run that never saw it die."""
     values = [poisoned(number) if number == 29 else good(number) for number in range(48)]

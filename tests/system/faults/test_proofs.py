@@ -37,6 +37,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_one_that_was_not(variant: str, fi
     assert not found["failures"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_record_has_one_row_in_the_ledger_wherever_a_run_is_killed(tmp_path: Path) -> None:
     summary = tmp_path / "summary.json"
