@@ -1,5 +1,6 @@
 """Brokers as fixtures: started once, only if a test asks, skipped with the reason where they cannot run."""
 
+import logging
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,15 @@ from stream_trainer.demo.broker import has_mock_cluster
 from stream_trainer.demo.broker import mock_cluster as run_mock_cluster
 from tests.helpers.brokers import ApacheKafka, why_no_apache_kafka
 from tests.helpers.brokers import apache_kafka as run_apache_kafka
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """A command that runs in a test sets the level of all logs; for the next test it is as it was."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
