@@ -8,7 +8,6 @@ import hmac
 import ipaddress
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 from stream_trainer.errors import SettingsError
 from stream_trainer.monitoring.orders import ACTIONS, Order, Orders, Outcome
 from stream_trainer.monitoring.pages import Response, Values, json_response, text_response
-from stream_trainer.monitoring.server import STOP_POLL_S, Handler, HttpServer, listen_problem
+from stream_trainer.monitoring.server import Handler, HttpServer, listen
 from stream_trainer.settings.control import TOKEN, TOKEN_RULE, ControlSettings
 from stream_trainer.settings.secrets import read_secret
 
@@ -41,18 +40,13 @@ class ControlServer:
         host, port = self._settings.host, self._settings.port
         if not is_loopback(host):
             logger.warning("control.host=%s: the token travels unencrypted there; put TLS in front of it", host)
-        try:
-            self._http = _Server(host, port, self._desk)
-        except OSError as error:
-            raise SettingsError(listen_problem("control", host, port, error)) from None
-        threading.Thread(target=self._http.serve_forever, args=(STOP_POLL_S,), name="control", daemon=True).start()
+        self._http = listen("control", host, port, lambda: _Server(host, port, self._desk))
         return host, self._http.server_address[1]
 
     def stop(self) -> None:
         """Release the port. Idempotent."""
         if self._http is not None:
-            self._http.shutdown()
-            self._http.server_close()
+            self._http.stop()
             self._http = None
 
 

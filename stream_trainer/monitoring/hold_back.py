@@ -50,6 +50,7 @@ class HoldBack(logging.Filter):
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line passes; one that does says how many of its kind were held back before it."""
         is_ours = record.name.partition(".")[0] in _OURS
         if is_ours and record.levelno < logging.WARNING:
             return True

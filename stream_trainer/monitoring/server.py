@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -48,18 +48,13 @@ class Server:
     def start(self) -> tuple[str, int]:
         """Listen, and return the host and port. Raises SettingsError if that address cannot be used."""
         host, port = self._settings.host, self._settings.port
-        try:
-            self._http = _PageServer(host, port, self._pages)
-        except OSError as error:
-            raise SettingsError(listen_problem("server", host, port, error)) from None
-        threading.Thread(target=self._http.serve_forever, args=(STOP_POLL_S,), name="http", daemon=True).start()
+        self._http = listen("server", host, port, lambda: _PageServer(host, port, self._pages))
         return host, self._http.server_address[1]
 
     def stop(self) -> None:
         """Release the port. Idempotent."""
         if self._http is not None:
-            self._http.shutdown()
-            self._http.server_close()
+            self._http.stop()
             self._http = None
 
 
@@ -80,6 +75,27 @@ class HttpServer(BoundedServer):
     def __init__(self, host: str, port: int, handler: type["Handler"]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), handler)
+
+    def stop(self) -> None:
+        """Serve no more, and release the port."""
+        self.shutdown()
+        self.server_close()
+
+
+Listening = TypeVar("Listening", bound=HttpServer)
+
+
+def listen(section: str, host: str, port: int, open_server: Callable[[], Listening]) -> Listening:
+    """Open a server, and serve on a thread of its own.
+
+    Raises SettingsError if the address, that of a section of the settings, cannot be listened on.
+    """
+    try:
+        server = open_server()
+    except OSError as error:
+        raise SettingsError(listen_problem(section, host, port, error)) from None
+    threading.Thread(target=server.serve_forever, args=(STOP_POLL_S,), name=section, daemon=True).start()
+    return server
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from itertools import zip_longest
 from typing import NoReturn
 
@@ -59,13 +59,12 @@ class Trainer:
     """The loop and what it works with. Runs on the main thread.
 
     Attributes:
-        evaluation_sets: fixed samples by name (`target`, `retention`) whose loss is watched.
         saver: makes the checkpoints.
         plan: has what each step is made of, and was made of before a crash.
         stopped: turns true when the service is told to stop.
         watchers: told of whatever happens.
         step: steps made over the life of the model, skipped ones included.
-        evaluations: losses of the evaluation sets.
+        evaluations: the fixed samples by name (`target`, `retention`) whose loss is watched, and their losses.
         changed: what the resumed checkpoint was made with and is other now, by name.
         steering: obeys orders between two steps.
         recovery: what went wrong lately, and what follows from it.
@@ -75,7 +74,7 @@ class Trainer:
     loaded: LoadedModel
     optimizer: NamedAdamW | MaskedAdamW
     engine: SelectionEngine
-    evaluation_sets: Mapping[str, Sequence[Sample]]
+    evaluation_sets: InitVar[Mapping[str, Sequence[Sample]]]
     cursor: Cursor
     buffer: Buffer
     sampler: PoolSampler
@@ -96,13 +95,13 @@ class Trainer:
     recovery: Recovery = field(init=False)
     evaluations: Evaluations = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, evaluation_sets: Mapping[str, Sequence[Sample]]) -> None:
         self.recovery = Recovery(self.settings.training, self.settings.optimizer)
         self._attempts = Attempts(self.saver.owner)
-        shortest = min(self.evaluation_sets["target"], key=lambda sample: sample.num_tokens)
+        shortest = min(evaluation_sets["target"], key=lambda sample: sample.num_tokens)
         self._identity: Mapping[str, str] = {}
         self.evaluations = Evaluations(
-            self.evaluation_sets,
+            evaluation_sets,
             self.engine.capture,
             self._pad_id,
             self.settings.evaluation.every_steps,
@@ -278,7 +277,7 @@ class Trainer:
             )
 
     def _why_unsound(self) -> str | None:
-        target = collate(self.evaluation_sets["target"][:CONTROL_SAMPLES], self._pad_id)
+        target = collate(self.evaluations.sets["target"][:CONTROL_SAMPLES], self._pad_id)
         return why_unsound(self.engine.capture, self.optimizer, target) or self.evaluations.why_diverged(self.step)
 
     def _roll_back(self, why: str) -> None:

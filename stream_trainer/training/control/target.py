@@ -107,6 +107,5 @@ def _take_over(trainer: "Trainer", proven: Proven) -> None:
     trainer.engine.target = proven.target
     trainer.engine.scoring.reset()
     trainer.sampler = proven.sampler
-    trainer.evaluation_sets = {**trainer.evaluation_sets, "target": proven.samples}
     trainer.evaluations.replace_target(trainer.step, proven.samples, proven.loss)
     trainer.saver.fingerprint = {**trainer.saver.fingerprint, TARGET_CONTENTS: proven.digest}

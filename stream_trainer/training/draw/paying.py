@@ -49,7 +49,7 @@ class Paying:
         if self.comparisons < self.settings.window:
             return None
         chosen, uniform, weights_2, differences, squares = self._sums
-        total = sum(self._keep**age for age in range(self.comparisons))
+        total = (1 - self._keep**self.comparisons) / (1 - self._keep)  # of the discounts
         mean = (chosen - uniform) / total
         error = math.sqrt(max(0.0, squares - 2 * mean * differences + mean**2 * weights_2))
         below = max(0.0, uniform) + ERRORS * error
