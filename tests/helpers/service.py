@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from stream_trainer.checkpoints.directory import checkpoints_in
 from stream_trainer.cli import main
 from stream_trainer.demo.broker import free_port
+from stream_trainer.monitoring.orders import Orders, Outcome
 from stream_trainer.records import Sample
 from stream_trainer.service import Summary, run, serve
 from stream_trainer.settings.schema import Settings
@@ -144,6 +146,36 @@ def serve_until(config: dict[str, Any], last_step: int | None = None) -> tuple[S
             stop.set()
 
     return serve(Settings(**config), stop, Watcher(on_step)), steps
+
+
+class CrashError(Exception):
+    """Stands for a kill: nothing is saved."""
+
+
+def serve_with_crashes(config: dict[str, Any], crashes: list[int]) -> Summary:
+    """A run that ends after each of these steps as if it was killed, is started again, and goes on to its end."""
+    for last in crashes:
+
+        def crash(number: int, *_: object, last: int = last) -> None:
+            if number == last:
+                raise CrashError
+
+        with pytest.raises(CrashError):
+            serve(Settings(**config), threading.Event(), Watcher(crash))
+    return serve(Settings(**config), threading.Event())
+
+
+def obey(orders: Orders, outcome: Outcome, detail: str) -> threading.Thread:
+    """Settle the next order on a thread of its own, which is to be joined."""
+
+    def work() -> None:
+        while (order := orders.take()) is None:
+            orders.wait(30)
+        order.settle(outcome, detail)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
 
 
 @contextmanager

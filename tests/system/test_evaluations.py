@@ -12,7 +12,7 @@ import torch
 from gradient_selectors.target import mean_loss
 
 from stream_trainer.errors import TrainingError
-from stream_trainer.service import Summary, serve
+from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training import evaluations
 from stream_trainer.training.watchers import Watcher
@@ -28,6 +28,7 @@ from tests.helpers.service import (
     on_free_port,
     run_main,
     serve_until,
+    serve_with_crashes,
     trainer_json,
     write_lines,
 )
@@ -46,22 +47,6 @@ def config_of(folder: Path, records: int = 120, **sections: dict[str, Any]) -> d
     }
     merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
     return configuration(folder, jsonl(folder / "samples.jsonl"), **merged)
-
-
-class CrashError(Exception):
-    """Stands for a kill: nothing is saved."""
-
-
-def serve_with_crashes(config: dict[str, Any], crashes: list[int]) -> Summary:
-    for last in crashes:
-
-        def crash(number: int, *_: object, last: int = last) -> None:
-            if number == last:
-                raise CrashError
-
-        with pytest.raises(CrashError):
-            serve(Settings(**config), threading.Event(), Watcher(crash))
-    return serve(Settings(**config), threading.Event())
 
 
 # A model that gets worse

@@ -14,7 +14,7 @@ from stream_trainer.monitoring import control
 from stream_trainer.monitoring.control import ControlServer
 from stream_trainer.monitoring.orders import Orders, Outcome
 from stream_trainer.settings.control import ControlSettings
-from tests.helpers.service import configuration, jsonl
+from tests.helpers.service import configuration, jsonl, obey
 
 TOKEN = "a-token-that-nobody-guesses"
 
@@ -29,17 +29,6 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Orders]:
     monkeypatch.setenv("STREAM_TRAINER_CONTROL__TOKEN", TOKEN)
     yield orders
     server.stop()
-
-
-def obey(orders: Orders, outcome: Outcome, detail: str) -> threading.Thread:
-    def work() -> None:
-        while (order := orders.take()) is None:
-            orders.wait(30)
-        order.settle(outcome, detail)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
 
 
 def test_what_came_of_an_order(orders: Orders, capsys: pytest.CaptureFixture[str]) -> None:

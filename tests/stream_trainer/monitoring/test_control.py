@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from stream_trainer.monitoring import control
 from stream_trainer.monitoring.control import ControlServer, is_loopback
 from stream_trainer.monitoring.orders import MAX_WAITING, Orders, Outcome
 from stream_trainer.settings.control import ControlSettings
+from tests.helpers.service import obey
 
 TOKEN = "a-token-that-nobody-guesses"
 
@@ -46,17 +46,6 @@ def desk() -> Iterator[Desk]:
     desk = Desk()
     yield desk
     desk.server.stop()
-
-
-def obey(orders: Orders, outcome: Outcome, detail: str) -> threading.Thread:
-    def work() -> None:
-        while (order := orders.take()) is None:
-            orders.wait(30)
-        order.settle(outcome, detail)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
 
 
 @pytest.mark.parametrize(("outcome", "status"), [(Outcome.DONE, 200), (Outcome.REFUSED, 409)])

@@ -19,7 +19,7 @@ from stream_trainer.checkpoints.ownership import note_in
 from stream_trainer.errors import TrainingError
 from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.models.loading import LoadedModel, load_model
-from stream_trainer.service import Summary, serve
+from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training import evaluations
 from stream_trainer.training.watchers import Watcher
@@ -38,6 +38,7 @@ from tests.helpers.service import (
     on_free_port,
     run_main,
     serve_until,
+    serve_with_crashes,
     start_python,
     write_lines,
 )
@@ -119,22 +120,6 @@ def test_a_model_that_nothing_moves_any_more_is_dead_too(learning_rate: float, t
     assert 0 < summary.counts["discarded"] <= 8 * POOL
     assert sum(summary.counts.values()) == 160
     assert summary.losses["target"] < 5.7
-
-
-class CrashError(Exception):
-    """Stands for a kill: nothing is saved."""
-
-
-def serve_with_crashes(config: dict[str, Any], crashes: list[int]) -> Summary:
-    for last in crashes:
-
-        def crash(number: int, *_: object, last: int = last) -> None:
-            if number == last:
-                raise CrashError
-
-        with pytest.raises(CrashError):
-            serve(Settings(**config), threading.Event(), Watcher(crash))
-    return serve(Settings(**config), threading.Event())
 
 
 @pytest.mark.parametrize("selection", [{}, {**ALL_ON, "draw": "uniform"}], ids=["scored", "routed and masked"])
