@@ -155,7 +155,7 @@ def test_the_seed_decides_the_stream(tmp_path: Path) -> None:
     assert all(one != other for one, other in zip(contents[0], contents[2], strict=True))
 
 
-@pytest.mark.parametrize("source", ["kafka", "jsonl"])
+@pytest.mark.parametrize("source", ["kafka", pytest.param("jsonl", marks=pytest.mark.slow)])
 def test_a_short_demo_ends_with_figures_that_add_up(source: str, tmp_path: Path) -> None:
     if source == "kafka" and not has_mock_cluster():
         pytest.skip("confluent-kafka is not installed: pip install 'stream-trainer[demo]'")
@@ -189,6 +189,7 @@ def test_a_short_demo_ends_with_figures_that_add_up(source: str, tmp_path: Path)
     assert len(dead) == outcomes["dead_lettered"]
 
 
+@pytest.mark.slow
 def test_selection_finds_the_target(tmp_path: Path) -> None:
     figures, _ = run(tmp_path, 40, "jsonl")
     assert figures["target_share_trained"] > 1.5 * figures["target_share_stream"]
@@ -233,7 +234,9 @@ def test_a_stream_that_the_mock_cluster_would_forget_is_read_from_a_file(
         assert demo._publish(setup, None, console, stack).kind == "jsonl"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_whole_group_ends_the_demo_in_order(number: signal.Signals, code: int, tmp_path: Path) -> None:
     log, checkpoints = tmp_path / "service.log", tmp_path / "selection" / "checkpoints"
     with start("--steps=100", f"--dir={tmp_path}") as process:

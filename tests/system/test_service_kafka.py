@@ -81,6 +81,7 @@ def read_topic(broker: str, topic: str) -> list[bytes | None]:
         consumer.close()
 
 
+@pytest.mark.slow
 def test_however_often_it_is_stopped_every_record_is_decided_once(broker: str, topic: str, tmp_path: Path) -> None:
     publish_to_all(broker, topic, goods(150))
     for seed in range(5):
@@ -122,7 +123,7 @@ def test_a_run_over_three_partitions_that_is_stopped_equals_one_that_was_not(
 
 
 @needs_apache_kafka("the mock cluster does not show what a transaction committed")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_process_that_is_ended_loses_nothing_and_repeats_nothing(
     number: signal.Signals, broker: str, topic: str, tmp_path: Path
 ) -> None:

@@ -385,6 +385,7 @@ def test_a_missing_compression_library_is_named(monkeypatch: pytest.MonkeyPatch)
         open_source(SourceSettings(kafka=KafkaSettings(topic="t")))
 
 
+@pytest.mark.slow
 @needs_apache_kafka("the mock cluster forgets its log")
 def test_an_outage_is_logged_once_and_survived(tmp_path: Path, topic: str, caplog: pytest.LogCaptureFixture) -> None:
     kafka = prepare_kafka(tmp_path)
