@@ -9,14 +9,18 @@ threads and descriptors not at all. In the end every record that is in the topic
 
 import argparse
 import json
+import os
+import re
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,7 @@ class Reading:
     bytes: int
     threads: int
     descriptors: int
+    kinds: dict[str, int]  # descriptors by what they are: when their number grows, this says of what
 
 
 class Producer:
@@ -104,7 +109,19 @@ def ends_of(servers: str) -> dict[int, int]:
 def read(process: psutil.Process, started: float) -> Reading:
     with process.oneshot():
         memory = process.memory_info().rss
-        return Reading(time.monotonic() - started, memory, process.num_threads(), process.num_fds())
+        kinds = descriptors_of(process)
+        return Reading(time.monotonic() - started, memory, process.num_threads(), sum(kinds.values()), kinds)
+
+
+def descriptors_of(process: psutil.Process) -> dict[str, int]:
+    """Open descriptors by what they are: the place of a file, a connection's state and port, pipes and the like."""
+    kinds: Counter[str] = Counter()
+    sockets = {c.fd: f"{c.status} to {c.raddr.port if c.raddr else 'nobody'}" for c in process.net_connections("inet")}
+    for number in os.listdir(f"/proc/{process.pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            place = os.readlink(f"/proc/{process.pid}/fd/{number}")
+            kinds[sockets.get(int(number), re.sub(r"\d+", "N", place))] += 1
+    return dict(kinds)
 
 
 def growth(readings: list[Reading], whole_s: float) -> dict[str, float]:
@@ -176,7 +193,16 @@ def soak(seconds: float, restart_s: float, allowed: float, folder: Path) -> dict
     grown = growth(readings, seconds)
     wrong = [f"exit code {code}"] if code else list(what_is_wrong(grown, allowed, config, ends))
     found = {"records": sum(ends.values()), "restarts": restarts, "growth": grown, "wrong": wrong}
-    return found | {"first": asdict(readings[0]), "last": asdict(readings[-1])}
+    shown = {"first": readings[0], "half": readings[len(readings) // 2], "last": readings[-1]}
+    return found | {name: asdict(reading) for name, reading in shown.items()} | {"kinds": kinds_over(readings)}
+
+
+def kinds_over(readings: list[Reading]) -> dict[str, list[float]]:
+    """The median number of descriptors of each kind in each eighth of the time."""
+    names = sorted({name for reading in readings for name in reading.kinds})
+    cuts = [len(readings) * part // 8 for part in range(9)]
+    parts = [readings[a:b] for a, b in pairwise(cuts) if a < b]
+    return {name: [statistics.median(r.kinds.get(name, 0) for r in part) for part in parts] for name in names}
 
 
 def _config(broker: ApacheKafka, folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training import evaluations
+from stream_trainer.training.status import Status
 from stream_trainer.training.watchers import Watcher
 from tests.helpers.service import (
     ALL_ON,
@@ -237,6 +238,27 @@ def test_samples_that_a_step_fails_on_are_dead_lettered_and_the_step_is_made_wit
         assert {step.result for step in steps} == {"applied"}
 
 
+@pytest.mark.parametrize("kind", ["memory of a GPU", "the model"])
+def test_what_was_taken_out_is_on_health_and_in_metrics(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason, error = ERRORS[kind]
+    monkeypatch.setattr(assembly, "load_model", failing_model(error))
+    config = on_free_port(config_of(tmp_path, [poisoned(11) if n == 11 else good(n) for n in range(32)]))
+    shown: list[tuple[float, bool, str]] = []
+
+    def on_step(*_: object) -> None:
+        values, health = metrics(config), json.loads(get(config, "/healthz")[1])
+        assert health["ok"]
+        letters = values[f'dead_letters_total{{reason="{reason}"}}']
+        shown.append((letters, values['last_event_timestamp_seconds{kind="accused"}'] > 0, health["detail"]))
+
+    serve(Settings(**config), threading.Event(), Watcher(on_step))
+    assert shown[0] == (0, False, "")
+    assert shown[1][:2] == (1, True)
+    assert f" is dead-lettered as {reason}: " in shown[1][2]
+
+
 def test_a_selector_that_fails_once_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = serve_until(config_of(tmp_path / "whole", goods(80)))
     fail_from(monkeypatch, 4, 4)
@@ -248,7 +270,8 @@ def test_a_selector_that_fails_once_costs_nothing(tmp_path: Path, monkeypatch: p
 def test_a_selector_that_fails_on_everything_ends_the_run_with_what_was_learned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = config_of(tmp_path, goods(80))
+    config = on_free_port(config_of(tmp_path, goods(80)))
+    shown = shown_at_the_end(monkeypatch, config)
     with monkeypatch.context() as patched:
         fail_from(patched, 4, 10**9)
         with pytest.raises(
@@ -258,12 +281,26 @@ def test_a_selector_that_fails_on_everything_ends_the_run_with_what_was_learned(
     assert e.value.exit_code == 7
     assert "\n" not in str(e.value)
     assert caplog.text.count("Traceback") == 1
+    assert shown == [(503, str(e.value), 1.0)]
     assert checkpoints(config)[-1].name == "step-00000003.e1"
     assert counts(config)["dead_lettered"] == 0
     assert sum(counts(config).values()) == 3 * POOL
     summary, steps = serve_until(config)
     assert [name for step in steps for name in step.ids] == [str(number) for number in range(24, 80)]
     assert sum(summary.counts.values()) == 80
+
+
+def shown_at_the_end(monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]) -> list[tuple[int, str, float]]:
+    """Collects health's code and reason, and the metric of the state, whenever a run fails."""
+    fail, shown = Status.fail, list[tuple[int, str, float]]()
+
+    def failing(self: Status, error: BaseException) -> None:
+        fail(self, error)
+        code, page = get(config, "/healthz")
+        shown.append((code, json.loads(page)["detail"], metrics(config)['state{stream_trainer_state="failed"}']))
+
+    monkeypatch.setattr(Status, "fail", failing)
+    return shown
 
 
 def fail_from(patched: pytest.MonkeyPatch, first: int, last: int) -> None:
