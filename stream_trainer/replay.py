@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from stream_trainer.checkpoints.checkpoint import TRAINER
 from stream_trainer.checkpoints.directory import Found, checkpoints_in
+from stream_trainer.checkpoints.fingerprint import TARGET_CONTENTS
 from stream_trainer.checkpoints.manifest import DamagedError, verify
 from stream_trainer.checkpoints.plan import NAME, Entry, lines_of, read_plan
 from stream_trainer.errors import DataLossError, NotAsPlannedError, SettingsError
@@ -75,6 +76,7 @@ def run(settings: Settings, first: str, last: str, scratch: Path | None = None) 
     begin, end = (_find(settings.checkpoint.dir, name) for name in (first, last))
     if begin.step >= end.step:
         raise SettingsError(f"--from={first} is not before --to={last}; exchange them, or name two others")
+    _require_one_course(begin, end)
     entries = _planned(begin, end)
     decided = State.of(begin.path).records
     expected = State.of(end.path)  # it may be pruned before we are done
@@ -109,6 +111,21 @@ def _find(directory: Path, name: str) -> Found:
     except (OSError, DamagedError) as error:
         raise SettingsError(f"checkpoint {path} is damaged ({error}); name another") from error
     return found
+
+
+def _require_one_course(begin: Found, end: Found) -> None:
+    """Raise SettingsError if the plan does not hold what made the later one of the earlier one."""
+    one, other = (json.loads((found.path / TRAINER).read_text()) for found in (begin, end))
+    targets, factors = [], []
+    for trainer in (one, other):
+        targets.append(trainer.get("fingerprint", {}).get(TARGET_CONTENTS))
+        factors.append(trainer["parts"].get("recovery", {}).get("factor", 1.0))
+    for what, values in (("the target was replaced", targets), ("the run went back to an earlier model", factors)):
+        if values[0] != values[1]:
+            raise SettingsError(
+                f"between {begin.path.name} and {end.path.name} {what}, which cannot be made again; replay up to the "
+                "checkpoint before that, or from the one that was made then"
+            )
 
 
 def _planned(begin: Found, end: Found) -> list[Entry]:

@@ -1,5 +1,6 @@
 """The steps between two checkpoints, made again from the recorded order: equal to the bit, or told where not."""
 
+import json
 import random
 import shutil
 import threading
@@ -137,6 +138,23 @@ def test_another_weight_is_named(copied: dict[str, Any], tmp_path: Path, capsys:
     code, said = replayed(tmp_path, copied, first.name, last.name, capsys)
     assert code == 1
     assert "differs: model/model.safetensors: model.norm.weight\n1 of " in said
+
+
+@pytest.mark.parametrize("what", ["the target was replaced", "the run went back to an earlier model"])
+def test_a_course_that_was_left_in_between_is_told(
+    what: str, copied: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, last = checkpoints(copied)[1:3]
+    state = json.loads((last / "trainer.json").read_text())
+    state["fingerprint"]["target.path_contents"] += "0" if "target" in what else ""
+    state["parts"]["recovery"]["factor"] *= 1.0 if "target" in what else 0.125
+    (last / "trainer.json").write_text(json.dumps(state))
+    (last / "manifest.json").unlink()
+    write_manifest(last, 8)
+    code, said = replayed(tmp_path, copied, first.name, last.name, capsys)
+    assert code == 2
+    assert f"error: between {first.name} and {last.name} {what}, which cannot be made again; replay up to " in said
+    assert "Traceback" not in said
 
 
 def test_other_settings_are_told(made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
