@@ -47,6 +47,7 @@ TOPIC, PARTITIONS = "soak", 3
 POISON_EVERY = 100
 AHEAD = 4_000  # records that the producer is ahead of the service
 DOWN_S = 3.0
+ANSWERED_S = 0.3  # after which the service has closed what it answered
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Producer:
         self._servers, self._config = servers, config
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self.asking = threading.Lock()  # held while it asks the service, which takes a thread and a connection there
         self.sent = 0
 
     def start(self) -> None:
@@ -85,7 +87,7 @@ class Producer:
         producer = KafkaProducer(bootstrap_servers=self._servers, acks="all", linger_ms=20, max_block_ms=5000)
         try:
             while not self._stopping.is_set():
-                while self.sent - decided(self._config) > AHEAD and not self._stopping.wait(0.1):
+                while self.sent - self._decided() > AHEAD and not self._stopping.wait(0.1):
                     pass
                 for _ in range(500):
                     value = b"not JSON" if self.sent % POISON_EVERY == 0 else good(self.sent)
@@ -94,6 +96,10 @@ class Producer:
                 producer.flush(timeout=30)
         finally:
             producer.close(timeout=5)
+
+    def _decided(self) -> float:
+        with self.asking:
+            return decided(self._config)
 
 
 def ends_of(servers: str) -> dict[int, int]:
@@ -178,7 +184,9 @@ def soak(seconds: float, restart_s: float, allowed: float, folder: Path) -> dict
         restarts = 0
         while (passed := time.monotonic() - started) < seconds:
             assert service.poll() is None, (folder / "log").read_text()[-2000:]
-            readings.append(read(process, started))
+            with producer.asking:
+                time.sleep(ANSWERED_S)
+                readings.append(read(process, started))
             if passed > (restarts + 1) * restart_s:
                 up.close()
                 time.sleep(DOWN_S)
