@@ -29,7 +29,7 @@ from stream_trainer.samples.decoder import Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.tracking.attach import track
-from stream_trainer.training.build import make_engine
+from stream_trainer.training.build import make_engine, split_target
 from stream_trainer.training.control.steering import Steering
 from stream_trainer.training.control.watched import WatchedFile
 from stream_trainer.training.draw.sampling import make_paying, make_sampler, resting
@@ -66,13 +66,13 @@ def build(run: Run) -> Trainer:
     settings, metrics = run.settings, run.metrics
     started = time.perf_counter()
     learner = _learner(settings, run.watchers)
-    buffer, paying = Buffer(settings.buffer), make_paying(settings)
+    buffer, paying = Buffer(settings.buffer), make_paying(settings, learner.held)
 
     def accuse(sample: Sample, failure: Failure) -> None:
         trainer.accuse(sample, failure)  # made below, once there is a cursor
 
     with run.watchers.during("describing the target"):
-        drawn = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"], accuse)
+        drawn = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.steering, accuse)
     owner = _claim(run)
     with run.watchers.during("looking for a checkpoint to resume"):
         checkpoint = load_latest(settings.checkpoint.dir)
@@ -129,12 +129,16 @@ class _Learner:
 
     Attributes:
         sets: fixed samples by name, whose loss is watched.
+        steering: those of the target that steer the selection.
+        held: those that do not.
         fingerprint: what it is made of; a checkpoint's weights, once they are restored, are others.
     """
 
     loaded: LoadedModel
     decoder: Decoder
     sets: dict[str, list[Sample]]
+    steering: list[Sample]
+    held: list[Sample]
     optimizer: NamedAdamW | MaskedAdamW
     engine: SelectionEngine
     fingerprint: dict[str, object]
@@ -146,10 +150,12 @@ def _learner(settings: Settings, watchers: Watchers) -> _Learner:
     decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
     with watchers.during("reading the target and the evaluation sets"):
         sets, anchors = _evaluation_sets(settings, decoder), _anchors(settings, decoder)
+        steering, held = split_target(settings, sets["target"])
     with watchers.during("attaching the selection to the model"):
         optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
-        engine = make_engine(settings, loaded, optimizer, sets["target"], anchors)
-    return _Learner(loaded, decoder, sets, optimizer, engine, fingerprint_of(settings, loaded, __version__))
+        engine = make_engine(settings, loaded, optimizer, steering, anchors)
+    made_of = fingerprint_of(settings, loaded, __version__)
+    return _Learner(loaded, decoder, sets, steering, held, optimizer, engine, made_of)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from stream_trainer.monitoring.groups.shadow import ShadowMetrics
 from stream_trainer.monitoring.orders import ACTIONS
 from stream_trainer.records import Outcome
 
@@ -33,14 +34,14 @@ SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 
 PHASES = (
     *("wait", "target", "score", "weigh", "compare", "train", "update", "second_pass", "evaluate", "checkpoint"),
-    "other",
+    *("shadow", "other"),
 )
 READING = ("wait", "decode", "hold", "commit", "other")
 GPU_MEMORY = ("allocated", "reserved")
 UNSELECTED = ("undrawn", "low_scored", "filtered")
 EVENTS = (
     *("checkpoint_failed", "evaluation_failed", "paused", "resumed", "target_refused", "target_replaced", "rollback"),
-    *("accused", "selection_pays", "selection_does_not_pay", "settings_changed"),
+    *("accused", "selection_pays", "selection_does_not_pay", "shadow_disagrees", "settings_changed"),
     *("published", "publish_gated", "publish_failed"),
 )
 WAYS = ("learned", "scored", "rival", "uniform")
@@ -269,6 +270,7 @@ class Metrics:
             "selection_advantage", "What an update of selection is worth, in uniform ones; NaN before it is known."
         )
         self.selection_advantage.set(math.nan)
+        self.shadow = ShadowMetrics(self._counter, self._gauge)
         self.pays = self._gauge("selection_pays", "0 while selection does not pay; 1 before it is known.")
         self.pays.set(1)
         self.target_agreement = self._gauge(

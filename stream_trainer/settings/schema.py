@@ -148,6 +148,8 @@ class TargetSettings(Section):
     """JSONL file of target samples in the stream's format. They steer the selection and are never trained on."""
     max_samples: Count = 64
     """Samples used, from the top of the file."""
+    held_back: Annotated[int, Field(ge=0)] = 0
+    """Of these samples the last so many steer nothing: `selection.advantage.shadow_every` measures effects on them."""
     watch: bool = False
     """Look every 5 seconds whether the file is another one, and go on with that if it can be used."""
     refresh_steps: Count = 4
@@ -369,6 +371,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"optimizer.moments=int8 does not go with selection.mask={self.selection.mask}, which keeps moments of "
                 "unmasked weights only; set optimizer.moments to float32"
+            )
+        every = self.selection.advantage.shadow_every
+        if every is not None and self.target.held_back == 0:
+            raise ValueError(
+                f"selection.advantage.shadow_every={every} measures on samples held back, and target.held_back is 0; "
+                "set it to 8 or more"
             )
         if self.publish.vllm is not None and self.model.lora is None:
             raise ValueError("publish.vllm loads adapters, and there are none; set model.lora, or leave it out")

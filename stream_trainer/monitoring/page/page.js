@@ -93,7 +93,9 @@ function drawCharts() {
   chart("speed", times, [line("tokens", "tokens_per_second")], marks);
   chart("ratio", times, [line("share", "selected_ratio")], marks);
   chart("lag", rows.some((row) => row.lag != null) ? times : [], [line("behind", "lag")], marks);
-  chart("advantage", rows.some((row) => row.advantage != null) ? times : [], [line("advantage", "advantage")], marks);
+  const measured = rows.some((row) => row.advantage_measured != null);
+  const advantages = [line("advantage", "advantage"), ...(measured ? [line("measured", "advantage_measured")] : [])];
+  chart("advantage", measured || rows.some((row) => row.advantage != null) ? times : [], advantages, marks);
   const sets = Object.keys(start);
   chart("losses", evaluations.map((one) => one.time), sets.map((name) => ({
     label: name, values: evaluations.map((one) => (one.losses[name] == null ? null : one.losses[name] / start[name])),

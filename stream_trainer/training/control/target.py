@@ -13,7 +13,7 @@ from stream_trainer.models.refusals import first_line
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.samples.decoder import Decoder, read_samples
-from stream_trainer.training.build import make_budget
+from stream_trainer.training.build import make_budget, split_target
 from stream_trainer.training.draw.paying import RestingSampler
 from stream_trainer.training.draw.pools import PoolSampler
 from stream_trainer.training.draw.sampling import make_sampler
@@ -30,6 +30,7 @@ class Proven:
     Attributes:
         target: with its first gradient; None if nothing reads one.
         sampler: whose draws follow this target, with all that waits.
+        held: samples that steer nothing.
     """
 
     digest: str
@@ -37,6 +38,7 @@ class Proven:
     loss: float
     target: Target | None
     sampler: PoolSampler
+    held: list[Sample]
 
 
 def replace_target(trainer: "Trainer") -> str:
@@ -77,14 +79,15 @@ def _prove(trainer: "Trainer") -> Proven | None:
     samples = read_samples(path, decoder, settings.target.max_samples, "target.path")
     if digest_of_file(path) != digest:
         raise SettingsError(f"target.path={path} changes while it is read; write it elsewhere and rename it")
-    batch = collate(samples, loaded.tokenizer.pad_token_id)
-    loss = mean_loss(engine.capture, [batch])
+    steering, held = split_target(settings, samples)
+    loss = mean_loss(engine.capture, [collate(samples, loaded.tokenizer.pad_token_id)])
     if not math.isfinite(loss):
         raise SettingsError(f"target.path={path}: its loss is {loss}; correct its samples")
     target = engine.target
     if target is not None:
+        batch = collate(steering, loaded.tokenizer.pad_token_id)
         target = target.renewed([batch], engine.capture, make_budget(settings).micro_tokens)
-    return Proven(digest, samples, loss, target, _sampler_for(trainer, samples))
+    return Proven(digest, samples, loss, target, _sampler_for(trainer, steering), held)
 
 
 def _sampler_for(trainer: "Trainer", samples: list[Sample]) -> PoolSampler:
@@ -107,5 +110,7 @@ def _take_over(trainer: "Trainer", proven: Proven) -> None:
     trainer.engine.target = proven.target
     trainer.engine.scoring.reset()
     trainer.sampler = proven.sampler
+    if trainer.paying.shadows is not None:
+        trainer.paying.shadows.held = proven.held
     trainer.evaluations.replace_target(trainer.step, proven.samples, proven.loss)
     trainer.saver.fingerprint = {**trainer.saver.fingerprint, TARGET_CONTENTS: proven.digest}
