@@ -231,6 +231,12 @@ class Metrics:
         self.forgetting = self._gauge(
             "forgetting_ratio", "Loss on a fixed set over the first one measured, before it was trained.", ("set",)
         )
+        self.moved_tensors = self._gauge(
+            "moved_tensors_ratio", "Share of the trained tensors that changed between the last two evaluations."
+        )
+        self.moved_weights = self._gauge("moved_weights_ratio", "The same of their weights, an estimate.")
+        for gauge in (self.moved_tensors, self.moved_weights):
+            gauge.set(math.nan)
         self.state = Enum(
             f"{PREFIX}_state",
             "What the service is doing.",

@@ -69,6 +69,8 @@ function drawStatus(status) {
     ["loss of the pool", number(status.pool_loss)],
     ["learning rate", number(status.learning_rate)],
     ["step takes", status.step_seconds === undefined ? "–" : `${number(status.step_seconds, 3)} s`],
+    ["tensors that moved", status.moved_tensors === undefined ? "–" : percent(status.moved_tensors)],
+    ["weights that moved", status.moved_weights === undefined ? "–" : percent(status.moved_weights)],
     ["records decided", number(decided)],
     ...Object.entries(records).filter(([, count]) => count > 0).map(([name, count]) => [name.replaceAll("_", " "), `${number(count)}, ${percent(count / decided)}`]),
     ["model", status.model, "long"],
