@@ -282,6 +282,10 @@ class Metrics:
         self.target_agreement = self._gauge(
             "target_agreement_ratio", "How steady the target's gradient is: 1 without noise, 0 of noise alone."
         )
+        self.target_topic = self._gauge(
+            "target_topic_reachable", "0 while `target.topic` cannot be read; 1 also where there is none."
+        )
+        self.target_topic.set(1)
         self.target_refreshes = self._counter("target_refreshes_total", "Refreshes of the target gradient.")
         self.target_refusals = self._counter(
             "target_refreshes_refused_total", "Refreshes of the target gradient that were not finite and left out."
