@@ -29,7 +29,8 @@ from stream_trainer.samples.decoder import Decoder, read_samples
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.tracking.attach import track
-from stream_trainer.training.build import make_engine
+from stream_trainer.training.build import make_engine, split_target
+from stream_trainer.training.control.kept import KeptTarget
 from stream_trainer.training.control.steering import Steering
 from stream_trainer.training.control.watched import WatchedFile
 from stream_trainer.training.draw.sampling import make_paying, make_sampler, resting
@@ -65,14 +66,15 @@ def build(run: Run) -> Trainer:
     """Load model, samples and checkpoint."""
     settings, metrics = run.settings, run.metrics
     started = time.perf_counter()
-    learner = _learner(settings, run.watchers)
-    buffer, paying = Buffer(settings.buffer), make_paying(settings)
+    kept = _kept_target(run)
+    learner = _learner(settings, run.watchers, kept)
+    buffer, paying = Buffer(settings.buffer), make_paying(settings, learner.held)
 
     def accuse(sample: Sample, failure: Failure) -> None:
         trainer.accuse(sample, failure)  # made below, once there is a cursor
 
     with run.watchers.during("describing the target"):
-        drawn = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.sets["target"], accuse)
+        drawn = make_sampler(settings, buffer, learner.loaded, learner.engine, learner.steering, accuse)
     owner = _claim(run)
     with run.watchers.during("looking for a checkpoint to resume"):
         checkpoint = load_latest(settings.checkpoint.dir)
@@ -113,7 +115,7 @@ def build(run: Run) -> Trainer:
         metrics=metrics,
         stopped=run.stop.is_set,
         watchers=run.watchers,
-        steering=Steering(run.orders, _watched(settings, saver)),
+        steering=Steering(run.orders, _watched(settings, saver) if kept is None else kept),
     )
     if checkpoint is not None and state is not None:
         _resume(run, trainer, checkpoint, state)
@@ -129,27 +131,35 @@ class _Learner:
 
     Attributes:
         sets: fixed samples by name, whose loss is watched.
+        steering: those of the target that steer the selection.
+        held: those that do not.
         fingerprint: what it is made of; a checkpoint's weights, once they are restored, are others.
     """
 
     loaded: LoadedModel
     decoder: Decoder
     sets: dict[str, list[Sample]]
+    steering: list[Sample]
+    held: list[Sample]
     optimizer: NamedAdamW | MaskedAdamW
     engine: SelectionEngine
     fingerprint: dict[str, object]
 
 
-def _learner(settings: Settings, watchers: Watchers) -> _Learner:
+def _learner(settings: Settings, watchers: Watchers, kept: KeptTarget | None) -> _Learner:
     with watchers.during("loading model and tokenizer"):
         loaded = load_model(settings.model, settings.training.seed)
     decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
     with watchers.during("reading the target and the evaluation sets"):
+        if kept is not None:
+            kept.begin(lambda path: read_samples(path, decoder, settings.target.max_samples, kept.setting))
         sets, anchors = _evaluation_sets(settings, decoder), _anchors(settings, decoder)
+        steering, held = split_target(settings, sets["target"])
     with watchers.during("attaching the selection to the model"):
         optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
-        engine = make_engine(settings, loaded, optimizer, sets["target"], anchors)
-    return _Learner(loaded, decoder, sets, optimizer, engine, fingerprint_of(settings, loaded, __version__))
+        engine = make_engine(settings, loaded, optimizer, steering, anchors)
+    made_of = fingerprint_of(settings, loaded, __version__)
+    return _Learner(loaded, decoder, sets, steering, held, optimizer, engine, made_of)
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,22 @@ def _claim(run: Run) -> Owner:
 def _ledger(run: Run, owner: Owner, cursor: Cursor) -> Decisions | None:
     """What is made again is in the ledger already."""
     return None if run.strict else open_ledger(run.settings.ledger, owner, sum(cursor.counts.values()))
+
+
+def _kept_target(run: Run) -> KeptTarget | None:
+    """What keeps the target as its topic has it, if it comes from one. Steps that are made again know theirs."""
+    settings, topic = run.settings, run.settings.target.topic
+    if topic is None or run.strict:
+        return None
+    from stream_trainer.sources.compacted.topic import CompactedTopic  # only who reads a topic needs a Kafka client
+
+    kept = KeptTarget(settings.target.path, topic)
+    followed = CompactedTopic(settings.source.kafka, topic, kept.take)
+    with run.watchers.during("reading the target's topic"):
+        followed.start(needed=not kept.exists)
+    run.stack.callback(followed.close)
+    run.metrics.target_topic.set_function(lambda: followed.reachable)
+    return kept
 
 
 def _watched(settings: Settings, saver: Saver) -> WatchedFile | None:

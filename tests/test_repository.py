@@ -85,6 +85,7 @@ KAFKA = {
     "stream_trainer/ingest/letter_topic.py",
     "stream_trainer/sources/batches.py",
     "stream_trainer/sources/beginning.py",
+    "stream_trainer/sources/compacted/topic.py",
     "stream_trainer/sources/connection.py",
     "stream_trainer/sources/group.py",
     "stream_trainer/sources/kafka.py",

@@ -17,7 +17,7 @@ from gradient_selectors.capture.gradients import Gradient, PoolGradients
 from gradient_selectors.capture.pieces import pieces_of
 from gradient_selectors.mask.dual_sft import DualSft
 from gradient_selectors.mask.masked_adamw import MaskChange, MaskedAdamW
-from gradient_selectors.preconditioner import optimizer_steps, preconditioner_of
+from gradient_selectors.preconditioner import Preconditioner, optimizer_steps, preconditioner_of
 from gradient_selectors.route.gast import Gast
 from gradient_selectors.state import State, load_states, states_of
 from gradient_selectors.target import Target, is_finite
@@ -261,6 +261,11 @@ class SelectionEngine:
             raise ValueError("no pool has been scored yet; call backward first")
         return self.last.losses_N
 
+    @property
+    def preconditioner(self) -> Preconditioner:
+        """P of the coming step."""
+        return preconditioner_of(self.optimizer, self.capture.parameters, self._warmup_steps)
+
     def state_dict(self) -> dict[str, Any]:
         """What the next pass depends on, beside model and optimizer: nested dictionaries of tensors and JSON values."""
         return states_of(self._parts())
@@ -302,7 +307,7 @@ class SelectionEngine:
 
     def _score(self, batch: Batch, target: Gradient) -> Interaction:
         """One forward and one backward pass over the candidates, in pieces, seen from the target."""
-        preconditioner = preconditioner_of(self.optimizer, self.capture.parameters, self._warmup_steps)
+        preconditioner = self.preconditioner
         gradients = score_pool(self.capture, batch, self.scoring, target, preconditioner, self._budget)
         return Interaction(gradients, target, preconditioner, self.scoring)
 

@@ -60,7 +60,7 @@ def require(checks: list[Check]) -> None:
 
 def _files(settings: Settings) -> Iterator[Check]:
     named: dict[str, Path | None] = {
-        "target.path": settings.target.path,
+        "target.path": settings.target.path if settings.target.topic is None else None,
         "evaluation.retention_path": settings.evaluation.retention_path,
         "selection.mask_path": settings.selection.mask_path,
     }

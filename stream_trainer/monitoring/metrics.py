@@ -22,6 +22,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from stream_trainer.monitoring.groups.shadow import ShadowMetrics
 from stream_trainer.monitoring.orders import ACTIONS
 from stream_trainer.records import Outcome
 
@@ -33,14 +34,14 @@ SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 
 PHASES = (
     *("wait", "target", "score", "weigh", "compare", "train", "update", "second_pass", "evaluate", "checkpoint"),
-    "other",
+    *("shadow", "other"),
 )
 READING = ("wait", "decode", "hold", "commit", "other")
 GPU_MEMORY = ("allocated", "reserved")
 UNSELECTED = ("undrawn", "low_scored", "filtered")
 EVENTS = (
     *("checkpoint_failed", "evaluation_failed", "paused", "resumed", "target_refused", "target_replaced", "rollback"),
-    *("accused", "selection_pays", "selection_does_not_pay", "settings_changed"),
+    *("accused", "selection_pays", "selection_does_not_pay", "shadow_disagrees", "settings_changed"),
     *("published", "publish_gated", "publish_failed"),
 )
 WAYS = ("learned", "scored", "rival", "uniform")
@@ -230,6 +231,12 @@ class Metrics:
         self.forgetting = self._gauge(
             "forgetting_ratio", "Loss on a fixed set over the first one measured, before it was trained.", ("set",)
         )
+        self.moved_tensors = self._gauge(
+            "moved_tensors_ratio", "Share of the trained tensors that changed between the last two evaluations."
+        )
+        self.moved_weights = self._gauge("moved_weights_ratio", "The same of their weights, an estimate.")
+        for gauge in (self.moved_tensors, self.moved_weights):
+            gauge.set(math.nan)
         self.state = Enum(
             f"{PREFIX}_state",
             "What the service is doing.",
@@ -269,11 +276,16 @@ class Metrics:
             "selection_advantage", "What an update of selection is worth, in uniform ones; NaN before it is known."
         )
         self.selection_advantage.set(math.nan)
+        self.shadow = ShadowMetrics(self._counter, self._gauge)
         self.pays = self._gauge("selection_pays", "0 while selection does not pay; 1 before it is known.")
         self.pays.set(1)
         self.target_agreement = self._gauge(
             "target_agreement_ratio", "How steady the target's gradient is: 1 without noise, 0 of noise alone."
         )
+        self.target_topic = self._gauge(
+            "target_topic_reachable", "0 while `target.topic` cannot be read; 1 also where there is none."
+        )
+        self.target_topic.set(1)
         self.target_refreshes = self._counter("target_refreshes_total", "Refreshes of the target gradient.")
         self.target_refusals = self._counter(
             "target_refreshes_refused_total", "Refreshes of the target gradient that were not finite and left out."

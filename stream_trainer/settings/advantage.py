@@ -19,6 +19,11 @@ class AdvantageSettings(Section):
     """Comparisons that are remembered, and that are needed before anything is said."""
     pays_from: Annotated[float, Field(ge=1)] = 1.1
     """Selection pays while its updates are worth at least this many times uniform ones."""
+    shadow_every: Count | None = None
+    """Steps between measurements of what a step does to the loss on the samples of `target.held_back`, and what a step
+    of as many samples, drawn uniformly from the same ones, would do. `null` for none. Each takes about five passes over
+    what is held back and a plain step's time, memory for three gradients more, and memory of the host for the trained
+    weights and their moments. `window` of them decide whether selection pays, in place of what is predicted."""
     when_not_paying: Literal["keep", "uniform"] = "keep"
     """What to do while selection does not pay: `keep` on, and say so; or train on `batch_size` samples drawn uniformly,
     plainly, and compare as often as before. With `draw: learned` set `draw: auto` instead."""

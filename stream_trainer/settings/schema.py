@@ -146,8 +146,13 @@ class TargetSettings(Section):
 
     path: Path
     """JSONL file of target samples in the stream's format. They steer the selection and are never trained on."""
+    topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] | None = None
+    """Compacted topic that holds the target, at the source's brokers. The key names a sample, a null value removes it.
+    `path` is then the file that the target is kept in. What changes in the topic takes over between two steps."""
     max_samples: Count = 64
     """Samples used, from the top of the file."""
+    held_back: Annotated[int, Field(ge=0)] = 0
+    """Of these samples the last so many steer nothing: `selection.advantage.shadow_every` measures effects on them."""
     watch: bool = False
     """Look every 5 seconds whether the file is another one, and go on with that if it can be used."""
     refresh_steps: Count = 4
@@ -363,12 +368,20 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"dead_letters.kind=topic needs source.kind=kafka, not {self.source.kind}; use dead_letters.kind=file"
             )
+        if self.target.topic is not None and self.source.kind != "kafka":
+            raise ValueError(f"target.topic={self.target.topic} needs source.kind=kafka; use target.path without topic")
         if self.dead_letters.kind == "topic" and self.dead_letters.topic == self.source.kafka.topic:
             raise ValueError(f"dead_letters.topic={self.dead_letters.topic} is the source's topic; name another one")
         if self.optimizer.moments == "int8" and self.selection.mask != "none":
             raise ValueError(
                 f"optimizer.moments=int8 does not go with selection.mask={self.selection.mask}, which keeps moments of "
                 "unmasked weights only; set optimizer.moments to float32"
+            )
+        every = self.selection.advantage.shadow_every
+        if every is not None and self.target.held_back == 0:
+            raise ValueError(
+                f"selection.advantage.shadow_every={every} measures on samples held back, and target.held_back is 0; "
+                "set it to 8 or more"
             )
         if self.publish.vllm is not None and self.model.lora is None:
             raise ValueError("publish.vllm loads adapters, and there are none; set model.lora, or leave it out")

@@ -49,10 +49,11 @@ class Generators:
     draw: torch.Generator
     paying: torch.Generator
     resting: torch.Generator
+    shadow: torch.Generator
 
     @classmethod
     def of(cls, seed: int) -> "Generators":
-        return cls(*(torch.Generator().manual_seed(seed + i) for i in range(8)))
+        return cls(*(torch.Generator().manual_seed(seed + i) for i in range(9)))
 
 
 def make_engine(
@@ -95,6 +96,16 @@ def make_engine(
         )
     except UnsupportedParameterError as error:
         raise SettingsError(f"model.name={settings.model.name}: {error}; or set model.lora") from error
+
+
+def split_target(settings: Settings, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """The samples of the target that steer, and those held back. Raises SettingsError if none would steer."""
+    count = settings.target.held_back
+    if count >= len(samples):
+        raise SettingsError(
+            f"target.held_back={count} leaves none of the {len(samples)} samples of target.path to steer; lower it"
+        )
+    return [*samples[: len(samples) - count]], [*samples[len(samples) - count :]]
 
 
 def make_budget(settings: Settings) -> Budget:

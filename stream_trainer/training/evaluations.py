@@ -14,6 +14,7 @@ from stream_trainer.models.refusals import first_line
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
+from stream_trainer.training.faults.moved import Moved, MovedShare
 from stream_trainer.training.faults.recovery import Recovery
 from stream_trainer.training.watchers import Watchers
 
@@ -29,6 +30,7 @@ class Evaluations:
         every_steps: steps between evaluations.
         recovery: is told of the target's loss, and of an evaluation that fails.
         losses: the last loss of each set (nats per token), measured at step `at`.
+        moved: what share of what is trained moved between the last two evaluations; None before there were two.
     """
 
     sets: Mapping[str, Sequence[Sample]]
@@ -41,7 +43,12 @@ class Evaluations:
     stopped: Callable[[], bool]
     losses: dict[str, float] = field(default_factory=dict, init=False)
     at: int | None = field(default=None, init=False)
+    moved: MovedShare | None = field(default=None, init=False)
     _target: tuple[int, float] | None = field(default=None, init=False)  # its loss, and the step it was measured at
+    _looks: Moved = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._looks = Moved(self.capture.parameters)
 
     def evaluate(self, step: int) -> None:
         """Measure the loss of every set, once a step.
@@ -51,6 +58,7 @@ class Evaluations:
         if self.at == step:
             return
         is_first, self.at = not self.losses, step
+        self._look(step)
         began, fails = time.perf_counter(), False
         for name, samples in self.sets.items():
             if self.stopped():
@@ -67,6 +75,15 @@ class Evaluations:
                 self.watchers.event(step, "evaluation_failed", self.recovery.trouble)
         self.metrics.degraded.labels("evaluation").set(fails)
         self.watchers.evaluation(step, self.losses, time.perf_counter() - began)
+
+    def _look(self, step: int) -> None:
+        began = time.perf_counter()
+        self.moved = self._looks.look()
+        if self.moved is not None:
+            self.metrics.moved_tensors.set(self.moved.tensors)
+            self.metrics.moved_weights.set(self.moved.weights)
+            logger.debug("step %d: did not move since the last evaluation: %s", step, ", ".join(self.moved.still))
+        self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - began)
 
     def why_diverged(self, step: int) -> str | None:
         """Why the model is worth less than an earlier one; None also if that cannot be measured."""

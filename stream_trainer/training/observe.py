@@ -11,7 +11,6 @@ from gradient_selectors.features.columns import UNSEEN
 
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Sample
-from stream_trainer.training.draw.paying import Paying
 from stream_trainer.training.draw.pools import PoolSampler
 from stream_trainer.training.draw.waiting import BanditSampler, LearnedSampler, RivalSampler
 from stream_trainer.training.step import StepReport
@@ -120,16 +119,6 @@ def _observe_learned(metrics: Metrics, sampler: LearnedSampler, *, probed: bool)
             continue
         metrics.draw_coefficient.labels(name).set(coefficient)
         metrics.draw_coefficient_deviation.labels(name).set(deviation)
-
-
-def observe_advantage(metrics: Metrics, paying: Paying) -> None:
-    """Export whether selection pays, as far as it is known."""
-    metrics.comparisons.inc()
-    if paying.agreement is not None:
-        metrics.target_agreement.set(paying.agreement)
-    if paying.advantage is not None and paying.pays is not None:
-        metrics.selection_advantage.set(paying.advantage)
-        metrics.pays.set(paying.pays)
 
 
 def expect_layers(metrics: Metrics, engine: SelectionEngine) -> None:

@@ -123,7 +123,7 @@ class Plan:
         if entry is not None and entry.made is not None:
             whole = replace(whole, seconds={"step": entry.made.seconds})
         solver = None if whole.decision.solver is None else whole.decision.solver.status
-        line = Made(step, whole.result, solver, sum(whole.seconds.values()), factor, tuple(self._accused))
+        line = Made(step, whole.result, solver, whole.own_seconds, factor, tuple(self._accused))
         if entry is not None and entry.made is not None and line != entry.made:
             self._leave(step, f"it was {_told(entry.made)}, and is {_told(line)}", gone=False)
         self.file.append(line)

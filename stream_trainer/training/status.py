@@ -125,6 +125,9 @@ class Status:
             "seconds_to_drain": None if self.live is None else self.live.to_drain(),
             "resumed_otherwise": list(trainer.changed),
         }
+        moved = trainer.evaluations.moved
+        if moved is not None:
+            report |= {"moved_tensors": moved.tensors, "moved_weights": moved.weights}
         if last is not None:
             report |= {
                 "pool_loss": sum(last.losses) / len(last.losses),

@@ -18,6 +18,7 @@ from stream_trainer.models.refusals import first_line
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import OptimizerSettings
+from stream_trainer.training.draw.shadow import Effects, Shadow, Trial
 from stream_trainer.training.optimizer import learning_rate
 
 APPLIED, SKIPPED_NONFINITE, SKIPPED_NONE_HELPS = "applied", "skipped_nonfinite", "skipped_none_helps"
@@ -39,7 +40,8 @@ class StepReport:
         target_refused: whether a refresh of the target's gradient was not finite: the one before was used.
         mask_change: what a refresh of the mask changed, or None if there was none.
         comparison: of the update with a uniform one, if it was asked for.
-        seconds: time by phase.
+        effects: measured ones, of the update and of a uniform one, if they were asked for.
+        seconds: time by phase; `shadow` is that of the effects.
     """
 
     result: str
@@ -54,12 +56,18 @@ class StepReport:
     target_refused: bool = False
     mask_change: MaskChange | None = None
     comparison: Comparison | None = None
+    effects: Effects | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def selected(self) -> tuple[int, ...]:
         """Indices into the pool of the samples that entered the update."""
         return tuple(i for i, coefficient in enumerate(self.coefficients) if coefficient > 0)
+
+    @property
+    def own_seconds(self) -> float:
+        """What the step itself took, without what was only measured beside it."""
+        return sum(spent for phase, spent in self.seconds.items() if phase != "shadow")
 
 
 def train_step(
@@ -70,10 +78,11 @@ def train_step(
     *,
     scores: bool = True,
     rival: torch.Generator | None = None,
+    shadow: Shadow | None = None,
 ) -> StepReport:
     """Score the pool, decide, update once; without `scores`, train on all of it. The pool is not empty.
 
-    With `rival`, compare the update with one of samples that it draws.
+    With `rival`, compare the update with one of samples that it draws; with `shadow`, measure the effects of both.
 
     A step whose gradient is not finite changes nothing and says so in the report. Raises SettingsError if that is the
     target's own, and there is no older one; TrainingError if the optimizer fails; and whatever model and selector
@@ -87,9 +96,10 @@ def train_step(
     found = engine.last
     assert found is not None
     started = time.perf_counter()
-    update = _update(engine, decision, settings)
-    updating = found.seconds.get("update", 0.0) + time.perf_counter() - started
-    seconds = {**found.seconds, "update": updating}
+    update = _update(engine, decision, settings, shadow, pad_id)
+    beside = {} if update.effects is None else {"shadow": update.effects.seconds}
+    updating = found.seconds.get("update", 0.0) + time.perf_counter() - started - beside.get("shadow", 0.0)
+    seconds = {**found.seconds, "update": updating, **beside}
     by_layer = decision.coefficients_LN
     coefficients_N = decision.coefficients_N if by_layer is None else by_layer.mean(0)
     applied = update.result == APPLIED
@@ -106,6 +116,7 @@ def train_step(
         target_refused=found.target_refused,
         mask_change=found.mask_change,
         comparison=found.comparison,
+        effects=update.effects,
         seconds=seconds,
     )
 
@@ -115,9 +126,12 @@ class _Update:
     result: str
     gradient_norm: float = math.nan
     learning_rate: float = math.nan
+    effects: Effects | None = None
 
 
-def _update(engine: SelectionEngine, decision: Decision, settings: OptimizerSettings) -> _Update:
+def _update(
+    engine: SelectionEngine, decision: Decision, settings: OptimizerSettings, shadow: Shadow | None, pad_id: int
+) -> _Update:
     """Clip the gradient that the engine left, and take one optimizer step."""
     if not decision.selected:
         # Selectors never select a sample whose loss is not finite; where none is, it is the model that is broken.
@@ -131,8 +145,9 @@ def _update(engine: SelectionEngine, decision: Decision, settings: OptimizerSett
         rate = learning_rate(settings, optimizer_steps(engine.optimizer))
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
+        trial = None if shadow is None else Trial(engine, shadow, len(decision.selected), pad_id)
         _apply(engine.optimizer)
-        return _Update(APPLIED, norm, rate)
+        return _Update(APPLIED, norm, rate, None if trial is None else trial.chosen())
     finally:
         engine.optimizer.zero_grad(set_to_none=True)
 

@@ -32,15 +32,16 @@ from stream_trainer.records import Outcome, Record, Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.control.steering import Steering
-from stream_trainer.training.draw.paying import Paying, comparison_of
+from stream_trainer.training.draw.paying import Paying
 from stream_trainer.training.draw.pools import PoolSampler
+from stream_trainer.training.draw.verdict import note_advantage
 from stream_trainer.training.evaluations import Evaluations
 from stream_trainer.training.faults.attempts import Attempts
 from stream_trainer.training.faults.culprits import Failure, Made
 from stream_trainer.training.faults.recovery import Recovery
 from stream_trainer.training.faults.soundness import why_unsound
 from stream_trainer.training.faults.steps import Steps
-from stream_trainer.training.observe import expect_layers, observe_advantage, observe_stages, observe_step
+from stream_trainer.training.observe import expect_layers, observe_stages, observe_step
 from stream_trainer.training.optimizer import NamedAdamW
 from stream_trainer.training.planning import Plan
 from stream_trainer.training.saver import Saver
@@ -241,7 +242,8 @@ class Trainer:
         started = time.perf_counter()
         rates, scores = self.recovery.rates, self.sampler.scores
         known, rival = self.plan.killers(self.step + 1), self.paying.rival if scores else None
-        made, survived = self._steps.make(drawn, self.step + 1, rates, known, scores=scores, rival=rival)
+        shadow = None if self.paying.rests and not scores else self.paying.shadow(self.sampler)
+        made, survived = self._steps.make(drawn, self.step + 1, rates, known, scores=scores, rival=rival, shadow=shadow)
         if isinstance(made, Failure):
             logger.error("step %d failed\n%s", self.step + 1, made.trace)
             self._end_for(f"step {self.step + 1} failed, and no sample is to blame ({made.detail})")
@@ -365,18 +367,6 @@ class Trainer:
         known: float | None = state.parts.get("recovery", {}).get("best_loss")
         return None if anew else known
 
-    def _observe_advantage(self, whole: StepReport) -> None:
-        """Whether selection pays; said once each time that this changes."""
-        found = comparison_of(self.sampler, whole)
-        changes = found is not None and self.paying.note(found)
-        if found is not None:
-            observe_advantage(self.metrics, self.paying)
-        if changes:
-            why = f"an update of selection is worth {self.paying.advantage:.2f} uniform ones"
-            text = f"selection {'pays again' if self.paying.pays else 'does not pay'}: {why}"
-            logger.warning("%s", text)
-            self.watchers.event(self.step, "selection_pays" if self.paying.pays else "selection_does_not_pay", text)
-
     def _observe(self, made: Made, undrawn: Sequence[Sample], waited: float, seconds: float) -> None:
         self.last_progress = time.monotonic()
         self.recovery.note(made.whole.result, target_refused=made.whole.target_refused)
@@ -391,7 +381,7 @@ class Trainer:
         if self.settings.selection.mask != "none":
             self.metrics.mask_density.set(self.optimizer.density)
         observe_stages(self.metrics, self.engine, self.sampler, report)
-        self._observe_advantage(made.whole)
+        note_advantage(self.paying, self.sampler, made.whole, self.step, self.metrics, self.watchers)
         losses = torch.tensor(report.losses)
         logger.debug(
             "step %d: %s, pool loss %.4f, selected %s", self.step, report.result, losses.mean(), report.selected

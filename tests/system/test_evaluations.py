@@ -201,3 +201,31 @@ def test_an_evaluation_at_the_start_of_a_resume_decides_nothing(
         serve_until(config, 9)
     assert "step 5: target loss" in caplog.text
     assert trainer_json(config)["parts"]["recovery"]["best_loss"] == first
+
+
+def test_an_evaluation_tells_what_has_moved(tmp_path: Path) -> None:
+    """With a mask of whole layers, only these tensors may; without one, all do."""
+    found = []
+    for name, selection in (
+        ("all", {}),
+        ("masked", {"mask": "dual_sft", "dual_sft": {"density": 0.02, "refresh_steps": 100}}),
+    ):
+        config = on_free_port(config_of(tmp_path / name, 48, selection=selection))
+        seen: list[dict[str, Any]] = []
+
+        def on_step(step: int, *_: object, config: dict[str, Any] = config, seen: list[Any] = seen) -> None:
+            if step == 5:
+                seen.append(metrics(config))
+                seen.append(json.loads(get(config, "/status")[1]))
+
+        serve(Settings(**config), threading.Event(), Watcher(on_step))
+        shown, status = seen
+        assert (status["moved_tensors"], status["moved_weights"]) == (
+            shown["moved_tensors_ratio"],
+            shown["moved_weights_ratio"],
+        )
+        found.append(shown)
+    assert found[0]["moved_tensors_ratio"] == 1
+    assert found[0]["moved_weights_ratio"] > 0.5
+    assert 0 < found[1]["moved_tensors_ratio"] <= 1
+    assert found[1]["moved_weights_ratio"] < 0.1

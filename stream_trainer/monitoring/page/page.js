@@ -69,6 +69,8 @@ function drawStatus(status) {
     ["loss of the pool", number(status.pool_loss)],
     ["learning rate", number(status.learning_rate)],
     ["step takes", status.step_seconds === undefined ? "–" : `${number(status.step_seconds, 3)} s`],
+    ["tensors that moved", status.moved_tensors === undefined ? "–" : percent(status.moved_tensors)],
+    ["weights that moved", status.moved_weights === undefined ? "–" : percent(status.moved_weights)],
     ["records decided", number(decided)],
     ...Object.entries(records).filter(([, count]) => count > 0).map(([name, count]) => [name.replaceAll("_", " "), `${number(count)}, ${percent(count / decided)}`]),
     ["model", status.model, "long"],
@@ -93,7 +95,9 @@ function drawCharts() {
   chart("speed", times, [line("tokens", "tokens_per_second")], marks);
   chart("ratio", times, [line("share", "selected_ratio")], marks);
   chart("lag", rows.some((row) => row.lag != null) ? times : [], [line("behind", "lag")], marks);
-  chart("advantage", rows.some((row) => row.advantage != null) ? times : [], [line("advantage", "advantage")], marks);
+  const measured = rows.some((row) => row.advantage_measured != null);
+  const advantages = [line("advantage", "advantage"), ...(measured ? [line("measured", "advantage_measured")] : [])];
+  chart("advantage", measured || rows.some((row) => row.advantage != null) ? times : [], advantages, marks);
   const sets = Object.keys(start);
   chart("losses", evaluations.map((one) => one.time), sets.map((name) => ({
     label: name, values: evaluations.map((one) => (one.losses[name] == null ? null : one.losses[name] / start[name])),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from stream_trainer.errors import SettingsError
 from stream_trainer.monitoring.metrics import State
 from stream_trainer.monitoring.orders import Order, Orders, Outcome
+from stream_trainer.training.control.kept import KeptTarget
 from stream_trainer.training.control.target import replace_target
 from stream_trainer.training.control.watched import WatchedFile
 
@@ -27,7 +28,7 @@ class Steering:
         paused: whether no step is made.
     """
 
-    def __init__(self, orders: Orders | None = None, target_file: WatchedFile | None = None) -> None:
+    def __init__(self, orders: Orders | None = None, target_file: WatchedFile | KeptTarget | None = None) -> None:
         self.paused = False
         self._orders = Orders() if orders is None else orders
         self._target_file = target_file
@@ -79,7 +80,8 @@ class Steering:
             case "checkpoint":
                 return _checkpoint(trainer)
             case _:
-                return replace_target(trainer)
+                kept = self._target_file if isinstance(self._target_file, KeptTarget) else None
+                return replace_target(trainer, kept)
 
     def _pause(self, trainer: "Trainer") -> str:
         if not self.paused:

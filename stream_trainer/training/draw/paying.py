@@ -13,11 +13,67 @@ from gradient_selectors.views.advantage import Comparison
 from stream_trainer.records import Sample
 from stream_trainer.settings.advantage import AdvantageSettings
 from stream_trainer.training.draw.pools import PoolSampler
+from stream_trainer.training.draw.shadow import Effect, Shadow
+from stream_trainer.training.draw.sides import Sides
 from stream_trainer.training.draw.waiting import LearnedSampler
 from stream_trainer.training.step import StepReport
 
 AGAIN = 1.1  # times `pays_from`: from here on selection pays again, so that nothing flickers
-ERRORS = 2.0  # standard errors that both sides are given, so that noise makes them alike
+
+
+@dataclass
+class Shadows:
+    """Measured effects of steps and of uniform draws, every `every` steps.
+
+    Attributes:
+        held: samples of the target that steer nothing.
+        generator: draws the uniform side, on the CPU.
+        micro_tokens: bound on the tokens of a pass.
+        measured: what the effects come to.
+        predicted: what the same effects were to first order.
+    """
+
+    every: int
+    held: Sequence[Sample]
+    generator: torch.Generator
+    micro_tokens: int | None
+    measured: Sides
+    predicted: Sides
+    disagree: bool = field(default=False, init=False)
+    _turns: int = field(default=0, init=False)
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step is measured."""
+        return self._turns % self.every == 0
+
+    def turn(self) -> None:
+        """Take note of a step."""
+        self._turns += 1
+
+    def note(self, chosen: Effect, uniform: Effect) -> bool:
+        """Take note of effects. Returns whether what is measured begins to speak against what is predicted."""
+        self.measured.note(chosen.measured, uniform.measured)
+        self.predicted.note(chosen.predicted, uniform.predicted)
+        before, self.disagree = self.disagree, self.measured.direction * self.predicted.direction < 0
+        return self.disagree and not before
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the future depends on."""
+        return {
+            "measured": self.measured.state_dict(),
+            "predicted": self.predicted.state_dict(),
+            "disagree": self.disagree,
+            "turns": self._turns,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.measured.load_state_dict(state["measured"])
+        self.predicted.load_state_dict(state["predicted"])
+        self.disagree, self._turns = state["disagree"], state["turns"]
+        self.generator.set_state(state["generator"])
 
 
 @dataclass
@@ -26,38 +82,33 @@ class Paying:
 
     Attributes:
         generator: draws the uniform side, on the CPU.
-        comparisons: how many there were.
+        shadows: measures effects, if that is asked for.
+        predicted: what updates are worth to first order.
         agreement: how steady the target's gradient is: 1 without noise, 0 of noise alone; None before it is known.
         pays: whether selection pays; None before it is known.
     """
 
     settings: AdvantageSettings
     generator: torch.Generator
-    comparisons: int = field(default=0, init=False)
+    shadows: Shadows | None = None
+    predicted: Sides = field(init=False)
     agreement: float | None = field(default=None, init=False)
     pays: bool | None = field(default=None, init=False)
     _scored: int = field(default=0, init=False)
-    _sums: list[float] = field(default_factory=lambda: [0.0] * 5, init=False)
+
+    def __post_init__(self) -> None:
+        self.predicted = Sides(self.settings.window)
+
+    @property
+    def measured_advantage(self) -> float | None:
+        """What an update is worth, in uniform ones, as measured; None before it is known."""
+        return None if self.shadows is None else self.shadows.measured.advantage
 
     @property
     def advantage(self) -> float | None:
-        """What an update is worth, in uniform ones; None before it is known.
-
-        A ratio of discounted sums, for what chance draws at one step may be worth nothing. Both have two standard
-        errors of their difference added: where noise is all there is, the ratio is near 1.
-        """
-        if self.comparisons < self.settings.window:
-            return None
-        chosen, uniform, weights_2, differences, squares = self._sums
-        total = (1 - self._keep**self.comparisons) / (1 - self._keep)  # of the discounts
-        mean = (chosen - uniform) / total
-        error = math.sqrt(max(0.0, squares - 2 * mean * differences + mean**2 * weights_2))
-        below = max(0.0, uniform) + ERRORS * error
-        return (max(0.0, chosen) + ERRORS * error) / below if below > 0 else 1.0
-
-    @property
-    def _keep(self) -> float:
-        return 1 - 1 / self.settings.window
+        """What decides: the measured advantage where it is known, else the predicted one."""
+        measured = self.measured_advantage
+        return self.predicted.advantage if measured is None else measured
 
     @property
     def rests(self) -> bool:
@@ -71,27 +122,37 @@ class Paying:
         return every is not None and self._scored % every == 0
 
     @property
+    def looks(self) -> bool:
+        """Whether the next step is to be one of selection even while that does not pay."""
+        return self.due or (self.shadows is not None and self.shadows.due)
+
+    @property
     def rival(self) -> torch.Generator | None:
         """What draws the uniform side of the next scored step; None if that is not to compare."""
         return self.generator if self.due else None
 
+    def shadow(self, sampler: PoolSampler) -> Shadow | None:
+        """What the effect of the step on what was drawn is measured beside; None if it is not to be."""
+        shadows = self.shadows
+        if shadows is None or not shadows.due:
+            return None
+        return Shadow(shadows.held, sampler.offered, shadows.generator, shadows.micro_tokens)
+
     def turn(self, *, scored: bool) -> None:
         """Take note of a step; one that would have been scored counts as one that was."""
         self._scored += int(scored or self.rests)
+        if self.shadows is not None:
+            self.shadows.turn()
 
     def note(self, found: Comparison) -> bool:
         """Take note of what both sides of a step are worth. Returns whether selection begins or ceases to pay."""
-        keep, difference = self._keep, found.chosen - found.uniform
-        old = (keep, keep, keep**2, keep**2, keep**2)
-        new = (found.chosen, found.uniform, 1.0, difference, difference**2)
-        self._sums = [share * was + more for share, was, more in zip(old, self._sums, new, strict=True)]
+        self.predicted.note(found.chosen, found.uniform)
         if found.agreement is not None:
-            known = found.agreement if self.agreement is None else self.agreement
+            known, keep = found.agreement if self.agreement is None else self.agreement, self.predicted.keep
             self.agreement = keep * known + (1 - keep) * found.agreement
-        self.comparisons += 1
-        return self._judge()
+        return self.judge()
 
-    def _judge(self) -> bool:
+    def judge(self) -> bool:
         """Whether selection begins or ceases to pay; that it pays from the start is no news."""
         advantage, before = self.advantage, self.pays
         if advantage is None:
@@ -101,20 +162,24 @@ class Paying:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the future depends on."""
+        state = self.predicted.state_dict()
+        shadows = {} if self.shadows is None else {"shadows": self.shadows.state_dict()}
         return {
-            "sums": list(self._sums),
+            "sums": state["sums"],
             "agreement": self.agreement,
-            "counts": [self.comparisons, self._scored],
+            "counts": [state["comparisons"], self._scored],
             "pays": self.pays,
             "generator": self.generator.get_state(),
-        }
+        } | shadows
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        self._sums, self.agreement = list(state["sums"]), state["agreement"]
-        self.comparisons, self._scored = state["counts"]
-        self.pays = state["pays"]
+        """Inverse of `state_dict`. Shadows that were off when it was made begin afresh."""
+        comparisons, self._scored = state["counts"]
+        self.predicted.load_state_dict({"sums": state["sums"], "comparisons": comparisons})
+        self.agreement, self.pays = state["agreement"], state["pays"]
         self.generator.set_state(state["generator"])
+        if self.shadows is not None and "shadows" in state:
+            self.shadows.load_state_dict(state["shadows"])
 
 
 def comparison_of(sampler: PoolSampler, report: StepReport) -> Comparison | None:
@@ -158,9 +223,13 @@ class RestingSampler:
     def waiting(self) -> int:
         return self.inner.waiting
 
+    @property
+    def offered(self) -> Sequence[Sample]:
+        return self.inner.offered
+
     def next(self, stopped: Callable[[], bool]) -> list[Sample]:
         pool = self.inner.next(stopped)
-        self.scores = not self.paying.rests or self.paying.due
+        self.scores = not self.paying.rests or self.paying.looks
         if self.scores:
             return pool
         drawn = draw_uniform(len(pool), self.batch_size, self.generator)

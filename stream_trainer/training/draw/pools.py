@@ -28,6 +28,10 @@ class PoolSampler(Protocol):
     def scores(self) -> bool:
         """Whether the pool that was drawn last is to be scored; otherwise the step trains on all of it."""
 
+    @property
+    def offered(self) -> Sequence[Sample]:
+        """What the last pool was drawn from, that pool included; to be read before `feedback`."""
+
     def next(self, stopped: Callable[[], bool]) -> list[Sample]:
         """The next step's candidates; empty only if `stopped()` turned true or nothing is left."""
 
@@ -50,9 +54,11 @@ class SequentialSampler:
     wait_s: float
     waiting: int = field(default=0, init=False)
     scores: bool = field(default=True, init=False)
+    offered: list[Sample] = field(default_factory=list, init=False)
 
     def next(self, stopped: Callable[[], bool]) -> list[Sample]:
-        return self.buffer.take(self.pool_size, self.wait_s, stopped)
+        self.offered = self.buffer.take(self.pool_size, self.wait_s, stopped)
+        return self.offered
 
     def feedback(self, report: StepReport) -> list[Sample]:  # noqa: ARG002
         return []
@@ -79,10 +85,11 @@ class UniformSampler:
     generator: torch.Generator
     waiting: int = field(default=0, init=False)
     scores: bool = field(default=True, init=False)
+    offered: list[Sample] = field(default_factory=list, init=False)
     _undrawn: list[Sample] = field(default_factory=list, init=False)
 
     def next(self, stopped: Callable[[], bool]) -> list[Sample]:
-        come = self.buffer.take(self.pool_size, self.wait_s, stopped)
+        come = self.offered = self.buffer.take(self.pool_size, self.wait_s, stopped)
         drawn = draw_uniform(len(come), self.num_drawn, self.generator)
         self._undrawn = [sample for i, sample in enumerate(come) if i not in set(drawn)]
         return [come[i] for i in drawn]
@@ -116,10 +123,11 @@ class LossSampler:
     losses: Callable[[Sequence[Sample]], Tensor]
     waiting: int = field(default=0, init=False)
     scores: bool = field(default=True, init=False)
+    offered: list[Sample] = field(default_factory=list, init=False)
     _undrawn: list[Sample] = field(default_factory=list, init=False)
 
     def next(self, stopped: Callable[[], bool]) -> list[Sample]:
-        come = self.buffer.take(self.pool_size, self.wait_s, stopped)
+        come = self.offered = self.buffer.take(self.pool_size, self.wait_s, stopped)
         if not come:
             return []
         order = torch.argsort(self.losses(come).nan_to_num(torch.inf), stable=True).tolist()

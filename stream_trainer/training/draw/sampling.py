@@ -24,9 +24,10 @@ from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
 from stream_trainer.settings.selection import PREDICTS, ClusterUcbSettings, LearnedSettings, SelectionSettings
-from stream_trainer.training.build import Generators
-from stream_trainer.training.draw.paying import Paying, RestingSampler
+from stream_trainer.training.build import Generators, make_budget
+from stream_trainer.training.draw.paying import Paying, RestingSampler, Shadows
 from stream_trainer.training.draw.pools import LossSampler, PoolSampler, SequentialSampler, UniformSampler
+from stream_trainer.training.draw.sides import Sides
 from stream_trainer.training.draw.waiting import BanditSampler, LearnedSampler, RivalSampler, WaitingRoom
 from stream_trainer.training.faults.culprits import Failure
 from stream_trainer.training.faults.own_features import Accuse, describe_sound, describe_target, load_own_features
@@ -68,13 +69,20 @@ def make_sampler(
             assert_never(selection.draw)
 
 
-def make_paying(settings: Settings) -> Paying:
-    """What finds out whether selection pays. The learned draw's probes compare by themselves."""
+def make_paying(settings: Settings, held: Sequence[Sample]) -> Paying:
+    """What finds out whether selection pays. The learned draw's probes compare by themselves.
+
+    `held`: the samples of the target that are held back.
+    """
     selection, generators = settings.selection, Generators.of(settings.training.seed)
     options = selection.advantage
     if selection.draw in PREDICTS:
         options = options.model_copy(update={"every_steps": None})
-    return Paying(options, generators.paying)
+    if options.shadow_every is None:
+        return Paying(options, generators.paying)
+    sides, micro_tokens = [Sides(options.window) for _ in range(2)], make_budget(settings).micro_tokens
+    shadows = Shadows(options.shadow_every, held, generators.shadow, micro_tokens, *sides)
+    return Paying(options, generators.paying, shadows)
 
 
 def resting(sampler: PoolSampler, paying: Paying, settings: Settings) -> PoolSampler:

@@ -96,6 +96,10 @@ class BanditSampler:
     def waiting(self) -> int:
         return len(self.room.samples)
 
+    @property
+    def offered(self) -> Sequence[Sample]:
+        return self.room.samples
+
     def next(self, stopped: Callable[[], bool]) -> list[Sample]:
         if not self.room.fill(stopped):
             return []
@@ -139,6 +143,10 @@ class LearnedSampler:
         return len(self.room.samples)
 
     @property
+    def offered(self) -> Sequence[Sample]:
+        return self.room.samples
+
+    @property
     def scores(self) -> bool:
         return self.draw.scores
 
@@ -157,7 +165,7 @@ class LearnedSampler:
         losses_n, coefficients_n = (torch.tensor(values) for values in (report.losses, report.coefficients))
         utilities_n = None if report.utilities is None else torch.tensor(report.utilities, dtype=torch.float64)
         before = self._way
-        self.draw.observe(Found(losses_n, coefficients_n, utilities_n, sum(report.seconds.values())))
+        self.draw.observe(Found(losses_n, coefficients_n, utilities_n, report.own_seconds))
         if self._way != before:
             logger.info("%s", WAYS[self._way])
         undrawn, gone = self.room.leave(self._drawn)
@@ -195,6 +203,10 @@ class RivalSampler:
     @property
     def waiting(self) -> int:
         return len(self.room.samples)
+
+    @property
+    def offered(self) -> Sequence[Sample]:
+        return self.room.samples
 
     def next(self, stopped: Callable[[], bool]) -> list[Sample]:
         if not self.room.fill(stopped):

@@ -10,6 +10,7 @@ from gradient_selectors import SelectionEngine
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import OptimizerSettings
+from stream_trainer.training.draw.shadow import Shadow
 from stream_trainer.training.faults.attempts import Attempts
 from stream_trainer.training.faults.culprits import KILLED, Failure, Hands, Made, make_step
 from stream_trainer.training.step import train_step
@@ -41,13 +42,16 @@ class Steps:
         *,
         scores: bool,
         rival: torch.Generator | None = None,
+        shadow: Shadow | None = None,
     ) -> tuple[Made | Failure, bool]:
         """Make a step, and whether it got past a sample that killed earlier processes.
 
         `known` are partition and offset of those that did when the step was first made.
         """
         hands = Hands(
-            step=lambda pool: train_step(self.engine, pool, self.pad_id, rates, scores=scores, rival=rival),
+            step=lambda pool: train_step(
+                self.engine, pool, self.pad_id, rates, scores=scores, rival=rival, shadow=shadow
+            ),
             rehearse=lambda pool: self.engine.rehearse(collate(pool, self.pad_id), scores=scores),
             accuse=self.accuse,
             scores=scores,

@@ -128,6 +128,7 @@ class Live:
             "step": step,
             "lag": sum_of(self._metrics.lag),
             "advantage": sum_of(getattr(self._metrics, "selection_advantage", None)),
+            "advantage_measured": sum_of(self._metrics.shadow.advantage),
             "effective_samples": report.decision.effective_samples,
         }
         self.history.row(**row)

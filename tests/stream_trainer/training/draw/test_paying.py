@@ -8,7 +8,9 @@ import torch
 from gradient_selectors.views.advantage import Comparison
 
 from stream_trainer.settings.advantage import AdvantageSettings
-from stream_trainer.training.draw.paying import Paying, by_roles
+from stream_trainer.training.draw.paying import Paying, Shadows, by_roles
+from stream_trainer.training.draw.shadow import Effect
+from stream_trainer.training.draw.sides import Sides
 
 
 def paying(**options: object) -> Paying:
@@ -96,3 +98,72 @@ def test_a_probe_compares_what_the_policy_drew_with_what_chance_drew() -> None:
     assert found == Comparison(0.5, 0.125, None)
     assert by_roles(("policy", "policy"), (1.0, 1.0)) is None
     assert by_roles(("policy", "uniform"), (1.0, math.nan)) is None
+
+
+def measuring(**options: object) -> tuple[Paying, Shadows]:
+    shadows = Shadows(4, (), torch.Generator().manual_seed(1), None, Sides(8), Sides(8))
+    return Paying(AdvantageSettings(window=8, **options), torch.Generator().manual_seed(0), shadows), shadows
+
+
+def noted_effects(found: Shadows, chosen: float, uniform: float, predicted: tuple[float, float], times: int) -> int:
+    return sum(found.note(Effect(predicted[0], chosen), Effect(predicted[1], uniform)) for _ in range(times))
+
+
+def test_what_is_measured_decides_over_what_is_predicted() -> None:
+    found, shadows = measuring()
+    noted(found, *[(3.0, 1.0)] * 8)
+    assert (found.pays, found.measured_advantage) == (True, None)
+    noted_effects(shadows, 1.0, 1.0, (3.0, 1.0), 7)
+    assert not found.judge(), "the window of what is measured is not full"
+    noted_effects(shadows, 1.0, 1.0, (3.0, 1.0), 1)
+    assert found.judge()
+    assert found.pays is False
+    assert found.advantage == pytest.approx(1)
+    assert found.predicted.advantage == pytest.approx(3)
+    noted(found, *[(3.0, 1.0)] * 8)
+    assert found.pays is False
+
+
+def test_it_is_said_once_when_measured_effects_speak_against_predicted_ones() -> None:
+    _, shadows = measuring()
+    assert noted_effects(shadows, 1.0, 2.0, (3.0, 1.0), 7) == 0
+    assert noted_effects(shadows, 1.0, 2.0, (3.0, 1.0), 20) == 1
+    assert shadows.disagree
+    assert noted_effects(shadows, 2.0, 1.0, (3.0, 1.0), 30) == 0
+    assert not shadows.disagree
+
+
+def test_noise_does_not_disagree() -> None:
+    chance, (_, shadows) = random.Random(0), measuring()
+    for _ in range(200):
+        measured = chance.gauss(0, 1)
+        noted_effects(shadows, measured, 0.0, (3.0, 1.0), 1)
+    assert not shadows.disagree
+
+
+def test_steps_are_measured_every_so_often_and_a_fallback_looks_then() -> None:
+    found, shadows = measuring(every_steps=None, when_not_paying="uniform")
+    noted_effects(shadows, 1.0, 1.0, (1.0, 1.0), 8)
+    found.judge()
+    due = []
+    for _ in range(9):
+        due.append(found.rests and found.looks)
+        found.turn(scored=found.looks)
+    assert due == [True, False, False, False] * 2 + [True]
+
+
+def test_the_state_of_shadows_comes_back_whole_and_may_be_missing() -> None:
+    found, shadows = measuring()
+    noted_effects(shadows, 1.0, 2.0, (3.0, 1.0), 9)
+    found.turn(scored=True)
+    torch.rand(3, generator=shadows.generator)
+    again, same = measuring()
+    again.load_state_dict(found.state_dict())
+    assert same.state_dict()["measured"] == shadows.state_dict()["measured"]
+    assert (same.disagree, same.due) == (True, False)
+    assert torch.equal(torch.rand(3, generator=same.generator), torch.rand(3, generator=shadows.generator))
+    plain = paying()
+    plain.load_state_dict(found.state_dict())
+    fresh, afresh = measuring()
+    fresh.load_state_dict(plain.state_dict())
+    assert afresh.measured.comparisons == 0

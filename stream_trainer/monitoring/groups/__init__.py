@@ -1,0 +1,1 @@
+"""Metrics of one matter each, for a registry that `metrics` has."""

@@ -1,0 +1,1 @@
+"""A compacted topic as a set of values by key."""
