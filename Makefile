@@ -8,8 +8,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install lint docs test test-slow coverage test-lowest demo page \
-	crash-proof soak fuzz deploy-check lock sbom audit \
-	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-mask-refresh bench-learning bench-claims bench-fidelity bench-ingest
+	crash-proof soak fuzz ledger-proof fault-table deploy-check lock sbom audit \
+	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-mask-refresh bench-learning bench-claims bench-fidelity bench-ingest bench-telemetry
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,7 @@ test-lowest: .venv-lowest/.installed ## Run the tests with the lowest versions t
 SEEDS ?= 200
 MINUTES ?= 30
 RECORDS ?= 100000
+ROWS ?= 100000000
 SUMMARY ?= build/crash-proof.json
 
 crash-proof: $(VENV)/.installed ## Kill the service at every point, SEEDS times each way; it must end as if nothing had happened
@@ -55,6 +56,13 @@ soak: $(VENV)/.installed ## Train for MINUTES at full speed while the broker res
 
 fuzz: $(VENV)/.installed ## Feed RECORDS random records to the decoder and the service, and random trees to the settings
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.system.faults.fuzz --records $(RECORDS) --examples 2000
+
+ledger-proof: $(VENV)/.installed ## Ask a ledger of ROWS rows, made for it; no question may take a second
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.ledgers --rows $(ROWS)
+
+fault-table: $(VENV)/.installed ## Do faults to a trainer that Prometheus watches: seconds to alert, lines, recovery; needs root for one
+	@mkdir -p build
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python -m tests.system.operations.fault_table --json build/faults.json
 
 deploy-check: $(VENV)/.installed ## Start Kafka, trainer, Prometheus and Alertmanager here; an alert must fire and resolve
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python -m deploy.as_processes
@@ -97,6 +105,10 @@ bench-memory: $(VENV)/.installed ## Measure the peak memory of a step on long sa
 bench-mask-refresh: $(VENV)/.installed ## Measure what a refresh of the DualSFT mask costs against a plain step
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.mask_refresh --json build/mask_refresh.json
+
+bench-telemetry: $(VENV)/.installed ## Measure what watching a run costs a step, and how long a scrape takes
+	@mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.telemetry --json build/telemetry.json
 
 # The rest reads real data: DATA names a directory with stream/, target/ and test/, the ingest a broker at KAFKA_HOME.
 bench-learning: $(VENV)/.installed-bench ## Measure what selection buys on DATA, for hours; finished runs are kept

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from stream_trainer.checkpoints.checkpoint import TRAINER
-from stream_trainer.checkpoints.directory import Found, checkpoints_in
+from stream_trainer.checkpoints.directory import TRAINER, Found, checkpoints_in
 from stream_trainer.checkpoints.fingerprint import TARGET_CONTENTS
 from stream_trainer.checkpoints.manifest import DamagedError, verify
 from stream_trainer.checkpoints.plan import NAME, Entry, lines_of, read_plan

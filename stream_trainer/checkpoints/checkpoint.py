@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stream_trainer.checkpoints.directory import (
+    TRAINER,
     checkpoints_in,
     make_temporary,
     prune,
@@ -56,7 +57,6 @@ MODEL = "model"
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.safetensors"
-TRAINER = "trainer.json"
 
 
 class NamedOptimizer(Protocol):

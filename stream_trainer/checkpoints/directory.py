@@ -27,6 +27,8 @@ _CHECKPOINT = re.compile(r"(\.replaced-)?step-(\d{8,})(?:\.e(\d+)(?:-(\d+))?)?")
 _CLAIM = re.compile(r"epoch-(\d+)")
 _TEMPORARY = re.compile(r"\.tmp-(?:e(\d+)-)?.*")
 
+TRAINER = "trainer.json"  # of a checkpoint: step, cursor and more
+
 
 class Found(NamedTuple):
     """A checkpoint by its name; later ones compare as greater."""

@@ -268,7 +268,7 @@ def _port(name: str, host: str, port: int) -> Check:
 def _kafka(settings: Settings) -> Iterator[Check]:
     if settings.source.kind != "kafka":
         return
-    from stream_trainer.sources.kafka import probe  # kafka is loaded only where it is used
+    from stream_trainer.sources.connection import probe  # kafka is loaded only where it is used
 
     try:
         probe(settings.source.kafka)

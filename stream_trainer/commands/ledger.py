@@ -8,16 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stream_trainer.checkpoints.checkpoint import TRAINER
-from stream_trainer.checkpoints.directory import Found, checkpoints_in, named
+from stream_trainer.checkpoints.directory import TRAINER, Found, checkpoints_in, named
 from stream_trainer.checkpoints.trouble import remedy_of
-from stream_trainer.commands.options import at_least
 from stream_trainer.errors import SettingsError
-from stream_trainer.ledger.names import FOLDER
-from stream_trainer.ledger.opening import NEEDS
+from stream_trainer.ledger.names import FOLDER, NEEDS
 from stream_trainer.publishing.versions import read_about, versions_in
 from stream_trainer.records import Partition
-from stream_trainer.settings.loading import load_settings
+from stream_trainer.settings.numbers import at_least
 
 if TYPE_CHECKING:
     from stream_trainer.ledger.query import Found as Answer
@@ -74,6 +71,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _places(args: argparse.Namespace, overrides: Sequence[str]) -> tuple[Path, Path | None]:
     if args.dir is None:
+        from stream_trainer.settings.loading import load_settings  # it takes a moment, which --dir need not wait for
+
         settings = load_settings(args.config, overrides)
         return settings.checkpoint.dir, args.models or settings.publish.dir
     if args.config is not None or overrides:

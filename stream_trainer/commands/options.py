@@ -23,6 +23,7 @@ from stream_trainer.commands.pool_file import PoolFile, read_pool, size_of
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.samples.collate import collate
 from stream_trainer.samples.decoder import Decoder, read_samples
+from stream_trainer.settings.numbers import at_least
 from stream_trainer.settings.schema import ModelSettings, SampleSettings
 
 MAX_TARGET = 1024  # target samples used, from the top of the file
@@ -109,17 +110,6 @@ def share_or_none(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share; write it as 10% or 0.1")
     return value
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A whole number of at least `least`."""
-
-    def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
-        return int(text)
-
-    return whole_number
 
 
 def finite(text: str) -> float:

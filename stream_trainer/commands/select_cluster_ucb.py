@@ -17,9 +17,10 @@ import torch
 from gradient_selectors import UnsupportedParameterError, select_cluster_ucb
 from gradient_selectors.offline import SAMPLES_PER_CLUSTER, ClusterUcbSelection
 
-from stream_trainer.commands.options import add_common_options, at_least, finite, load_inputs, progress_bars, share
+from stream_trainer.commands.options import add_common_options, finite, load_inputs, progress_bars, share
 from stream_trainer.commands.pool_file import PoolFile, writing
 from stream_trainer.errors import SettingsError
+from stream_trainer.settings.numbers import at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

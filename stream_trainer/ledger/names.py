@@ -13,10 +13,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from stream_trainer.checkpoints.checkpoint import TRAINER
-from stream_trainer.checkpoints.directory import checkpoints_in
+from stream_trainer.checkpoints.directory import TRAINER, checkpoints_in
 
 FOLDER, IDS = "ledger", "ids"
+NEEDS = "needs the module pyarrow; pip install 'stream-trainer[ledger]'"
 
 _SEGMENT = re.compile(r"(\d{12,})-(\d{12,})\.e(\d+)\.parquet")
 

@@ -2,10 +2,9 @@
 
 from stream_trainer.checkpoints.ownership import Owner
 from stream_trainer.errors import SettingsError
+from stream_trainer.ledger.names import NEEDS
 from stream_trainer.records import Decisions
 from stream_trainer.settings.ledger import LedgerSettings
-
-NEEDS = "needs the module pyarrow; pip install 'stream-trainer[ledger]'"
 
 
 def open_ledger(settings: LedgerSettings, owner: Owner, decided: int) -> Decisions | None:

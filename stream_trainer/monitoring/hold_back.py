@@ -12,6 +12,8 @@ OWN_LINES, OWN_S = 2, 60.0  # warnings of a kind of our own in this time
 MAX_KINDS = 1000  # that are remembered, those seen last
 MAX_ERRORS = 5  # of other packages under one template, which pass in `HOLD_BACK_S` if each says something new
 KIND_CHARS = 300
+# Lines of all kinds together, in `OWN_S`: its client tells of an outage in a dozen ways, and we tell of it ourselves.
+PACKAGE_LINES = {"kafka": 5}
 
 _OURS = frozenset({"stream_trainer", "gradient_selectors"})
 _PLACEHOLDER = re.compile(r"%[-+ #0-9.*]*[a-zA-Z]|%\(\w+\)[a-z]")
@@ -41,12 +43,14 @@ class HoldBack(logging.Filter):
     """Lets few lines of each kind pass in a time; the next that passes carries `held_back`, how many did not.
 
     Of other packages, and of Python's warnings, that is one line in `HOLD_BACK_S`; of our own warnings `OWN_LINES` in
-    `OWN_S`; what we tell of progress always passes. An error that says something new passes, whatever came before.
+    `OWN_S`; what we tell of progress always passes. An error that says something new passes, whatever came before, but
+    for the packages that `PACKAGE_LINES` limits as a whole.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._windows: OrderedDict[tuple[str, ...], _Window] = OrderedDict()
+        self._packages = {package: _Window() for package in PACKAGE_LINES}
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -62,13 +66,23 @@ class HoldBack(logging.Filter):
                 window.began, window.passed = record.created, 0
                 window.errors.clear()
             is_news = record.levelno >= logging.ERROR and window.is_news(_without_variables(text))
-            if window.passed >= lines and not is_news:
+            if (window.passed >= lines and not is_news) or not self._package_may_speak(record):
                 window.held += 1
                 return False
             window.passed += 1
             if window.held:
                 record.held_back, window.held = window.held, 0
         return True
+
+    def _package_may_speak(self, record: logging.LogRecord) -> bool:
+        package = record.name.partition(".")[0]
+        window = self._packages.get(package)
+        if window is None:
+            return True
+        if record.created - window.began >= OWN_S:
+            window.began, window.passed = record.created, 0
+        window.passed += 1
+        return window.passed <= PACKAGE_LINES[package]
 
     def _window(self, kind: tuple[str, ...]) -> _Window:
         window = self._windows.setdefault(kind, _Window())

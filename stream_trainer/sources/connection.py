@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from kafka import KafkaProducer
+from kafka import KafkaAdminClient, KafkaProducer
 from kafka.codec import has_lz4, has_snappy, has_zstd
 from kafka.errors import KafkaError, for_code
 from kafka.net.compat import KafkaNetClient
@@ -19,6 +19,7 @@ from kafka.net.compat import KafkaNetClient
 from stream_trainer.errors import SettingsError, SourceAwayError, SourceError
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.security import security_options
+from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS
 
 UNKNOWN_TOPIC = 3  # Kafka's error code UNKNOWN_TOPIC_OR_PARTITION
 RECONNECT_BACKOFF_MAX_MS = 2_000  # the client's own 30 s would add to every outage
@@ -165,6 +166,18 @@ def require_topic(admin: Any, name: str) -> Topic:
         hint = f"did you mean {near[0]}? " if near else ""
         raise SettingsError(f"source.kafka.topic={name} does not exist; {hint}correct the name or create the topic")
     return topic
+
+
+def probe(settings: KafkaSettings) -> None:
+    """Connect and look the topic up. Raises SettingsError or SourceError with what is wrong."""
+    require_codecs()
+    admin = connect(KafkaAdminClient, settings, "stream-trainer-check", request_timeout_ms=REQUEST_TIMEOUT_MS)
+    try:
+        require_topic(admin, settings.topic or "")
+    except KafkaError as error:
+        raise SourceError(f"source.kafka.topic={settings.topic} cannot be described ({error}); check access") from error
+    finally:
+        admin.close()
 
 
 def require_codecs() -> None:

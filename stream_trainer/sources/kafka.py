@@ -9,6 +9,7 @@ Where a partition begins is for `beginning` to say. One that was added while we 
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer
@@ -126,7 +127,7 @@ class KafkaSource:
                 return []
             return self._read_undecodable(error)
         if fetched:
-            self._note_end_of_outage()
+            self._look_for_end_of_outage(from_kafka(next(iter(fetched))))
         elif self._stop_at:
             self._transactions.require_progress(self.positions(), self._stop_at)
         return [record for batch in fetched.values() for record in map(record_of, batch) if self._is_wanted(record)]
@@ -371,6 +372,13 @@ class KafkaSource:
             logger.warning("source.kafka.topic=%s cannot be read for now: %s; trying on", self._topic, reason)
         self._outage = True
 
+    def _look_for_end_of_outage(self, partition: Partition) -> None:
+        """Ask: records that come may have been fetched before the brokers went away."""
+        if self._outage:
+            with suppress(KafkaError):
+                self._log.ends([partition])
+                self._note_end_of_outage()
+
     def _note_end_of_outage(self) -> None:
         if self._outage:
             logger.info("source.kafka.topic=%s can be read again", self._topic)
@@ -383,15 +391,3 @@ class KafkaSource:
                 f"group {self._settings.group_id} ({error}); grant Read and Describe on both"
             )
         return SourceError(f"source.kafka.topic={self._topic} cannot be read ({error}); check the brokers")
-
-
-def probe(settings: KafkaSettings) -> None:
-    """Connect and look the topic up. Raises SettingsError or SourceError with what is wrong."""
-    require_codecs()
-    admin = connect(KafkaAdminClient, settings, "stream-trainer-check", request_timeout_ms=REQUEST_TIMEOUT_MS)
-    try:
-        require_topic(admin, settings.topic or "")
-    except KafkaError as error:
-        raise SourceError(f"source.kafka.topic={settings.topic} cannot be described ({error}); check access") from error
-    finally:
-        admin.close()

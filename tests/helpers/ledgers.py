@@ -1,14 +1,18 @@
 """A ledger of many rows, as a long run would have left it, and how fast it answers.
 
-    python -m tests.helpers.ledgers DIRECTORY --rows 100000000
+    python -m tests.helpers.ledgers --rows 100000000
 
 The rows go through what a trainer writes with, a merged segment at a time, so that no model is needed.
 """
 
 import argparse
+import os
 import random
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +28,7 @@ from stream_trainer.ledger.tidy import LARGEST
 
 TOPIC, PARTITIONS, POOL = "samples", 8, 64
 FIRST_TIME_MS = 1_700_000_000_000
+MAIN = "import sys; from stream_trainer.cli import main; sys.exit(main())"
 
 
 def id_of(number: int) -> str:
@@ -76,40 +81,78 @@ def by_id(directory: Path, number: int) -> Found:
 
 
 def main() -> int:
-    """Generate and measure. Returns the exit code."""
+    """Generate and measure. Returns the exit code: 0, or 1 if a question took longer than it may."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="an empty directory, which is left as it is then")
+    parser.add_argument("directory", type=Path, nargs="?", help="is left as it is then (default: a temporary one)")
     parser.add_argument("--rows", type=int, default=100_000_000)
+    parser.add_argument("--limit-s", type=float, default=1.0, help="seconds that a question may take, in the median")
     options = parser.parse_args()
-    rows, directory = options.rows, options.directory
-    directory.mkdir(parents=True, exist_ok=True)
+    if options.directory is not None:
+        options.directory.mkdir(parents=True, exist_ok=True)
+        return measure(options.directory, options.rows, options.limit_s)
+    with tempfile.TemporaryDirectory(prefix="ledger-") as folder:
+        return measure(Path(folder), options.rows, options.limit_s)
+
+
+def measure(directory: Path, rows: int, limit_s: float) -> int:
+    """Ask 20 questions of each kind about rows that are drawn by chance, and the command about one."""
     started = time.perf_counter()
     if not (directory / FOLDER).exists():
         generate(directory, rows)
-    files = [path for path in (directory / FOLDER).rglob("*.parquet")]
+    files = list((directory / FOLDER).rglob("*.parquet"))
     size = sum(path.stat().st_size for path in files)
     print(f"{rows} rows in {len(files)} files, {size / rows:.1f} bytes a row, {time.perf_counter() - started:.0f} s")
     chance = random.Random(0)
     numbers = [chance.randrange(rows) for _ in range(20)]
-    _measure("by position", lambda number: by_position(directory, number).groups_read, numbers)
-    _measure("by id", lambda number: by_id(directory, number).groups_read, numbers)
-    _measure("by step", lambda n: rows_where(directory, {"step": n // POOL + 1}, POOL).groups_read, numbers)
-    _measure("version, records", lambda n: sum(x.records for x in trained_on(directory, 1, n // POOL)), numbers)
-    _measure("version, redone", lambda n: redone(directory, 1, n // POOL), numbers)
-    return 0
+    medians = [
+        _measure("by position", lambda number: by_position(directory, number).groups_read, numbers),
+        _measure("by id", lambda number: by_id(directory, number).groups_read, numbers),
+        _measure("by step", lambda n: rows_where(directory, {"step": n // POOL + 1}, POOL).groups_read, numbers),
+        _measure("by version", lambda n: by_version(directory, n // POOL), numbers),
+    ]
+    partition, offset = position_of(numbers[0])
+    asked = {
+        "--id": [f"--id={id_of(numbers[0])}"],
+        "--partition --offset": [f"--partition={partition}", f"--offset={offset}"],
+    }
+    for name, question in asked.items():
+        wall, processor = _ask_command(directory, question)
+        print(f"`ledger show {name}`, start of Python included: {wall:.2f} s, {processor:.2f} s of the processor")
+    return 0 if max(medians) < limit_s else 1
 
 
-def _measure(what: str, ask: Callable[[int], int], numbers: list[int]) -> None:
+def by_version(directory: Path, step: int) -> int:
+    """Records that a version was trained on, and whether that is still so."""
+    records = sum(each.records for each in trained_on(directory, 1, step))
+    return 0 if redone(directory, 1, step) else records
+
+
+def _measure(what: str, ask: Callable[[int], int], numbers: list[int]) -> float:
+    """The median of the seconds."""
     seconds, answers = [], []
     for number in numbers:
         started = time.perf_counter()
         answers.append(ask(number))
         seconds.append(time.perf_counter() - started)
     print(
-        f"{what:<17} first {seconds[0]:.3f} s, median {statistics.median(seconds):.3f} s, most {max(seconds):.3f} s; "
+        f"{what:<12} first {seconds[0]:.3f} s, median {statistics.median(seconds):.3f} s, most {max(seconds):.3f} s; "
         f"answers such as {answers[0]}",
         flush=True,
     )
+    return statistics.median(seconds)
+
+
+def _ask_command(directory: Path, question: list[str]) -> tuple[float, float]:
+    """Seconds of the wall and of the processor, the least of three times."""
+    command = [sys.executable, "-c", MAIN, "ledger", "show", f"--dir={directory}", *question]
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    found = []
+    for _ in range(3):
+        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | paths)
+        wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+        found.append((wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+    return min(wall for wall, _ in found), min(processor for _, processor in found)
 
 
 if __name__ == "__main__":

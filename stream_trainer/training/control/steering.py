@@ -67,8 +67,16 @@ class Steering:
             raise
         order.settle(outcome, detail)
         trainer.metrics.orders.labels(order.action, outcome.value).inc()
+        if order.action == "reload-target":
+            self._note_target(trainer, refused=outcome is Outcome.REFUSED)
         level = logging.INFO if outcome is Outcome.DONE else logging.ERROR
         logger.log(level, "step %d: %s %s: %s", trainer.step, order.action, outcome.value, detail)
+
+    def _note_target(self, trainer: "Trainer", *, refused: bool) -> None:
+        """Degraded for as long as the file is one that a restart would end with."""
+        trainer.metrics.degraded.labels("target_reload").set(refused)
+        if self._target_file is not None:
+            self._target_file.refused = refused
 
     def _do(self, trainer: "Trainer", action: str) -> str:
         """What came of it. Raises SettingsError if it is refused."""

@@ -12,10 +12,15 @@ Mark = tuple[int, int, int]
 
 
 class WatchedFile:
-    """A file counts as changed once it has been the same for two looks, so that nobody reads half of it."""
+    """A file counts as changed once it has been the same for two looks, so that nobody reads half of it.
+
+    Attributes:
+        refused: whether the contents that were tried last could not be used: those in use are then tried, too.
+    """
 
     def __init__(self, path: Path, in_use: Callable[[], object]) -> None:
         """`in_use`: digest of the contents in use."""
+        self.refused = False
         self._path = path
         self._in_use = in_use
         self._due = 0.0
@@ -44,6 +49,7 @@ class WatchedFile:
             if not stays or mark == self._judged:
                 return False
             self._judged = mark
-            return digest_of_file(self._path) not in (None, self._in_use())
+            digest = digest_of_file(self._path)
+            return digest is not None and (self.refused or digest != self._in_use())
         except OSError:
             return False  # it is being replaced, or was taken away: what is in use stays

@@ -4,7 +4,15 @@ import logging
 
 import pytest
 
-from stream_trainer.monitoring.hold_back import HOLD_BACK_S, MAX_ERRORS, MAX_KINDS, OWN_LINES, OWN_S, HoldBack
+from stream_trainer.monitoring.hold_back import (
+    HOLD_BACK_S,
+    MAX_ERRORS,
+    MAX_KINDS,
+    OWN_LINES,
+    OWN_S,
+    PACKAGE_LINES,
+    HoldBack,
+)
 
 
 class Log:
@@ -75,3 +83,16 @@ def test_kinds_without_end_take_no_memory_without_end() -> None:
         log.tell("kafka.net", logging.WARNING, f"{word} " + "long " * 10_000)
     assert len(log.filter._windows) == MAX_KINDS
     assert max(len(kind[2]) for kind in log.filter._windows) < 500
+
+
+def test_an_outage_that_a_client_tells_of_in_many_ways_is_few_lines() -> None:
+    log = Log()
+    kinds = ("abort", "connection lost", "refresh failed", "no node", "fetch failed", "closed", "refused", "sender")
+    for second in range(50):
+        log.now = 1000.0 + second
+        for kind in kinds:
+            log.tell(f"kafka.{kind[:2]}", logging.ERROR, f"{kind}: %s", "ECONNREFUSED")
+    assert log.passed == [f"{kind}: ECONNREFUSED" for kind in kinds[: PACKAGE_LINES["kafka"]]]
+    log.now += OWN_S
+    log.tell("kafka.other", logging.ERROR, "certificate expired")
+    assert log.passed[-1] == "certificate expired"

@@ -17,7 +17,8 @@ from stream_trainer.records import Partition, Record
 from stream_trainer.settings.source import KafkaSettings, SourceSettings
 from stream_trainer.sources import connection as kafka_connection
 from stream_trainer.sources import open_source
-from stream_trainer.sources.kafka import KafkaSource, probe
+from stream_trainer.sources.connection import probe
+from stream_trainer.sources.kafka import KafkaSource
 from tests.helpers.brokers import (
     ELSEWHERE,
     PASSWORD,

@@ -1,13 +1,16 @@
 """What a topic's log and its brokers do wrong: nothing is lost unseen, and every remedy is named in one line."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from kafka import KafkaProducer
+from kafka import KafkaProducer, TopicPartition
+from kafka.errors import KafkaConnectionError
 
 from stream_trainer.demo.broker import free_port
 from stream_trainer.errors import DataLossError, FencedError, SourceAwayError, SourceError
@@ -17,6 +20,7 @@ from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources import kafka as kafka_source
 from stream_trainer.sources.connection import Topic, require_topic
 from stream_trainer.sources.kafka import KafkaSource
+from stream_trainer.sources.topic_log import TopicLog
 from stream_trainer.sources.transactions import SAY_AFTER_S, OpenTransactions
 from tests.helpers.brokers import (
     ApacheKafka,
@@ -326,3 +330,27 @@ def test_a_start_that_failed_can_be_made_again(broker: str, topic: str, caplog: 
         assert values(read(source, 2)) == letters("ab")
     finally:
         source.close()
+
+
+def test_records_that_were_fetched_before_an_outage_do_not_end_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Else it would be told of again and again, and an alert that waits for it to last would never fire."""
+    caplog.set_level(logging.INFO, "stream_trainer")
+    source = KafkaSource(KafkaSettings(topic="samples"))
+    answers: list[dict[Partition, int] | None] = [None, None, {}]
+
+    def ends(_: object) -> dict[Partition, int]:
+        answer = answers.pop(0)
+        if answer is None:
+            raise KafkaConnectionError("111 ECONNREFUSED")
+        return answer
+
+    source._next_discovery = math.inf
+    source._consumer = SimpleNamespace(poll=lambda **_: {TopicPartition("samples", 0): []})
+    source._log = cast(TopicLog, SimpleNamespace(ends=ends))
+    source._note_outage("the brokers are away")
+    reachable = []
+    for _ in range(4):
+        assert source.poll(0.0) == []
+        reachable.append(source.reachable)
+    assert reachable == [False, False, True, True]
+    assert [record.getMessage()[-9:] for record in caplog.records] == ["trying on", "ead again"]

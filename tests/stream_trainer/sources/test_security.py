@@ -14,7 +14,7 @@ from stream_trainer.cli import main
 from stream_trainer.errors import SettingsError
 from stream_trainer.settings.secrets import MAX_SECRET_BYTES
 from stream_trainer.settings.source import KafkaSettings
-from stream_trainer.sources.kafka import probe
+from stream_trainer.sources.connection import probe
 from stream_trainer.sources.security import security_options
 
 PASSWORD = "right-password"

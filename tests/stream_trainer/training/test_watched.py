@@ -56,3 +56,15 @@ def test_looks_are_seconds_apart(file: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(watched, "LOOK_S", 1e6)
     found = WatchedFile(file, lambda: "another")
     assert looks(found, 5) == [False] * 5
+
+
+def test_after_contents_that_were_refused_those_in_use_are_tried_too(file: Path) -> None:
+    in_use = digest_of_file(file)
+    found = WatchedFile(file, lambda: in_use)
+    file.write_text("garbage")
+    assert looks(found) == [False, True]
+    found.settle()
+    found.refused = True
+    assert looks(found, 3) == [False] * 3, "tried once"
+    file.write_text("one")
+    assert looks(found) == [False, True]

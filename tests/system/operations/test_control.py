@@ -34,6 +34,7 @@ from tests.helpers.service import (
     metrics,
     on_free_port,
     serve_until,
+    serving,
     step_of,
     trainer_json,
     wait_for,
@@ -254,3 +255,23 @@ def test_a_watched_target_is_taken_over_while_the_stream_is_idle(
         stop.set()
         thread.join(LONG_S)
     assert [event.partition(":")[0] for event in events] == ["target_refused", "target_replaced"]
+
+
+def test_a_watched_target_that_is_refused_degrades_until_the_old_one_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart with the broken file would end at once: that must not stay unseen until there is one."""
+    monkeypatch.setattr(watched, "LOOK_S", 0.05)
+    config = controlled(tmp_path / "run", target={"watch": True}, buffer={"wait_s": 0.1})
+    config["source"] = jsonl(tmp_path / "run" / "in.jsonl", follow=True)
+    target, name = Path(config["target"]["path"]), 'degraded{cause="target_reload"}'
+    before = target.read_bytes()
+    with serving(config):
+        wait_for(lambda: '"state": "idle"' in get(config, "/status")[1])
+        target.write_bytes(b"garbage")
+        wait_for(lambda: metrics(config)[name] == 1)
+        status, page = get(config, "/healthz")
+        assert (status, json.loads(page)["health"]) == (200, "degraded")
+        target.write_bytes(before)
+        wait_for(lambda: metrics(config)[name] == 0)
+        assert json.loads(get(config, "/healthz")[1])["health"] == "healthy"

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.ledgers import generate
 from tests.helpers.service import configuration, counts, goods, jsonl, serve_until, write_lines
 from tests.system.faults.ends import differences, newest
-from tests.system.faults.test_proofs import run_proof
+from tests.system.faults.test_proofs import ROOT, run_proof
 
 
 def config_of(folder: Path, stream: Path, *, ledger: bool) -> dict[str, Any]:
@@ -45,6 +46,28 @@ def test_a_run_without_a_ledger_loads_no_parquet(tmp_path: Path) -> None:
     code = "import sys, stream_trainer.service, stream_trainer.commands.ledger; print('pyarrow' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_the_command_loads_nothing_that_takes_longer_than_its_answer(tmp_path: Path) -> None:
+    """With torch and what comes with it, an answer of a third of a second took eight."""
+    generate(tmp_path, 100)
+    code = (
+        "import sys; from stream_trainer.cli import main; main(sys.argv[1:]); "
+        "print({'torch', 'transformers', 'cvxpy', 'kafka', 'pydantic'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, "ledger", "show", f"--dir={tmp_path}", "--partition=3", "--offset=5"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert found[1].split()[:3] == ["samples", "3", "5"]
+    assert found[-1] == "set()"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_ledger_of_three_million_rows_answers_at_once() -> None:
+    """`make ledger-proof` asks one of 100 million."""
+    command = [sys.executable, "-m", "tests.helpers.ledgers", "--rows=3000000", "--limit-s=1"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 @pytest.mark.slow

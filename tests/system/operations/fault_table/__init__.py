@@ -1,0 +1,1 @@
+"""Faults done to a running trainer, and what an operator sees of each, measured."""
