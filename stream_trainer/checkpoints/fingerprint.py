@@ -117,7 +117,8 @@ def _flat(prefix: str, section: Section) -> Iterator[tuple[str, Any]]:
 
 def _source(source: SourceSettings) -> dict[str, Any]:
     if source.kind == "kafka":
-        return {"source.kind": "kafka", "source.kafka.topic": source.kafka.topic}
+        kafka = source.kafka
+        return {"source.kind": "kafka", "source.kafka.topic": kafka.topic, "source.kafka.format": kafka.format}
     return {"source.kind": "jsonl", "source.jsonl.path": source.jsonl.path}
 
 

@@ -338,7 +338,7 @@ def _parse_share(argument: str, text: str) -> float:
 def kafka_settings(args: argparse.Namespace) -> KafkaSettings:
     """Options first, then the environment of `source.kafka`, then the defaults."""
     values: dict[str, str] = {}
-    for name in KafkaSettings.model_fields:
+    for name in KafkaSettings.model_fields.keys() - {"format"}:  # what is published is JSON
         value = getattr(args, name, None) or os.environ.get(f"{ENVIRONMENT_PREFIX}SOURCE__KAFKA__{name.upper()}")
         if value is not None:
             values[name] = value

@@ -15,7 +15,10 @@ from stream_trainer.records import Partition
 from stream_trainer.settings.schema import DeadLetterSettings
 
 HINTS = {
-    "bad_utf8": "write UTF-8; a value that a schema registry has packed is no JSON either",
+    "no_schema_id": "set source.kafka.format to json, or have the producer write with a schema registry",
+    "unknown_schema": "set source.kafka.schema_registry.url to the registry that the producer uses",
+    "schema_mismatch": "set source.kafka.format to what the producer writes, and see the detail of the letters",
+    "bad_utf8": "write UTF-8, or set source.kafka.format for what a schema registry has packed",
     "bad_json": "write one JSON object a record",
     "not_an_object": "write a JSON object, not a list, a string or a number",
     "missing_fields": "give text, or prompt and response, or messages",

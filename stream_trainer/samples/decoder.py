@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 REASONS = (
     "undecodable",
+    # Those of a schema registry.
+    "no_schema_id",
+    "unknown_schema",
+    "schema_mismatch",
     "bad_utf8",
     "bad_json",
     "not_an_object",
@@ -84,12 +88,14 @@ class Decoder:
         tokenizer: a fast tokenizer of transformers.
         max_positions: tokens the model can take, or None if there is no limit.
         field_names: fields of the record that a sample keeps, `key` and `header:NAME` included.
+        unpack: gives the JSON of a record that is in another format. Raises SampleError.
     """
 
     tokenizer: Any
     settings: SampleSettings
     max_positions: int | None = None
     field_names: tuple[str, ...] = ()
+    unpack: Callable[[Record], bytes] | None = None
     _plain: Encode = field(init=False, repr=False)
     _native: Encode = field(init=False, repr=False)
     _control: tuple[str, ...] = field(init=False, repr=False)
@@ -146,7 +152,8 @@ class Decoder:
             raise SampleError("undecodable", record.damage)
         if record.value is None:
             return None
-        fields = parse_fields(record.value, self.settings.max_bytes, self.field_names)
+        value = self.unpack(record) if self.unpack and record.value else record.value
+        fields = parse_fields(value, self.settings.max_bytes, self.field_names)
         return _Draft(record, fields, self._pieces(fields.form))
 
     def _pieces(self, form: Mapping[str, Any]) -> list[Piece]:
