@@ -91,6 +91,15 @@ class PoisonWatch:
         if limits.max_ratio is not None and self._known >= limits.window and self.ratio > limits.max_ratio:
             raise self._poisoned(f"max_ratio={limits.max_ratio:g}", f"{self._bad} of the last {self._known} records")
 
+    def check_end(self) -> None:
+        """Raises PoisonError if all of the last records of a stream that has ended are unusable, and there is a limit.
+
+        A finite run of nothing but such records is too short for the limits, and would look like a success.
+        """
+        limited = self._limits.max_in_a_row is not None or self._limits.max_ratio is not None
+        if limited and self._bad == self._known > 0:
+            raise self._poisoned("max_ratio", f"all {self._bad} last records of the stream")
+
     def state_dict(self, positions: Mapping[Partition, int]) -> dict[str, Any]:
         """JSON, to be stored with a cursor whose lowest undecided positions are these."""
         return {

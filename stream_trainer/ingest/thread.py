@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from stream_trainer.errors import SourceAwayError, SourceError
+from stream_trainer.errors import PoisonError, SourceAwayError, SourceError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.commits import Commits
 from stream_trainer.ingest.cursor import Cursor
@@ -256,7 +256,14 @@ class Ingest:
         source = self._source
         self._rotation.know(source.positions(), source.drained, finite=source.finite)
         if not (self._rotation.waiting or self._in_hand or self._dead_letters.held) and source.exhausted:
-            self._buffer.end()
+            self._buffer.end(self._why_of_no_use())
+
+    def _why_of_no_use(self) -> PoisonError | None:
+        try:
+            self._judge.check_end()
+        except PoisonError as error:
+            return error
+        return None
 
     def _pause_or_resume(self) -> None:
         if self._paused and self._buffer.low and not (self._dead_letters.full or self._lacks_schemas):
