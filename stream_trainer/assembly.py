@@ -26,6 +26,7 @@ from stream_trainer.monitoring.orders import Orders
 from stream_trainer.publishing.attach import attach
 from stream_trainer.records import Decisions, Sample
 from stream_trainer.samples.decoder import Decoder, read_samples
+from stream_trainer.samples.schemas.registry import Registry
 from stream_trainer.settings.schema import Settings
 from stream_trainer.sources import open_source
 from stream_trainer.tracking.attach import track
@@ -178,8 +179,11 @@ def _reading(run: Run, learner: _Learner, owner: Owner, buffer: Buffer, state: T
     metrics.count_outcomes(lambda: cursor.counts)
     dead_letters = open_dead_letters(settings, owner.confirm)
     run.stack.callback(dead_letters.close)
-    source = open_source(settings.source, owner.confirm)
-    ingest = Ingest(source, learner.decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
+    source, kafka = open_source(settings.source, owner.confirm), settings.source.kafka
+    registry = Registry(kafka) if settings.source.kind == "kafka" and kafka.format != "json" else None
+    decoder = learner.decoder if registry is None else replace(learner.decoder, unpack=registry.to_json)
+    limits = settings.dead_letters
+    ingest = Ingest(source, decoder, dead_letters, cursor, buffer, metrics, limits, registry=registry)
     plan = Plan(PlanFile(settings.checkpoint.dir, owner), cursor, buffer, run.strict)
     run.stack.callback(plan.file.close)
     return _Reading(cursor, dead_letters, ingest, plan)

@@ -44,11 +44,12 @@ SERVICE_ROOMS = {
     "__init__": (),
     "errors": (),
     "records": (),
+    "formats": ("errors",),
     "settings": ("errors",),
-    "sources": ("settings", "records", "errors"),
-    "samples": ("settings", "records", "errors"),
+    "sources": ("settings", "formats", "records", "errors"),
+    "samples": ("settings", "formats", "records", "errors"),
     "models": ("samples", "settings", "errors"),
-    "checkpoints": ("models", "settings", "records", "errors"),
+    "checkpoints": ("models", "settings", "formats", "records", "errors"),
     "ledger": ("checkpoints", "settings", "records", "errors"),
     "monitoring": ("settings", "records", "errors"),
     "ingest": (
@@ -63,7 +64,7 @@ SERVICE_ROOMS = {
     "tracking": ("training", "monitoring", "models", "settings", "__init__"),
     "commands": (
         *("publishing", "training", "ingest", "monitoring", "ledger", "checkpoints", "models", "samples", "sources"),
-        *("settings", "records", "errors"),
+        *("settings", "formats", "records", "errors"),
     ),
     "assembly": (
         *("tracking", "publishing", "training", "ingest", "monitoring", "ledger", "checkpoints", "models", "samples"),

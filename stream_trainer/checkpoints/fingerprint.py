@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from stream_trainer.errors import CheckpointError
+from stream_trainer.errors import CheckpointError, SettingsError
+from stream_trainer.formats.files import LINES, form_of, main_file
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.records import Partition
 from stream_trainer.settings.base import Section
@@ -59,13 +60,19 @@ def consumed(source: SourceSettings, cursor: Mapping[str, Any]) -> dict[str, str
     path = Path(os.path.abspath(source.jsonl.path or ""))
     log = cursor["partitions"].get(str(Partition(str(path), 0)))
     try:
-        if log is None or not path.is_file() or path.stat().st_size < log["next"]:
+        file = main_file(path)
+        if log is None or not file.is_file():
             return {}
-        with path.open("rb") as file:
-            ends = file.read(min(LOOKED_AT_BYTES, log["next"]))
-            file.seek(max(0, log["next"] - LOOKED_AT_BYTES))
-            ends += file.read(min(LOOKED_AT_BYTES, log["next"]))
-    except OSError:
+        # A file of another format does not grow, and its cursor counts records.
+        is_lines = form_of(path, f"source.jsonl.path={source.jsonl.path}") == LINES
+        size = log["next"] if is_lines else file.stat().st_size
+        if file.stat().st_size < size:
+            return {}
+        with file.open("rb") as content:
+            ends = content.read(min(LOOKED_AT_BYTES, size))
+            content.seek(max(0, size - LOOKED_AT_BYTES))
+            ends += content.read(min(LOOKED_AT_BYTES, size))
+    except (OSError, SettingsError):
         return {}
     return {"source.jsonl.contents": hashlib.sha256(ends).hexdigest()}
 
@@ -117,7 +124,8 @@ def _flat(prefix: str, section: Section) -> Iterator[tuple[str, Any]]:
 
 def _source(source: SourceSettings) -> dict[str, Any]:
     if source.kind == "kafka":
-        return {"source.kind": "kafka", "source.kafka.topic": source.kafka.topic}
+        kafka = source.kafka
+        return {"source.kind": "kafka", "source.kafka.topic": kafka.topic, "source.kafka.format": kafka.format}
     return {"source.kind": "jsonl", "source.jsonl.path": source.jsonl.path}
 
 
@@ -155,9 +163,9 @@ def _digest(value: Any) -> str:
 
 def digest_of_file(path: Path) -> str | None:
     """Of what a file holds; None for what is none. Raises OSError."""
-    if not path.is_file():
+    if not main_file(path).is_file():
         return None  # a pipe gives what it holds only once
-    with path.open("rb") as file:
+    with main_file(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -17,6 +17,7 @@ from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.monitoring.server import listen_problem
 from stream_trainer.settings.schema import ModelSettings, Settings
 from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.source import KafkaSettings
 
 FLOAT32_BYTES = 4
 
@@ -46,6 +47,7 @@ def check_offline(settings: Settings) -> list[Check]:
         *_own_selector(settings.selection),
         *_model(settings.model),
         *_extras(settings),
+        *_schema_extra(settings),
         *_security(settings),
         _device(settings.model),
     ]
@@ -226,12 +228,25 @@ def _extras(settings: Settings) -> Iterator[Check]:
             yield _extra("upload", ("fsspec",), f"{setting}.upload={url}")
 
 
+def _schema_extra(settings: Settings) -> Iterator[Check]:
+    if settings.source.kind == "kafka" and settings.source.kafka.format != "json":
+        modules = ("confluent_kafka", "authlib", "fastavro", "jsonschema", "google.protobuf")
+        yield _extra("schema", modules, f"source.kafka.format={settings.source.kafka.format}")
+
+
 def _extra(name: str, modules: tuple[str, ...], setting: str) -> Check:
-    missing = [module for module in modules if find_spec(module) is None]
+    missing = [module for module in modules if not _is_there(module)]
     if missing:
         line = f"{setting} needs the module {', '.join(missing)}; pip install 'stream-trainer[{name}]'"
         return Check(f"extra {name}", False, line)
     return Check(f"extra {name}", True, "installed")
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is part of is not there
+        return False
 
 
 def _device(model: ModelSettings) -> Check:
@@ -268,6 +283,7 @@ def _port(name: str, host: str, port: int) -> Check:
 def _kafka(settings: Settings) -> Iterator[Check]:
     if settings.source.kind != "kafka":
         return
+    yield from _registry(settings.source.kafka)
     from stream_trainer.sources.connection import probe  # kafka is loaded only where it is used
 
     try:
@@ -276,3 +292,18 @@ def _kafka(settings: Settings) -> Iterator[Check]:
         yield Check("source.kafka", False, str(error))
     else:
         yield Check("source.kafka", True, f"{settings.source.kafka.topic} at {settings.source.kafka.bootstrap_servers}")
+
+
+def _registry(kafka: KafkaSettings) -> Iterator[Check]:
+    """Asked as a record would ask it."""
+    if kafka.format == "json":
+        return
+    from stream_trainer.samples.schemas.registry import Registry
+
+    name = "source.kafka.schema_registry"
+    try:
+        Registry(kafka).probe()
+    except StreamTrainerError as error:
+        yield Check(name, False, str(error))
+    else:
+        yield Check(name, True, f"{kafka.schema_registry.url} answers")

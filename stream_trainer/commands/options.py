@@ -2,6 +2,9 @@
 
 import argparse
 import math
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from stream_trainer.commands.pool_file import PoolFile, read_pool, size_of
+from stream_trainer.commands.pool_file import PoolFile, as_lines, read_pool
+from stream_trainer.formats.files import look
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.samples.collate import collate
 from stream_trainer.samples.decoder import Decoder, read_samples
@@ -27,6 +31,7 @@ from stream_trainer.settings.numbers import at_least
 from stream_trainer.settings.schema import ModelSettings, SampleSettings
 
 MAX_TARGET = 1024  # target samples used, from the top of the file
+LINES_EVERY_S = 15.0  # as `run` writes its own
 
 Advance = Callable[[str, int, int], None]
 """Told of a phase, what was done of it since the last time, and how much there is in all."""
@@ -39,31 +44,34 @@ class Inputs:
     loaded: LoadedModel
     decoder: Decoder
     target: Batch
-    pool_bytes: int
 
-    def read_pool(self, args: argparse.Namespace, advance: Advance) -> PoolFile:
-        """Decode the pool once; what is no sample goes to `rejected.jsonl`."""
+    @contextmanager
+    def pool(self, args: argparse.Namespace, advance: Advance) -> Iterator[PoolFile]:
+        """The pool, decoded once; what is no sample goes to `rejected.jsonl`."""
         args.out.mkdir(parents=True, exist_ok=True)
-        pad_id = self.loaded.tokenizer.pad_token_id
-        rejected = args.out / "rejected.jsonl"
-        return read_pool(
-            args.pool, self.decoder, pad_id, rejected, lambda count: advance("reading", count, self.pool_bytes)
-        )
+        pad_id, rejected = self.loaded.tokenizer.pad_token_id, args.out / "rejected.jsonl"
+        with as_lines(args.pool, args.out) as path:
+            size = path.stat().st_size
+
+            def read(count: int) -> None:
+                advance("reading", count, size)
+
+            yield read_pool(path, f"--pool={args.pool}", self.decoder, pad_id, rejected, read)
 
 
 def load_inputs(args: argparse.Namespace) -> Inputs:
     """Load what the common options name. Raises SettingsError for whatever the user can mend."""
-    pool_bytes = size_of(args.pool)
+    look(args.pool, f"--pool={args.pool}")
     model = ModelSettings(name=args.model, gguf_file=args.gguf_file, dtype=args.dtype, device=args.device)
     loaded = load_model(model, args.seed)
     decoder = Decoder(loaded.tokenizer, SampleSettings(max_tokens=args.max_tokens), loaded.max_positions)
     target = collate(read_samples(args.target, decoder, MAX_TARGET, "--target"), loaded.tokenizer.pad_token_id)
-    return Inputs(loaded, decoder, target, pool_bytes)
+    return Inputs(loaded, decoder, target)
 
 
 @contextmanager
 def progress_bars() -> Iterator[Advance]:
-    """A bar for each phase on standard error, if that is a terminal: a log is no place for bars."""
+    """A bar for each phase on standard error, if that is a terminal; else a line from time to time."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -72,7 +80,10 @@ def progress_bars() -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield plain_lines(lambda line: print(line, file=sys.stderr, flush=True))
+        return
+    with Progress(*columns, console=console) as bar:
         tasks: dict[str, TaskID] = {}
 
         def advance(phase: str, count: int, total: int) -> None:
@@ -83,12 +94,28 @@ def progress_bars() -> Iterator[Advance]:
         yield advance
 
 
+def plain_lines(write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Advance:
+    """Writes a line for each phase when it is done, and every `LINES_EVERY_S` before that."""
+    done: Counter[str] = Counter()
+    last = clock()
+
+    def advance(phase: str, count: int, total: int) -> None:
+        nonlocal last
+        done[phase] += count
+        ends = done[phase] >= total > done[phase] - count
+        if ends or clock() - last >= LINES_EVERY_S:
+            last = clock()
+            write(f"{phase}: {done[phase]} of {total}")
+
+    return advance
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Model, files, limits and randomness: what every selection from a file needs."""
     parser.add_argument("--model", required=True, metavar="M", help="model directory or hub name")
     parser.add_argument("--gguf-file", metavar="F", help="a GGUF file inside the model directory")
-    parser.add_argument("--pool", required=True, type=Path, metavar="FILE", help="JSONL file to select from")
-    parser.add_argument("--target", required=True, type=Path, metavar="FILE", help="JSONL file to get better at")
+    parser.add_argument("--pool", required=True, type=Path, metavar="FILE", help="file to select from")
+    parser.add_argument("--target", required=True, type=Path, metavar="FILE", help="file to get better at")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to write to")
     parser.add_argument("--max-tokens", type=at_least(2), default=512, metavar="T", help="tokens per sample (512)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic of the passes")

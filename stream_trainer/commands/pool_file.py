@@ -1,5 +1,7 @@
 """A file of samples to select from, and the files a selection leaves: what offline selectors share.
 
+A pool of another format than lines of JSON is first written as these into a file that goes away with the run.
+
 Lines are found again by their position, so a pool need not fit in memory; every use decodes them anew. Lines that are
 no samples are set aside with the reason, as dead letters.
 """
@@ -12,11 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from gradient_selectors import Batch
 
 from stream_trainer.errors import SampleError, SettingsError
+from stream_trainer.formats.files import LINES, form_of, records_in
 from stream_trainer.ingest.letter import DeadLetter, to_json
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.samples.collate import collate
@@ -30,6 +34,7 @@ class PoolFile:
     """The samples of a JSONL file, in its order.
 
     Attributes:
+        label: what the user calls it, `--pool=FILE`.
         starts, sizes: bytes of each sample's line, newline included.
         lines: line number of each, from 1.
         ids: the producer's name for each, or None.
@@ -38,6 +43,7 @@ class PoolFile:
     """
 
     path: Path
+    label: str
     decoder: Decoder
     pad_id: int
     starts: list[int]
@@ -50,6 +56,16 @@ class PoolFile:
     def __len__(self) -> int:
         return len(self.starts)
 
+    @property
+    def reasons(self) -> str:
+        """Why lines are no samples, and how many."""
+        return ", ".join(f"{reason} {count}" for reason, count in sorted(self.rejected.items()))
+
+    @property
+    def rejections(self) -> str:
+        """How many lines are no samples, and why."""
+        return f"rejected {self.rejected.total()} lines ({self.reasons})"
+
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """Some samples, decoded anew. Raises SettingsError if the file has changed."""
         with self.path.open("rb") as file:
@@ -57,7 +73,7 @@ class PoolFile:
         samples = []
         for index, result in zip(indices, self.decoder.decode_batch(records), strict=True):
             if not isinstance(result, Sample) or result.num_tokens != self.lengths[index]:
-                raise SettingsError(f"--pool={self.path} line {self.lines[index]} changed while it was read; run again")
+                raise SettingsError(f"{self.label} line {self.lines[index]} changed while it was read; run again")
             samples.append(result)
         return samples
 
@@ -91,13 +107,15 @@ class PoolFile:
         return Record(Partition(str(self.path), 0), start, start + size, file.read(size))
 
 
-def read_pool(path: Path, decoder: Decoder, pad_id: int, rejected: Path, progress: Callable[[int], None]) -> PoolFile:
+def read_pool(
+    path: Path, label: str, decoder: Decoder, pad_id: int, rejected: Path, progress: Callable[[int], None]
+) -> PoolFile:
     """Decode every line once. Those that are no samples are written to `rejected`; blank lines are skipped.
 
     `progress` is told of bytes as they are read. Raises SettingsError if the file cannot be read or holds no
     sample, OSError if `rejected` cannot be replaced.
     """
-    pool = PoolFile(path, decoder, pad_id, [], [], [], [], [], Counter())
+    pool = PoolFile(path, label, decoder, pad_id, [], [], [], [], [], Counter())
     rejected.unlink(missing_ok=True)
     with open(rejected, "wb", opener=_owners_only) as rejects:
         for numbers, records in _chunks(path):
@@ -114,8 +132,9 @@ def read_pool(path: Path, decoder: Decoder, pad_id: int, rejected: Path, progres
                     pool.rejected[error.reason] += 1
             progress(records[-1].next_offset - records[0].offset)
     if not len(pool):
+        kept = f": {pool.reasons}, kept in {rejected}" if pool.rejected else ""
         raise SettingsError(
-            f"--pool={path} holds no samples ({pool.rejected.total()} lines rejected); correct the file"
+            f"{label} holds no samples ({pool.rejected.total()} lines rejected){kept}; correct the file"
         )
     return pool
 
@@ -124,12 +143,20 @@ def _owners_only(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def size_of(path: Path) -> int:
-    """Bytes of the pool. Raises SettingsError if it is not there."""
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise SettingsError(f"--pool={path} cannot be read ({error.strerror}); name a readable file") from error
+@contextmanager
+def as_lines(path: Path, folder: Path) -> Iterator[Path]:
+    """The pool as lines of JSON: itself, or a file in `folder` for as long as it is used. Raises SettingsError."""
+    label = f"--pool={path}"
+    if form_of(path, label) == LINES:
+        yield path
+        return
+    with TemporaryDirectory(dir=folder, prefix=".pool-") as temporary:
+        lines = Path(temporary) / path.name
+        with lines.open("wb") as file:
+            for value in records_in(path, label):
+                # Between the parts of a value it is space, and inside a text it is written otherwise.
+                file.write(value.replace(b"\n", b" ") + b"\n")
+        yield lines
 
 
 @contextmanager
@@ -148,11 +175,7 @@ def _chunks(path: Path) -> Iterator[tuple[list[int], list[Record]]]:
     partition, offset = Partition(str(path), 0), 0
     numbers: list[int] = []
     records: list[Record] = []
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise SettingsError(f"--pool={path} cannot be read ({error.strerror}); name a readable file") from error
-    with file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 numbers.append(number)

@@ -1,6 +1,7 @@
 """Publish JSON lines to a topic, mixed as asked: for demos, load tests and backfills.
 
-Each line becomes a record with its original bytes, no key and the current time. Records go to the partitions in turn,
+Each line becomes a record with its original bytes, no key and the current time. Files of other formats are read as
+`formats.files` says. Records go to the partitions in turn,
 so the same arguments give the same topic. A run that was interrupted is gone on with when the same command is given
 again: no line is published twice, and none is left out.
 """
@@ -17,7 +18,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError, TopicAlreadyExistsError
@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from stream_trainer.commands.publish import COMMIT_S, Publisher
 from stream_trainer.errors import SettingsError, SourceError
+from stream_trainer.formats.files import LINES, form_of, main_file, records_in
 from stream_trainer.settings.schema import ENVIRONMENT_PREFIX
 from stream_trainer.settings.source import KafkaSettings
 from stream_trainer.sources.connection import Topic, connect, describe_topic
@@ -99,15 +100,15 @@ def produce(
     Raises SettingsError for files or shares that cannot be used, SourceError if the brokers cannot take the records.
     """
     with ExitStack() as stack:
-        opened = [stack.enter_context(_open(path)) for path in files]
-        mixture = _Mixture(opened, shares, seed)
+        lines = [_count_lines(path) for path in files]
+        mixture = _Mixture(files, lines, shares, seed)
         topic = _ensure_topic(settings, partitions)
-        job = _job_of(topic, files, opened, shares, seed) if exact else None
+        job = _job_of(topic, files, lines, shares, seed) if exact else None
         publisher = Publisher(settings, topic.name, job)
         stack.callback(publisher.close)
         digest = hashlib.sha256()
         if not again and not _pass_over(mixture, *publisher.stored, digest):
-            digest, mixture = hashlib.sha256(), _Mixture(opened, shares, seed)
+            digest, mixture = hashlib.sha256(), _Mixture(files, lines, shares, seed)
         before, drawn_before, begun = mixture.total, mixture.drawn(), time.monotonic()
         total = mixture.expected_records() if count is None else min(count, mixture.expected_records())
         while count is None or mixture.total < count:
@@ -139,16 +140,19 @@ def produce(
 
 
 def _job_of(
-    topic: Topic, files: Sequence[Path], opened: Sequence[BinaryIO], shares: Sequence[float] | None, seed: int
+    topic: Topic, files: Sequence[Path], lines: Sequence[int], shares: Sequence[float] | None, seed: int
 ) -> str:
     """A name for what is published: the same for the same topic, files and mixture."""
-    firsts = [hashlib.sha256(file.readline(FIRST_BYTES)).hexdigest() for file in opened]
-    lines = [_count_lines(file) for file in opened] if shares is None and len(opened) > 1 else []  # these set the order
+    firsts = [hashlib.sha256(_first_bytes(path)).hexdigest() for path in files]
+    counted = list(lines) if shares is None and len(files) > 1 else []  # these set the order
     paths = [str(path.resolve()) for path in files]
-    parts = json.dumps([topic.name, topic.id, topic.partitions, paths, firsts, lines, shares, seed])
-    for file in opened:
-        file.seek(0)
+    parts = json.dumps([topic.name, topic.id, topic.partitions, paths, firsts, counted, shares, seed])
     return f"stream-trainer-produce-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+
+
+def _first_bytes(path: Path) -> bytes:
+    with main_file(path).open("rb") as file:
+        return file.readline(FIRST_BYTES)
 
 
 def _pass_over(mixture: "_Mixture", number: int, note: str, digest: "hashlib._Hash") -> bool:
@@ -168,9 +172,10 @@ def _extend(digest: "hashlib._Hash", line: bytes) -> None:
 class _Mixture:
     """Lines drawn from several files at random, each file's own in order."""
 
-    def __init__(self, files: Sequence[BinaryIO], shares: Sequence[float] | None, seed: int) -> None:
+    def __init__(self, files: Sequence[Path], lines: Sequence[int], shares: Sequence[float] | None, seed: int) -> None:
         self._files = files
-        self._lines = [_count_lines(file) for file in files]
+        self._records = [records_in(path, f"file {path}") for path in files]
+        self._lines = lines
         self._shares = shares
         self._rng = random.Random(seed)  # noqa: S311 - a mixture, no secret
         self._taken = [0] * len(files)
@@ -193,32 +198,29 @@ class _Mixture:
         # Weights that fall as lines are used up make every order of the remaining lines equally likely.
         (index,) = self._rng.choices(range(len(left)), self._shares or left)
         if not left[index]:
-            self.ended_by = f"{self._files[index].name} ran out"
+            self.ended_by = f"{self._files[index]} ran out"
             return None
         self._taken[index] += 1
         self.total += 1
-        return self._files[index].readline().removesuffix(b"\n")
+        line = next(self._records[index], None)
+        if line is None:
+            raise SettingsError(f"file {self._files[index]} became shorter while it was read; give the command again")
+        return line
 
     def drawn(self) -> list[int]:
         """Lines taken of each file."""
         return list(self._taken)
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise SettingsError(f"file {path} cannot be opened ({error.strerror}); correct the path") from None
-
-
-def _count_lines(file: BinaryIO) -> int:
-    """Lines of a file, the last with or without its newline; leaves it at its beginning."""
+def _count_lines(path: Path) -> int:
+    """Lines of a file, the last with or without its newline; of a file of another format its records."""
+    if form_of(path, f"file {path}") != LINES:
+        return sum(1 for _ in records_in(path, f"file {path}"))
     lines, last = 0, b"\n"
-    file.seek(0)
-    while chunk := file.read(1024 * 1024):
-        lines += chunk.count(b"\n")
-        last = chunk[-1:]
-    file.seek(0)
+    with path.open("rb") as file:
+        while chunk := file.read(1024 * 1024):
+            lines += chunk.count(b"\n")
+            last = chunk[-1:]
     return lines + (last != b"\n")
 
 
@@ -246,7 +248,7 @@ def _ensure_topic(settings: KafkaSettings, partitions: int) -> Topic:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `stream-trainer produce`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = "Publish JSONL files to a Kafka topic, one record a line, mixed as asked."
+    parser.description = "Publish files of samples to a Kafka topic, one record a line, mixed as asked."
     parser.epilog = EXAMPLES
     parser.add_argument("files", nargs="+", metavar="FILE[:SHARE]", help="JSONL file, and its share of the mixture")
     parser.add_argument("--topic", help="topic to publish to; created if missing")
@@ -318,7 +320,7 @@ def parse_files(arguments: Sequence[str]) -> tuple[list[Path], list[float] | Non
         files.append(Path(name))
         shares.append(_parse_share(argument, share))
     for path in files:
-        if not path.is_file():
+        if not path.exists():
             raise SettingsError(f"file {path} does not exist; correct the path")
     if shares and len(shares) < len(files):
         raise SettingsError(f"{len(shares)} of {len(files)} files have a share; give every file one, or none")
@@ -338,7 +340,7 @@ def _parse_share(argument: str, text: str) -> float:
 def kafka_settings(args: argparse.Namespace) -> KafkaSettings:
     """Options first, then the environment of `source.kafka`, then the defaults."""
     values: dict[str, str] = {}
-    for name in KafkaSettings.model_fields:
+    for name in KafkaSettings.model_fields.keys() - {"format"}:  # what is published is JSON
         value = getattr(args, name, None) or os.environ.get(f"{ENVIRONMENT_PREFIX}SOURCE__KAFKA__{name.upper()}")
         if value is not None:
             values[name] = value

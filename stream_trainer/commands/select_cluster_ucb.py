@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.data > args.budget:
         raise SettingsError(f"--data={args.data:g} is more than --budget={args.budget:g}; raise --budget")
     inputs = load_inputs(args)
-    with writing(args.out), progress_bars() as advance:
-        pool = inputs.read_pool(args, advance)
+    with writing(args.out), progress_bars() as advance, inputs.pool(args, advance) as pool:
         if math.floor(args.data * len(pool) + 1e-9) == 0:
             raise SettingsError(f"--data={args.data:g} of {len(pool)} samples is none; raise it")
         try:
@@ -71,7 +70,7 @@ def _report(args: argparse.Namespace, pool: PoolFile, found: ClusterUcbSelection
     total, scored = len(pool), len(found.drawn_n)
     print(f"scored {scored} of {total} samples ({scored / total:.1%}) in {seconds:.1f} s")
     print(f"kept {len(found.selected)} in {args.out / 'subset.jsonl'}, best first")
-    if rejected := pool.rejected.total():
-        print(f"rejected {rejected} lines that are no samples, kept in {args.out / 'rejected.jsonl'}")
+    if pool.rejected:
+        print(f"{pool.rejections}, kept in {args.out / 'rejected.jsonl'}")
     if unusable := int((~torch.isfinite(found.scores_n)).sum()):
         print(f"{unusable} of those scored have no usable gradient")

@@ -46,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command with parsed options. Raises SettingsError, in one line, for whatever the user can mend."""
     inputs = load_inputs(args)
-    with writing(args.out), progress_bars() as advance:
-        pool = inputs.read_pool(args, advance)
+    with writing(args.out), progress_bars() as advance, inputs.pool(args, advance) as pool:
         try:
             found = select_dual_sft(
                 inputs.loaded.model,
@@ -88,6 +87,4 @@ def _report(args: argparse.Namespace, pool: PoolFile, mask: dict[str, Tensor], r
     if unusable := len(pool) - ranked:
         print(f"without a finite loss, and so without a score: {unusable} samples", file=sys.stderr)
     if pool.rejected:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(pool.rejected.items()))
-        where = args.out / "rejected.jsonl"
-        print(f"rejected {pool.rejected.total()} lines ({reasons}), kept in {where}", file=sys.stderr)
+        print(f"{pool.rejections}, kept in {args.out / 'rejected.jsonl'}", file=sys.stderr)

@@ -54,6 +54,7 @@ class Judge:
         self._watch = PoisonWatch(limits)
         self._lock = threading.RLock()  # what is kept and what is decided change together
         self._reasons_seen: set[str] = set()
+        self._gave_samples = False
         self.poison: PoisonError | None = None
 
     def snapshot(self) -> Snapshot:
@@ -88,6 +89,7 @@ class Judge:
                 self._metrics.unselected.labels("filtered").inc()
             self._note_usable(record, is_fresh)
         self._metrics.unusable_ratio.set(self._watch.ratio)
+        self._gave_samples = self._gave_samples or bool(samples)
         return samples
 
     def dead_letter(self, letter: DeadLetter) -> None:
@@ -95,6 +97,13 @@ class Judge:
         with self._lock:
             self._dead_letters.send(letter)
             self.settle()
+
+    def check_end(self) -> None:
+        """Raises PoisonError if the stream has ended, and the model was never given one sample of it."""
+        counts = self._cursor.counts
+        used = (Outcome.TRAINED, Outcome.NOT_SELECTED, Outcome.DISCARDED)
+        if not self._gave_samples and not any(counts[outcome] for outcome in used):
+            self._watch.check_end()
 
     def settle(self) -> None:
         """Decide the records whose letters are kept."""

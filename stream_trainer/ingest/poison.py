@@ -15,7 +15,10 @@ from stream_trainer.records import Partition
 from stream_trainer.settings.schema import DeadLetterSettings
 
 HINTS = {
-    "bad_utf8": "write UTF-8; a value that a schema registry has packed is no JSON either",
+    "no_schema_id": "set source.kafka.format to json, or have the producer write with a schema registry",
+    "unknown_schema": "set source.kafka.schema_registry.url to the registry that the producer uses",
+    "schema_mismatch": "set source.kafka.format to what the producer writes, and see the detail of the letters",
+    "bad_utf8": "write UTF-8, or set source.kafka.format for what a schema registry has packed",
     "bad_json": "write one JSON object a record",
     "not_an_object": "write a JSON object, not a list, a string or a number",
     "missing_fields": "give text, or prompt and response, or messages",
@@ -87,6 +90,15 @@ class PoisonWatch:
             raise self._poisoned(f"max_in_a_row={limits.max_in_a_row}", f"{in_a_row} records in a row")
         if limits.max_ratio is not None and self._known >= limits.window and self.ratio > limits.max_ratio:
             raise self._poisoned(f"max_ratio={limits.max_ratio:g}", f"{self._bad} of the last {self._known} records")
+
+    def check_end(self) -> None:
+        """Raises PoisonError if all of the last records of a stream that has ended are unusable, and there is a limit.
+
+        A finite run of nothing but such records is too short for the limits, and would look like a success.
+        """
+        limited = self._limits.max_in_a_row is not None or self._limits.max_ratio is not None
+        if limited and self._bad == self._known > 0:
+            raise self._poisoned("max_ratio", f"all {self._bad} last records of the stream")
 
     def state_dict(self, positions: Mapping[Partition, int]) -> dict[str, Any]:
         """JSON, to be stored with a cursor whose lowest undecided positions are these."""

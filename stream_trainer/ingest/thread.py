@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from stream_trainer.errors import SourceAwayError, SourceError
+from stream_trainer.errors import PoisonError, SourceAwayError, SourceError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.commits import Commits
 from stream_trainer.ingest.cursor import Cursor
@@ -23,6 +23,7 @@ from stream_trainer.monitoring.laps import Laps
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Partition, Record
 from stream_trainer.samples.decoder import Decoder
+from stream_trainer.samples.schemas.registry import Registry
 from stream_trainer.settings.schema import DeadLetterSettings
 from stream_trainer.sources.base import Source
 from stream_trainer.sources.retention import Horizon
@@ -45,7 +46,7 @@ class Ingest:
     Attributes:
         last_turn: when the thread last came round (`time.monotonic()`); it does at least every few seconds.
         unreachable_since: since when the stream cannot be read (`time.monotonic()`); None while it can.
-        away: why the source could not be started yet; empty once it was, or before it was tried.
+        away: why the source could not be started yet, or schemas cannot be had; empty if all is well.
     """
 
     def __init__(
@@ -58,8 +59,12 @@ class Ingest:
         metrics: Metrics,
         limits: DeadLetterSettings | None = None,
         jitter: Callable[[], float] = random.random,
+        registry: Registry | None = None,
     ) -> None:
-        """`jitter` returns numbers from 0 to 1, which spread the tries of many services over time."""
+        """`jitter` returns numbers from 0 to 1, which spread the tries of many services over time.
+
+        Records that the decoder reads by schemas wait until `registry` has these.
+        """
         self._source = source
         self._dead_letters = dead_letters
         self._cursor = cursor
@@ -68,6 +73,7 @@ class Ingest:
         self._judge = Judge(decoder, dead_letters, cursor, metrics, limits or DeadLetterSettings())
         self._commits = Commits(source, metrics)
         self._jitter = jitter
+        self._registry = registry
         self._thread: threading.Thread | None = None
         self._started = threading.Event()
         self._stopping = threading.Event()
@@ -76,6 +82,7 @@ class Ingest:
         self._identity: Mapping[str, str] = {}
         self._partitions: frozenset[Partition] = frozenset()
         self._rotation = Rotation(cursor)  # read, but not yet known to the cursor
+        self._in_hand: list[tuple[Record, bool]] = []  # next to be decoded, once their schemas are here
         self._failure: SourceError | None = None
         self._paused = False
         self._lost = self._passes = 0
@@ -222,7 +229,7 @@ class Ingest:
         self._judge.settle()
         self._pause_or_resume()
         self._laps.lap("other")
-        chunk = [] if self._is_full() else self._next_chunk()
+        chunk = self._ready_chunk()
         if chunk:
             self._process(chunk)
         elif self._buffer.ended:
@@ -248,11 +255,18 @@ class Ingest:
         self._rotation.put(records)
         source = self._source
         self._rotation.know(source.positions(), source.drained, finite=source.finite)
-        if not (self._rotation.waiting or self._dead_letters.held) and source.exhausted:
-            self._buffer.end()
+        if not (self._rotation.waiting or self._in_hand or self._dead_letters.held) and source.exhausted:
+            self._buffer.end(self._why_of_no_use())
+
+    def _why_of_no_use(self) -> PoisonError | None:
+        try:
+            self._judge.check_end()
+        except PoisonError as error:
+            return error
+        return None
 
     def _pause_or_resume(self) -> None:
-        if self._paused and self._buffer.low and not self._dead_letters.full:
+        if self._paused and self._buffer.low and not (self._dead_letters.full or self._lacks_schemas):
             self._source.resume()
             self._paused = False
         elif not self._paused and self._is_full():
@@ -260,7 +274,24 @@ class Ingest:
             self._paused = True
 
     def _is_full(self) -> bool:
-        return self._buffer.full or self._dead_letters.full
+        return self._buffer.full or self._dead_letters.full or self._lacks_schemas
+
+    @property
+    def _lacks_schemas(self) -> bool:
+        return self._registry is not None and self._registry.waits
+
+    def _ready_chunk(self) -> list[tuple[Record, bool]]:
+        """What can be decoded now. Raises SourceError if the registry refuses us."""
+        if self._is_full():
+            return []
+        self._in_hand = self._in_hand or self._next_chunk()
+        if self._registry is not None:
+            ready = self._registry.ready([record for record, is_fresh in self._in_hand if is_fresh])
+            self.away = self._registry.away
+            if not ready:
+                return []
+        chunk, self._in_hand = self._in_hand, []
+        return chunk
 
     def _next_chunk(self) -> list[tuple[Record, bool]]:
         chunk: list[tuple[Record, bool]] = []
@@ -317,7 +348,7 @@ class Ingest:
         self._metrics.buffer_bytes.set(self._buffer.bytes)
         self._metrics.buffer_tokens.set(self._buffer.tokens)
         self._metrics.paused.set(self._paused)
-        self._note_reachable(reachable=self._source.reachable)
+        self._note_reachable(reachable=self._source.reachable and not self.away)
 
     def _note_reachable(self, *, reachable: bool) -> None:
         self._metrics.reachable.set(reachable)

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 
 from stream_trainer.errors import SampleError, SettingsError
+from stream_trainer.formats.files import records_in
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.samples.chat import Piece, chat_pieces
 from stream_trainer.samples.encoding import Encode, backend_encoder, byte_encoder, word_encoder
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 REASONS = (
     "undecodable",
+    # Those of a schema registry.
+    "no_schema_id",
+    "unknown_schema",
+    "schema_mismatch",
     "bad_utf8",
     "bad_json",
     "not_an_object",
@@ -84,12 +89,14 @@ class Decoder:
         tokenizer: a fast tokenizer of transformers.
         max_positions: tokens the model can take, or None if there is no limit.
         field_names: fields of the record that a sample keeps, `key` and `header:NAME` included.
+        unpack: gives the JSON of a record that is in another format. Raises SampleError.
     """
 
     tokenizer: Any
     settings: SampleSettings
     max_positions: int | None = None
     field_names: tuple[str, ...] = ()
+    unpack: Callable[[Record], bytes] | None = None
     _plain: Encode = field(init=False, repr=False)
     _native: Encode = field(init=False, repr=False)
     _control: tuple[str, ...] = field(init=False, repr=False)
@@ -146,7 +153,8 @@ class Decoder:
             raise SampleError("undecodable", record.damage)
         if record.value is None:
             return None
-        fields = parse_fields(record.value, self.settings.max_bytes, self.field_names)
+        value = self.unpack(record) if self.unpack and record.value else record.value
+        fields = parse_fields(value, self.settings.max_bytes, self.field_names)
         return _Draft(record, fields, self._pieces(fields.form))
 
     def _pieces(self, form: Mapping[str, Any]) -> list[Piece]:
@@ -201,7 +209,7 @@ class Decoder:
 
 
 def read_samples(path: Path, decoder: Decoder, limit: int, setting: str) -> list[Sample]:
-    """The first `limit` samples of a JSONL file that the user keeps (target, retention). Blank lines are skipped.
+    """The first `limit` samples of a file that the user keeps (target, retention). Blank lines are skipped.
 
     Samples that do not fit `samples.max_tokens` are left out with a warning: the file may serve several settings.
     `setting` is the setting that names the file. Raises SettingsError if the file cannot be read, a line is no
@@ -236,19 +244,16 @@ def _outside(record: Record, names: Sequence[str]) -> tuple[tuple[str, str], ...
 
 
 def _numbered_lines(path: Path, limit: int, setting: str) -> dict[int, Record]:
-    """The first `limit` lines that are not blank, by line number."""
+    """The first `limit` records that are not blank, by number: of a file of lines, that of the line."""
     partition, offset = Partition(str(path), 0), 0
     records: dict[int, Record] = {}
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if len(records) == limit:
-                    break
-                if line.strip():
-                    records[number] = Record(partition, offset, offset + len(line), line)
-                offset += len(line)
-    except OSError as error:
-        raise SettingsError(f"{setting}={path} cannot be read ({error.strerror}); name a readable file") from error
+    for number, value in enumerate(records_in(path, f"{setting}={path}"), start=1):
+        if len(records) == limit:
+            break
+        size = len(value) + 1
+        if value.strip():
+            records[number] = Record(partition, offset, offset + size, value)
+        offset += size
     return records
 
 

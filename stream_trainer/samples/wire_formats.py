@@ -52,7 +52,8 @@ def _registered(value: bytes) -> str:
     """Confluent's framing: a zero byte, the schema's number in four bytes, and the data."""
     (number,) = struct.unpack(">I", value[1:5])
     inside = "JSON" if value[5:].lstrip()[:1] == b"{" else "Avro or Protobuf"
-    return f"begins with the magic byte of a schema registry (schema {number}), with {inside} behind it"
+    begins = f"begins with the magic byte of a schema registry (schema {number}), with {inside} behind it"
+    return f"{begins} (which source.kafka.format can read)"
 
 
 def _is_map(value: bytes, first: int, second: tuple[int, int]) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, model_validator
 
 from stream_trainer.settings.base import Positive, Section
+from stream_trainer.settings.registry import RegistrySettings
 
 DIRECTORY = "{directory}"
 
@@ -19,6 +20,10 @@ class KafkaSettings(Section):
     """Brokers to connect to first, `host:port[,host:port...]`."""
     topic: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")] | None = None
     """Topic to train on. Required when `source.kind` is `kafka`."""
+    format: Literal["json", "avro", "protobuf", "json_schema"] = "json"
+    """What the records' values are. All but `json` begin with the number of a schema, or have it in a header, and
+    need `schema_registry.url` (and the `schema` extra)."""
+    schema_registry: RegistrySettings = RegistrySettings()
     group_id: str | None = f"stream-trainer-{DIRECTORY}"
     """Consumer group under which offsets are committed, so that lag tools see the progress. `{directory}` becomes 8
     digits that tell the path of `checkpoint.dir`: two trainers need two groups. With null none are committed, and a run
@@ -72,6 +77,12 @@ class KafkaSettings(Section):
     sasl_token_file: Path | None = None
     """File with the token for OAUTHBEARER, as an absolute path. It is read anew for every connection, so that another
     program may renew it."""
+
+    @model_validator(mode="after")
+    def _schemas_come_from_somewhere(self) -> Self:
+        if self.format != "json" and self.schema_registry.url is None:
+            raise ValueError(f"format={self.format} needs schema_registry.url; set the address of the registry")
+        return self
 
     @model_validator(mode="after")
     def _security_is_complete(self) -> Self:

@@ -1,5 +1,8 @@
 """A file of one JSON object a line, or a stream such as standard input, as a source. Positions are byte offsets.
 
+A file of another format (see `formats.files`) is read too, from its beginning to its end. Its positions are numbers of
+records.
+
 A file is read from its cursor on. A stream cannot be sought (standard input, a FIFO): what lies before the cursor is
 read and dropped, so piping the same bytes in again resumes where a run ended. A stream ends when its writer closes it,
 with or without `follow`.
@@ -13,14 +16,19 @@ import select
 import stat
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
-from stream_trainer.errors import DataLossError, SettingsError
+from stream_trainer.errors import DataLossError, SettingsError, SourceError
+from stream_trainer.formats.array import FormError
+from stream_trainer.formats.files import LINES, form_of, form_of_bytes, records_in
+from stream_trainer.formats.tables import EndsBeforeError
 from stream_trainer.records import Partition, Record
 from stream_trainer.settings.source import JsonlSettings
 
 CHUNK_BYTES = 64 * 1024
+CHUNK_RECORDS = 64
 MAX_LINE_BYTES = 64 * 1024 * 1024  # of a longer line only these first bytes are kept; it is no sample anyway
 FOLLOW_INTERVAL_S = 0.05
 
@@ -41,6 +49,7 @@ class JsonlSource:
         # However the path is spelled, it is the same file to a cursor.
         self._partition = Partition(self._path if self._path == "-" else os.path.abspath(self._path), 0)
         self._fd: int | None = None
+        self._records: Iterator[bytes] | None = None  # of a file of another format
         self._is_stream = False
         self._to_skip = 0  # bytes of a stream that come before the cursor
         self._line = bytearray()  # the beginning of the line whose end has not been read
@@ -62,6 +71,10 @@ class JsonlSource:
         position = cursor.get(self._partition, 0)
         if others := sorted(p.topic for p in cursor if p != self._partition):
             logger.warning("the cursor of %s is left behind: source.jsonl.path=%s", ", ".join(others), self._path)
+        if self._is_of_another_form():
+            self._line_start = position
+            self._records = records_in(Path(self._path), f"source.jsonl.path={self._path}", position)
+            return
         self._fd = self._open()
         self._is_stream = not stat.S_ISREG(os.fstat(self._fd).st_mode)
         self._line_start = position
@@ -75,11 +88,14 @@ class JsonlSource:
     def poll(self, timeout_s: float) -> list[Record]:
         """Lines in order, about `CHUNK_BYTES` of them at a time.
 
-        Raises DataLossError if the file was cut or replaced while it is read.
+        Raises DataLossError if the file was cut or replaced while it is read, SourceError if a stream is in another
+        format, or a file of one cannot be read to its end.
         """
         if self._paused or self._at_end:
             time.sleep(timeout_s)
             return []
+        if self._records is not None:
+            return self._take_records(self._records)
         deadline = time.monotonic() + timeout_s
         while True:
             chunk = self._read_stream(deadline) if self._is_stream else self._read_file()
@@ -126,11 +142,11 @@ class JsonlSource:
         """Nobody else keeps positions in a file."""
 
     def positions(self) -> Mapping[Partition, int]:
-        """The byte at which the next record starts."""
+        """Where the next record starts."""
         return {self._partition: self._line_start}
 
     def end_positions(self) -> Mapping[Partition, int]:
-        """The file's size; of a stream, what has been read of it."""
+        """The file's size; of a stream and of a file of another format, what has been read of it."""
         if self._fd is None or self._is_stream:
             return {self._partition: max(self._read_to, self._line_start)}
         return {self._partition: os.fstat(self._fd).st_size}
@@ -155,11 +171,34 @@ class JsonlSource:
             os.close(self._fd)
         self._fd = None
 
+    def _is_of_another_form(self) -> bool:
+        """Raises SettingsError if it is one that cannot be read, or not as it grows."""
+        if self._path == "-" or not (os.path.isfile(self._path) or os.path.isdir(self._path)):
+            return False
+        label = f"source.jsonl.path={self._path}"
+        form = form_of(Path(self._path), label)
+        if form != LINES and self._follow:
+            raise SettingsError(
+                f"source.jsonl.follow=true: {label} is {form}, which cannot be followed; set it to false"
+            )
+        return form != LINES
+
+    def _take_records(self, records: Iterator[bytes]) -> list[Record]:
+        """The next ones of a file of another format."""
+        try:
+            values = list(islice(records, CHUNK_RECORDS))
+        except EndsBeforeError:
+            raise self._cut(f"ends before record {self._line_start}, where the cursor is") from None
+        except SettingsError as error:
+            raise SourceError(str(error)) from None
+        first = self._line_start
+        self._line_start += len(values)
+        self._at_end = not values
+        return [Record(self._partition, at, at + 1, value) for at, value in enumerate(values, start=first)]
+
     def _open(self) -> int:
         if self._path == "-":
             return sys.stdin.fileno()
-        if Path(self._path).is_dir():
-            raise SettingsError(f"source.jsonl.path={self._path} is a directory; name a file, or - for standard input")
         try:
             return os.open(self._path, os.O_RDONLY)
         except OSError as error:
@@ -185,6 +224,8 @@ class JsonlSource:
         assert self._fd is not None
         while select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
             chunk = os.read(self._fd, CHUNK_BYTES)
+            if not self._read_to:
+                self._require_lines(chunk)
             self._read_to += len(chunk)
             wanted = chunk[self._to_skip :]
             self._to_skip -= len(chunk) - len(wanted)
@@ -195,6 +236,15 @@ class JsonlSource:
                     raise self._cut(f"ended {self._to_skip} bytes before the cursor, {self._line_start}")
                 return b""
         return None
+
+    def _require_lines(self, head: bytes) -> None:
+        """A stream cannot be read twice, so it must be lines of JSON."""
+        try:
+            form = form_of_bytes(head)
+        except FormError as error:
+            raise SourceError(f"source.jsonl.path={self._path} {error}") from None
+        if form != LINES:
+            raise SourceError(f"source.jsonl.path={self._path} is {form}; pipe one JSON object a line, or name a file")
 
     def _read_file(self) -> bytes:
         assert self._fd is not None

@@ -47,6 +47,7 @@ class Service:
         self.buffer = Buffer(BufferSettings(max_records=max_records))
         self.metrics = Metrics(REASONS)
         self.metrics.count_outcomes(lambda: self.cursor.counts)
+        limits = limits or UNLIMITED  # a stream of bad records alone is what many of these tests want
         self.ingest = Ingest(source, DECODER, self.dead_letters, self.cursor, self.buffer, self.metrics, limits)
 
     def take(self, n: int) -> list[Sample]:
@@ -70,6 +71,13 @@ def running(service: Service) -> Iterator[Service]:
     finally:
         service.ingest.stop()
     assert not service.ingest.alive
+
+
+def test_a_stream_that_ends_without_one_sample_is_an_error() -> None:
+    service = Service(ListSource(records_of([b"no", b"no"])), limits=DeadLetterSettings())
+    with running(service), pytest.raises(PoisonError, match="all 2 last records of the stream cannot be used"):
+        service.take_all()
+    assert len(service.dead_letters.sent) == 2
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -348,7 +356,7 @@ def test_a_snapshot_agrees_with_the_file_while_letters_are_written(tmp_path: Pat
 
 def test_a_poisoned_stream_ends_the_run_and_can_still_be_committed() -> None:
     source = ListSource(records_of([good(0), *[b"{"] * 3000]))
-    with running(Service(source)) as service:
+    with running(Service(source, limits=DeadLetterSettings())) as service:
         with pytest.raises(PoisonError, match="999 of the last 1000 records cannot be used, 999 of them for bad_json"):
             service.take(2)
         service.ingest.stop_reading()
@@ -363,7 +371,9 @@ def test_the_watch_is_restored_with_the_cursor() -> None:
     with running(Service(ListSource(records_of(values)))) as first:
         assert first.take_all() == []
         snapshot = first.ingest.snapshot()
-    again = Service(ListSource(records_of([*values, b"{"])), Cursor.restore(snapshot.cursor))
+    again = Service(
+        ListSource(records_of([*values, b"{"])), Cursor.restore(snapshot.cursor), limits=DeadLetterSettings()
+    )
     load_states(again.ingest.parts, snapshot.parts)
     with running(again), pytest.raises(PoisonError, match="1000 records in a row"):
         again.take(1)

@@ -1,5 +1,7 @@
 """The file source: positions are bytes, lines are never split, joined or lost."""
 
+import gzip
+import json
 import os
 import subprocess
 import sys
@@ -9,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from stream_trainer.errors import DataLossError, SettingsError
+from stream_trainer.errors import DataLossError, SettingsError, SourceError
 from stream_trainer.records import Partition, Record
 from stream_trainer.settings.source import JsonlSettings, SourceSettings
 from stream_trainer.sources import jsonl, open_source
 from stream_trainer.sources.jsonl import JsonlSource
+from tests.stream_trainer.formats.writing import FORMS, REFUSED, write
 
 
 @contextmanager
@@ -224,3 +227,57 @@ def test_the_kind_decides_which_source_is_opened(samples_file: Path) -> None:
 def test_reading_a_file_needs_no_kafka_client() -> None:
     program = "import sys, stream_trainer.sources; sys.exit('kafka' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+ROWS = [{"id": number, "text": f"stone {number}"} for number in range(150)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_of_another_format_is_read_by_number(form: str, tmp_path: Path) -> None:
+    path = write(form, tmp_path, ROWS)
+    with started(path) as source:
+        records = read_all(source)
+        assert source.positions() == source.end_positions() == {Partition(str(path), 0): 150}
+        assert source.exhausted
+        assert source.finite
+    assert [json.loads(record.value or b"") for record in records] == ROWS
+    assert [(record.offset, record.next_offset) for record in records] == [(n, n + 1) for n in range(150)]
+    for at in (1, 64, 149, 150):
+        with started(path, at) as source:
+            assert read_all(source) == records[at:]
+    with started(path, 151) as source, pytest.raises(DataLossError, match="ends before record 151"):
+        read_all(source)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_format_is_not_followed(form: str, tmp_path: Path) -> None:
+    path = write(form, tmp_path, ROWS)
+    with pytest.raises(SettingsError, match="cannot be followed; set it to false"), started(path, follow=True):
+        pass
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_read_ends_with_an_error(kind: str, samples_file: Path) -> None:
+    content, words = REFUSED[kind]
+    samples_file.write_bytes(content)
+    with pytest.raises((SettingsError, SourceError), match=words), started(samples_file) as source:
+        read_all(source)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(b'{"text": "a"}\n'), "is a gzip file; pipe one JSON object a line"),
+        (b'[{"text": "a"}]', "is a JSON array; pipe one JSON object a line"),
+        ('{"text": "a"}'.encode("utf-16"), "is a text in UTF-16 or UTF-32; pipe"),
+        (b"PK\x03\x04", "is a zip archive"),
+    ],
+)
+def test_a_stream_must_be_lines(content: bytes, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.pipe()
+    with os.fdopen(theirs, "wb") as writer:
+        writer.write(content)
+    with os.fdopen(ours, "rb") as reader:
+        monkeypatch.setattr(sys, "stdin", reader)
+        with started("-") as source, pytest.raises(SourceError, match=words):
+            read_all(source)

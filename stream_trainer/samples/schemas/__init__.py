@@ -1,0 +1,1 @@
+"""Records that a Schema Registry has the schemas of: `registry` fetches these, `readers` read by them."""
