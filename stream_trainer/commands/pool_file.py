@@ -50,6 +50,11 @@ class PoolFile:
     def __len__(self) -> int:
         return len(self.starts)
 
+    @property
+    def reasons(self) -> str:
+        """How many lines are no samples by reason, the commonest first."""
+        return ", ".join(f"{reason} {count}" for reason, count in self.rejected.most_common())
+
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """Some samples, decoded anew. Raises SettingsError if the file has changed."""
         with self.path.open("rb") as file:
@@ -114,10 +119,18 @@ def read_pool(path: Path, decoder: Decoder, pad_id: int, rejected: Path, progres
                     pool.rejected[error.reason] += 1
             progress(records[-1].next_offset - records[0].offset)
     if not len(pool):
-        raise SettingsError(
-            f"--pool={path} holds no samples ({pool.rejected.total()} lines rejected); correct the file"
-        )
+        count = f"{pool.rejected.total()} lines rejected"
+        raise SettingsError(f"--pool={path} holds no samples ({count}){_why(pool, rejected)}; correct the file")
     return pool
+
+
+def _why(pool: PoolFile, rejected: Path) -> str:
+    """By reason, with the detail of the first line, and where they are."""
+    if not pool.rejected:
+        return ""
+    with rejected.open(encoding="utf-8") as lines:
+        first = json.loads(next(lines))["detail"]
+    return f": {pool.reasons}; the first {first}; they are in {rejected}"
 
 
 def _owners_only(path: str, flags: int) -> int:

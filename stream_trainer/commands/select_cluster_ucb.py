@@ -71,6 +71,7 @@ def _report(args: argparse.Namespace, pool: PoolFile, found: ClusterUcbSelection
     print(f"scored {scored} of {total} samples ({scored / total:.1%}) in {seconds:.1f} s")
     print(f"kept {len(found.selected)} in {args.out / 'subset.jsonl'}, best first")
     if rejected := pool.rejected.total():
-        print(f"rejected {rejected} lines that are no samples, kept in {args.out / 'rejected.jsonl'}")
+        where = args.out / "rejected.jsonl"
+        print(f"rejected {rejected} lines that are no samples ({pool.reasons}), kept in {where}")
     if unusable := int((~torch.isfinite(found.scores_n)).sum()):
         print(f"{unusable} of those scored have no usable gradient")

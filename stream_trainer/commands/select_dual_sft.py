@@ -88,6 +88,5 @@ def _report(args: argparse.Namespace, pool: PoolFile, mask: dict[str, Tensor], r
     if unusable := len(pool) - ranked:
         print(f"without a finite loss, and so without a score: {unusable} samples", file=sys.stderr)
     if pool.rejected:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(pool.rejected.items()))
         where = args.out / "rejected.jsonl"
-        print(f"rejected {pool.rejected.total()} lines ({reasons}), kept in {where}", file=sys.stderr)
+        print(f"rejected {pool.rejected.total()} lines ({pool.reasons}), kept in {where}", file=sys.stderr)
