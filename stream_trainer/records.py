@@ -30,6 +30,7 @@ class Outcome(StrEnum):
     TRAINED = "trained"  # it entered an update with a coefficient above zero
     NOT_SELECTED = "not_selected"  # it was scored, and others were better, or it pointed away from the target
     FILTERED = "filtered"  # it was legal but carries nothing to train on (a tombstone)
+    DUPLICATE = "duplicate"  # it is the same as an earlier one, by its id or its tokens
     DEAD_LETTERED = "dead_lettered"  # it could not be used; its bytes are kept
     DISCARDED = "discarded"  # it was trained on or not selected, and a rollback took that back
 
@@ -110,6 +111,7 @@ class Sample:
         fields: names and values of the record's fields that a learned draw may tell producers apart by.
         record: the record itself, whose bytes a dead letter keeps should a step fail on the sample. Its value takes
             less memory than the token ids, and the buffer's limit in bytes counts it.
+        notes: what is to be counted of it beside its outcome.
     """
 
     input_ids: tuple[int, ...]
@@ -123,6 +125,7 @@ class Sample:
     domain: str | None = None
     fields: tuple[tuple[str, str], ...] = ()
     record: Record | None = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:

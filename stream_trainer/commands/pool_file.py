@@ -58,8 +58,8 @@ class PoolFile:
 
     @property
     def reasons(self) -> str:
-        """Why lines are no samples, and how many."""
-        return ", ".join(f"{reason} {count}" for reason, count in sorted(self.rejected.items()))
+        """How many lines are no samples by reason, the commonest first."""
+        return ", ".join(f"{reason} {count}" for reason, count in self.rejected.most_common())
 
     @property
     def rejections(self) -> str:
@@ -132,11 +132,18 @@ def read_pool(
                     pool.rejected[error.reason] += 1
             progress(records[-1].next_offset - records[0].offset)
     if not len(pool):
-        kept = f": {pool.reasons}, kept in {rejected}" if pool.rejected else ""
-        raise SettingsError(
-            f"{label} holds no samples ({pool.rejected.total()} lines rejected){kept}; correct the file"
-        )
+        count = f"{pool.rejected.total()} lines rejected"
+        raise SettingsError(f"{label} holds no samples ({count}){_why(pool, rejected)}; correct the file")
     return pool
+
+
+def _why(pool: PoolFile, rejected: Path) -> str:
+    """By reason, with the detail of the first line, and where they are."""
+    if not pool.rejected:
+        return ""
+    with rejected.open(encoding="utf-8") as lines:
+        first = json.loads(next(lines))["detail"]
+    return f": {pool.reasons}; the first {first}; they are in {rejected}"
 
 
 def _owners_only(path: str, flags: int) -> int:

@@ -15,6 +15,7 @@ from stream_trainer.ingest.poison import PoisonWatch
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Outcome, Partition, Record, Sample
 from stream_trainer.samples.decoder import Decoder
+from stream_trainer.samples.duplicates import Duplicates
 from stream_trainer.settings.schema import DeadLetterSettings
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Judge:
         self._decoder, self._dead_letters = decoder, dead_letters
         self._cursor, self._metrics = cursor, metrics
         self._watch = PoisonWatch(limits)
+        self._duplicates = Duplicates(decoder.settings)
         self._lock = threading.RLock()  # what is kept and what is decided change together
         self._reasons_seen: set[str] = set()
         self._gave_samples = False
@@ -65,13 +67,17 @@ class Judge:
                 self.settle()
             cursor, counts = self._cursor.state_dict(), self._cursor.counts
             positions = {Partition.parse(name): log["next"] for name, log in cursor["partitions"].items()}
-            parts = {"dead_letters": self._dead_letters.state_dict(), "poison": self._watch.state_dict(positions)}
+            parts = {
+                "dead_letters": self._dead_letters.state_dict(),
+                "poison": self._watch.state_dict(positions),
+                "duplicates": self._duplicates.state_dict(),
+            }
         return Snapshot(cursor, counts, parts)
 
     @property
     def parts(self) -> dict[str, object]:
         """Whatever takes back the `parts` of a snapshot, by name."""
-        return {"dead_letters": self._dead_letters, "poison": self._watch}
+        return {"dead_letters": self._dead_letters, "poison": self._watch, "duplicates": self._duplicates}
 
     def judge(self, chunk: Sequence[tuple[Record, bool]]) -> list[Sample]:
         """The samples of records that the cursor has taken note of; False marks one that was decided before."""
@@ -82,11 +88,12 @@ class Judge:
             if isinstance(result, SampleError):
                 self._dead_letter(record, result)
                 continue
-            if isinstance(result, Sample):
+            if isinstance(result, Sample) and not self._is_duplicate(result):
                 samples.append(result)
             elif is_fresh:
-                self._cursor.resolve(record.partition, record.offset, Outcome.FILTERED)
-                self._metrics.unselected.labels("filtered").inc()
+                outcome = Outcome.FILTERED if result is None else Outcome.DUPLICATE
+                self._cursor.resolve(record.partition, record.offset, outcome, id=result.id if result else None)
+                self._metrics.unselected.labels(outcome.value).inc()
             self._note_usable(record, is_fresh)
         self._metrics.unusable_ratio.set(self._watch.ratio)
         self._gave_samples = self._gave_samples or bool(samples)
@@ -113,6 +120,12 @@ class Judge:
                 self._cursor.resolve(record.partition, record.offset, dead, reason=letter.reason)
                 self._metrics.dead_letters.labels(letter.reason).inc()
         self._metrics.dead_letters_held.set(self._dead_letters.held)
+
+    def _is_duplicate(self, sample: Sample) -> bool:
+        for note in sample.notes:
+            self._metrics.sample_notes.labels(note).inc()
+        with self._lock:  # a snapshot must not come between
+            return self._duplicates.is_one(sample)
 
     def _note_usable(self, record: Record, is_fresh: bool) -> None:
         with self._lock:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.models.adapters import add_adapters, base_dtype, quantisation
+from stream_trainer.models.ends import end_as_learnt, name_end
 from stream_trainer.models.refusals import first_line, loading
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.settings.schema import ModelSettings
@@ -60,7 +61,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     device = _device(settings.device)
     autocast = _autocast(settings, device)
     config = _load_config(settings)
-    tokenizer = _load_tokenizer(settings)
+    tokenizer = _load_tokenizer(settings, config)
     if settings.config is not None:
         _end_as_tokenizer_does(config, settings.config, tokenizer)
     zeroed = copy.deepcopy(config)
@@ -75,6 +76,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0  # some models hold a dropout that no field of their configuration sets
+    end_as_learnt(model, tokenizer)
     model.config.use_cache = False
     if settings.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
@@ -139,7 +141,7 @@ def _check_directory(setting: str, name: str) -> None:
         raise SettingsError(f"{setting}={name} is not a directory; correct the path")
 
 
-def _load_tokenizer(settings: ModelSettings) -> Any:
+def _load_tokenizer(settings: ModelSettings, config: Any) -> Any:
     if settings.tokenizer == "bytes":
         return byte_tokenizer()
     own = settings.tokenizer is not None
@@ -149,6 +151,7 @@ def _load_tokenizer(settings: ModelSettings) -> Any:
     origin = {} if own else {"revision": settings.revision or "main", "gguf_file": settings.gguf_file}
     with loading(f"{setting}={name}: the tokenizer", "check its files and the network, or set model.tokenizer", "gguf"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **origin)
+    name_end(tokenizer, config)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise SettingsError(

@@ -122,6 +122,7 @@ def _save_as_peft(model: Any, directory: Path) -> None:
     weights = get_peft_model_state_dict(model, _trainable(model), ADAPTER, save_embedding_layers=False)
     named = {f"base_model.model.{name}": weight.detach().contiguous() for name, weight in weights.items()}
     save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.generation_config.save_pretrained(directory)  # where a turn ends
     save_file(_sampled(model), directory / BASE)
 
 

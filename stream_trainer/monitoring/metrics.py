@@ -38,7 +38,7 @@ PHASES = (
 )
 READING = ("wait", "decode", "hold", "commit", "other")
 GPU_MEMORY = ("allocated", "reserved")
-UNSELECTED = ("undrawn", "low_scored", "filtered")
+UNSELECTED = ("undrawn", "low_scored", "filtered", "duplicate")
 EVENTS = (
     *("checkpoint_failed", "evaluation_failed", "paused", "resumed", "target_refused", "target_replaced", "rollback"),
     *("accused", "selection_pays", "selection_does_not_pay", "shadow_disagrees", "settings_changed"),
@@ -151,6 +151,9 @@ class Metrics:
         self.registry.register(self._outcomes)
         self.dead_letters = self._counter(
             "dead_letters_total", "Records that could not be used, by reason.", ("reason",)
+        )
+        self.sample_notes = self._counter(
+            "sample_notes_total", "Samples of which something is to be noted, and turns without loss.", ("note",)
         )
         self.dead_letters_held = self._gauge(
             "dead_letters_held", "Dead letters that could not be kept yet; their records are undecided."

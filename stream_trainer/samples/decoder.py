@@ -3,33 +3,36 @@ r"""Bytes to token ids: the one way from a `Record` to a `Sample`.
 A record's value is one JSON object in UTF-8 with exactly one form:
 
 - `text`: every token carries loss;
-- `prompt` and `response`: tokenised as `prompt + "\n"` and `response`, each by itself, loss on the response only;
-- `messages`: a list of `{"role", "content"}`, written by the tokenizer's chat template, loss on the assistant's turns.
+- `prompt` and `response`: tokenised as `prompt + "\n" + response`, loss on the response;
+- `messages`: a conversation, written by the tokenizer's chat template, loss on the assistant's turns. `system`, `tools`
+  and `chat_template_kwargs` may stand beside them.
 
 Optional: `id` (string or integer), `weight` (a finite number above 0), `timestamp` (seconds since the epoch, or
-ISO 8601, UTC unless it says otherwise) and `domain` (string). Other fields are ignored; null is the same as absent.
-A key that appears twice and NaN or Infinity are errors, as in strict JSON. Texts and responses end with the
-tokenizer's end token, and begin with its start token if it adds one by itself. Control tokens spelled out in a record
-are text like any other: a producer cannot inject them.
+ISO 8601, UTC unless it says otherwise) and `domain` (string). Other fields are ignored, but for those that look as if
+they said how to train; null is the same as absent. A key that appears twice and NaN or Infinity are errors, as in
+strict JSON. Texts and responses end with an end token, and begin with the tokenizer's start token if it adds one by
+itself. Control tokens spelled out in a record are text like any other: a producer cannot inject them.
 
 Whatever a record contains, decoding it returns a sample or a SampleError whose reason is one of `REASONS`. Details
 never quote the record.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenizers import Tokenizer
-
 from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.formats.files import records_in
 from stream_trainer.records import Partition, Record, Sample
-from stream_trainer.samples.chat import Piece, chat_pieces
-from stream_trainer.samples.encoding import Encode, backend_encoder, byte_encoder, word_encoder
-from stream_trainer.samples.fields import Fields, parse_fields, text_of
+from stream_trainer.samples.chat.written import CONTROL_IN_MESSAGE, LOST_TURN, Chats
+from stream_trainer.samples.controls import Controls, controls_of
+from stream_trainer.samples.fields import Fields, parse_fields
+from stream_trainer.samples.framing import FORMATTED, Framing, framing_of
+from stream_trainer.samples.others import Others, others_of
+from stream_trainer.samples.slow import slow_encoder
+from stream_trainer.samples.whole import EncodeMarked, Marked, Tokens, whole_encoder
 from stream_trainer.settings.schema import SampleSettings
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,8 @@ REASONS = (
     "lone_surrogate",
     "bad_messages",
     "chat_template",
+    "unread_field",
+    "formatted_text",
     "no_loss_tokens",
     "tokenizer",
     "unexpected",
@@ -65,6 +70,12 @@ REASONS = (
     "feature_failed",
 )
 
+# What is counted of samples, and what is said of the first.
+NOTES = {
+    LOST_TURN: "the chat template does not show where a turn of the assistant is: that turn carries no loss",
+    CONTROL_IN_MESSAGE: "messages spell out control tokens of the tokenizer: they are taken as text",
+    FORMATTED: "texts carry the control tokens of a chat template already: see samples.formatted_text",
+}
 NO_LOSS = -100  # the label that torch's cross entropy ignores
 
 T = TypeVar("T")
@@ -72,11 +83,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A record that is parsed and checked, but not tokenised."""
+    """A record that is parsed and checked, but not tokenised.
+
+    Attributes:
+        weight: of its messages, beside that of the record.
+        frame: ids that come before and after the text.
+        notes: what is to be counted of it, in `NOTES`.
+    """
 
     record: Record
     fields: Fields
-    pieces: list[Piece]
+    marked: Marked
+    weight: float = 1.0
+    frame: tuple[list[int], list[int]] = ([], [])
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,7 @@ class Decoder:
     It works on copies of the tokenizer's backend, so that no other thread's use of the tokenizer interferes.
 
     Attributes:
-        tokenizer: a fast tokenizer of transformers.
+        tokenizer: one of transformers.
         max_positions: tokens the model can take, or None if there is no limit.
         field_names: fields of the record that a sample keeps, `key` and `header:NAME` included.
         unpack: gives the JSON of a record that is in another format. Raises SampleError.
@@ -97,35 +117,30 @@ class Decoder:
     max_positions: int | None = None
     field_names: tuple[str, ...] = ()
     unpack: Callable[[Record], bytes] | None = None
-    _plain: Encode = field(init=False, repr=False)
-    _native: Encode = field(init=False, repr=False)
-    _control: tuple[str, ...] = field(init=False, repr=False)
-    _forbidden: frozenset[int] = field(init=False, repr=False)
-    _start: list[int] = field(init=False, repr=False)
-    _end: list[int] = field(init=False, repr=False)
+    _controls: Controls = field(init=False, repr=False)
+    _encoder: EncodeMarked = field(init=False, repr=False)
+    _chats: Chats = field(init=False, repr=False)
+    _others: Others = field(init=False, repr=False)
+    _framing: Framing = field(init=False, repr=False)
     _limit: int = field(init=False, repr=False)
+    _noted: set[str] = field(init=False, repr=False, default_factory=set, compare=False)
 
     def __post_init__(self) -> None:
-        """Raises SettingsError if the tokenizer has no fast form."""
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise SettingsError(
-                f"model.tokenizer={self.tokenizer.name_or_path} has no fast (tokenizer.json) form; name one that has"
-            )
-        added = self.tokenizer.added_tokens_decoder.items()
-        control = {number: token.content for number, token in added if token.special}
-        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        adds_start = start is not None and self.tokenizer("")["input_ids"][:1] == [start]
-        limit = min(self.settings.max_tokens, self.max_positions or self.settings.max_tokens)
-        only_first = limit if self.settings.too_long == "truncate" else None  # else the length counts
-        plain, native = (_backend(self.tokenizer, plain) for plain in (True, False))
-        fast = byte_encoder(plain, only_first) or word_encoder(plain, only_first)
-        forbidden = () if fast else control.keys() - {self.tokenizer.unk_token_id}  # a fast one gives none of them
-        object.__setattr__(self, "_plain", fast or backend_encoder(plain))
-        object.__setattr__(self, "_native", word_encoder(native, only_first) or backend_encoder(native))
-        object.__setattr__(self, "_control", tuple(control.values()))
-        object.__setattr__(self, "_forbidden", frozenset(forbidden))
-        object.__setattr__(self, "_start", [start] if adds_start else [])
-        object.__setattr__(self, "_end", [] if end is None else [end])
+        """Raises SettingsError if the tokenizer cannot be used, or the template does not read an argument."""
+        settings = self.settings
+        limit = min(settings.max_tokens, self.max_positions or settings.max_tokens)
+        only_first = limit if settings.too_long == "truncate" else None  # else the length counts
+        controls = controls_of(self.tokenizer)
+        object.__setattr__(self, "_controls", controls)
+        is_fast = getattr(self.tokenizer, "is_fast", False)
+        encoder = (
+            whole_encoder(self.tokenizer, controls, only_first) if is_fast else slow_encoder(self.tokenizer, controls)
+        )
+        object.__setattr__(self, "_encoder", encoder)
+        chats = Chats(self.tokenizer, controls, settings.template_arguments, settings.ignore)
+        object.__setattr__(self, "_chats", chats)
+        object.__setattr__(self, "_others", others_of(settings.fields, settings.ignore))
+        object.__setattr__(self, "_framing", framing_of(self.tokenizer, controls, settings.formatted_text))
         object.__setattr__(self, "_limit", limit)
 
     def decode(self, record: Record) -> Sample | None:
@@ -139,14 +154,17 @@ class Decoder:
         """What `decode` returns or raises for each record. Tokenises all in one go, on as many cores as there are."""
         drafts = [_guarded("unexpected", self._parse, record) for record in records]
         good = [draft for draft in drafts if isinstance(draft, _Draft)]
-        ids: list[Any] | SampleError = _guarded("tokenizer", self._encode, good)
-        if isinstance(ids, SampleError):  # one record spoils a batch, so find out which
-            ids = [_guarded("tokenizer", lambda d: self._encode([d])[0], draft) for draft in good]
-        encoded = iter(ids)
+        tokens: list[Any] | SampleError = _guarded("tokenizer", self._encode, good)
+        if isinstance(tokens, SampleError):  # one record spoils a batch, so find out which
+            tokens = [_guarded("tokenizer", lambda d: self._encode([d])[0], draft) for draft in good]
+        encoded = iter(tokens)
         return [self._finished(draft, next(encoded)) if isinstance(draft, _Draft) else draft for draft in drafts]
 
-    def _finished(self, draft: _Draft, ids: list[list[int]] | SampleError) -> Sample | SampleError:
-        return ids if isinstance(ids, SampleError) else _guarded("unexpected", self._assemble, draft, ids)
+    def _encode(self, drafts: Sequence[_Draft]) -> list[Tokens]:
+        return self._encoder([draft.marked for draft in drafts])
+
+    def _finished(self, draft: _Draft, tokens: Tokens | SampleError) -> Sample | SampleError:
+        return tokens if isinstance(tokens, SampleError) else _guarded("unexpected", self._assemble, draft, tokens)
 
     def _parse(self, record: Record) -> _Draft | None:
         if record.damage:
@@ -154,40 +172,33 @@ class Decoder:
         if record.value is None:
             return None
         value = self.unpack(record) if self.unpack and record.value else record.value
-        fields = parse_fields(value, self.settings.max_bytes, self.field_names)
-        return _Draft(record, fields, self._pieces(fields.form))
+        fields = parse_fields(value, self.settings.max_bytes, self.field_names, self._others)
+        if "messages" in fields.form:
+            marked, weight, notes = self._chats.read(fields.form)
+            draft = _Draft(record, fields, marked, weight, notes=notes)
+        else:
+            draft = _Draft(record, fields, *self._framing.read(fields.form))
+        for note in draft.notes:
+            self._note(note)
+        return draft
 
-    def _pieces(self, form: Mapping[str, Any]) -> list[Piece]:
-        if "messages" in form:
-            return chat_pieces(self.tokenizer, self._control, form["messages"])
-        texts = [text_of(name, value) for name, value in form.items()]
-        if "text" in form:
-            return [Piece(texts[0], loss=True, plain=True)]
-        prompt, response = texts
-        return [Piece(prompt + "\n", loss=False, plain=True), Piece(response, loss=True, plain=True)]
+    def _note(self, note: str) -> None:
+        """Say once what is counted from then on."""
+        if note not in self._noted:
+            self._noted.add(note)
+            logger.warning("%s; further records are only counted (%s)", NOTES[note], note)
 
-    def _encode(self, drafts: Sequence[_Draft]) -> list[list[list[int]]]:
-        """Token ids of every piece of every draft."""
-        pieces = [piece for draft in drafts for piece in draft.pieces]
-        plain = iter(self._plain([piece.text for piece in pieces if piece.plain]))
-        native = iter(self._native([piece.text for piece in pieces if not piece.plain]))
-        return [[next(plain if piece.plain else native) for piece in draft.pieces] for draft in drafts]
-
-    def _assemble(self, draft: _Draft, encoded: list[list[int]]) -> Sample:
-        """The sample of a draft whose pieces have these token ids."""
+    def _assemble(self, draft: _Draft, tokens: Tokens) -> Sample:
+        """The sample of a draft whose text has these tokens."""
         record, fields, limit = draft.record, draft.fields, self._limit
-        framed = "messages" not in fields.form  # a chat template writes its own start and end tokens
-        ids = list(self._start) if framed else []
+        (before, after), (own, spans) = draft.frame, tokens
+        ids = before + own
         labels = [NO_LOSS] * len(ids)
-        for piece, piece_ids in zip(draft.pieces, encoded, strict=True):
-            if piece.plain and self._forbidden and not self._forbidden.isdisjoint(piece_ids):
-                # Some vocabularies (Unigram) build control tokens out of plain text, whatever they are asked.
-                raise SampleError("tokenizer", "the tokenizer makes a control token out of plain text")
-            ids += piece_ids
-            labels += piece_ids if piece.loss else [NO_LOSS] * len(piece_ids)
-        if framed:
-            ids += self._end
-            labels += self._end
+        for start, end in spans:
+            labels[len(before) + start : len(before) + end] = own[start:end]
+        if after:
+            ids += after
+            labels += after
         if len(ids) > limit and self.settings.too_long == "dead_letter":
             raise SampleError("too_long", f"{len(ids)} tokens are more than {limit}")
         predicted = labels[1:limit]
@@ -199,12 +210,13 @@ class Decoder:
             partition=record.partition,
             offset=record.offset,
             size=len(record.value or b""),
-            weight=fields.weight,
+            weight=fields.weight * draft.weight,
             timestamp=record.timestamp if fields.timestamp is None else fields.timestamp,
             id=fields.id,
             domain=fields.domain,
             fields=fields.named + _outside(record, self.field_names) if self.field_names else (),
             record=record,
+            notes=draft.notes,
         )
 
 
@@ -269,12 +281,3 @@ def _guarded(reason: str, function: Callable[..., T], *args: Any) -> T | SampleE
         if type(error).__name__ != "PanicException":  # a bug in the Rust backend; its type cannot be imported
             raise
         return SampleError(reason, "the tokenizer's backend panicked")
-
-
-def _backend(tokenizer: Any, plain: bool) -> Tokenizer:
-    """A copy of the backend that neither pads nor cuts; `plain` makes it blind to control tokens."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    backend.encode_special_tokens = plain
-    return backend

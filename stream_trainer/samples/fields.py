@@ -8,11 +8,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from stream_trainer.errors import SampleError
+from stream_trainer.samples.others import ELSEWHERE, MEANINGS, NO_OTHERS, Others
 from stream_trainer.samples.wire_formats import hint
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_TIMESTAMP = 253_402_300_800.0  # the year 10000: anything later is a mistake in the unit, such as milliseconds
 FORMS = (("text",), ("prompt", "response"), ("messages",))
+BESIDE_MESSAGES = ("system", "tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class Fields:
     """What a record says.
 
     Attributes:
-        form: `{"text"}`, `{"prompt", "response"}` or `{"messages"}` with their values, unchecked.
+        form: `{"text"}`, `{"prompt", "response"}` or `{"messages"}`, and what goes with messages, unchecked.
         timestamp: seconds since the epoch, or None if the record does not say.
         named: names and values of the fields that were asked for.
     """
@@ -33,19 +35,24 @@ class Fields:
     named: tuple[tuple[str, str], ...] = ()
 
 
-def parse_fields(value: bytes, max_bytes: int, names: Sequence[str] = ()) -> Fields:
-    """Raises SampleError if the bytes are not one JSON object with exactly one form.
+def parse_fields(value: bytes, max_bytes: int, names: Sequence[str] = (), others: Others = NO_OTHERS) -> Fields:
+    """Raises SampleError if the bytes are not one JSON object with exactly one form, or say what is not read.
 
-    `names`: fields whose values are kept in `named` where they are texts, whole numbers or truth values.
+    `names`: fields whose values are kept in `named` where they are texts, whole numbers or truth values. `others`: what
+    the producers call our fields.
     """
-    fields = _json_object(value, max_bytes)
+    given = _json_object(value, max_bytes)
+    fields = others.renamed(given)
+    form = _only_form(fields)
+    if not MEANINGS.isdisjoint(fields):
+        others.check_meaning(fields.keys() - form.keys() - set(names))
     return Fields(
-        form=_only_form(fields),
+        form=form,
         weight=_weight(fields.get("weight")),
         timestamp=_timestamp(fields.get("timestamp")),
         id=_id(fields.get("id")),
         domain=_label("domain", fields.get("domain")),
-        named=tuple((name, str(fields[name])) for name in names if isinstance(fields.get(name), str | int)),
+        named=tuple((name, str(given[name])) for name in names if isinstance(given.get(name), str | int)),
     )
 
 
@@ -105,10 +112,19 @@ def _only_form(fields: dict[str, Any]) -> dict[str, Any]:
         names = ", ".join(name for form in begun for name in form if name in fields)
         raise SampleError("ambiguous_fields", f"{names} exclude each other")
     if not begun or not all(name in fields for name in begun[0]):
-        wrapped = fields.keys() == {"schema", "payload"}
-        remedy = "; it is wrapped by Kafka Connect: set schemas.enable=false of its converter" if wrapped else ""
-        raise SampleError("missing_fields", f"needs text, or prompt and response, or messages{remedy}")
-    return {name: fields[name] for name in begun[0]}
+        raise SampleError("missing_fields", f"needs text, or prompt and response, or messages{_looks_like(fields)}")
+    names = begun[0] if "messages" not in fields else (*begun[0], *BESIDE_MESSAGES)
+    return {name: fields[name] for name in names if name in fields}
+
+
+def _looks_like(fields: dict[str, Any]) -> str:
+    """What to do about fields of other names."""
+    if fields.keys() == {"schema", "payload"}:
+        return "; it is wrapped by Kafka Connect: set schemas.enable=false of its converter"
+    for names, remedy in ELSEWHERE.items():
+        if fields.keys() >= set(names):
+            return f"; it has {' and '.join(names)}: set samples.fields={remedy}"
+    return ""
 
 
 def check_surrogates(text: str) -> None:
@@ -134,8 +150,8 @@ def _id(value: object) -> str | None:
     return _label("id", value)
 
 
-def _number(name: str, value: object) -> float:
-    """`value` as a finite float; an integer may be beyond one."""
+def number_of(name: str, value: object) -> float:
+    """`value` as a finite float; an integer may be beyond one. Raises SampleError for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SampleError("wrong_type", f"{name} is a {type(value).__name__}, not a number")
     try:
@@ -148,7 +164,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _weight(value: object) -> float:
-    weight = 1.0 if value is None else _number("weight", value)
+    weight = 1.0 if value is None else number_of("weight", value)
     if weight <= 0:
         raise SampleError("bad_number", "weight is not above 0")
     return weight
@@ -165,7 +181,7 @@ def _timestamp(value: object) -> float | None:
         except (ValueError, OverflowError) as error:
             raise SampleError("bad_number", "timestamp is neither a number nor ISO 8601") from error
     else:
-        seconds = _number("timestamp", value)
+        seconds = number_of("timestamp", value)
     if not 0 <= seconds < MAX_TIMESTAMP:
         raise SampleError("bad_number", "timestamp is not between 1970 and 9999; it is in seconds, not milliseconds")
     return seconds

@@ -16,6 +16,7 @@ from stream_trainer.settings.base import Count, NonNegative, Positive, Section, 
 from stream_trainer.settings.control import ControlSettings
 from stream_trainer.settings.ledger import LedgerSettings
 from stream_trainer.settings.publish import PublishSettings, StoreUrl, TrackingSettings
+from stream_trainer.settings.samples import SampleSettings as SampleSettings
 from stream_trainer.settings.selection import TARGET_PROFILES, SelectionSettings, set_by_profile
 from stream_trainer.settings.source import SourceSettings
 
@@ -33,17 +34,6 @@ class BufferSettings(Section):
     """Maximum number of tokens in the buffer."""
     wait_s: NonNegative = 10.0
     """Seconds that a step waits for a full pool. After that it takes the samples that have come."""
-
-
-class SampleSettings(Section):
-    """How a record becomes token ids."""
-
-    max_tokens: Annotated[int, Field(ge=2)] = 512
-    """Maximum number of tokens in a sample."""
-    too_long: Literal["truncate", "dead_letter"] = "truncate"
-    """What to do with a longer sample: cut off its end (`truncate`), or dead-letter the record."""
-    max_bytes: Count = 1_000_000
-    """Maximum size of a record in bytes. Larger records are dead-lettered unread."""
 
 
 class DeadLetterSettings(Section):

@@ -90,6 +90,7 @@ def test_ten_thousand_malformed_records_among_as_many_good_ones(tmp_path: Path, 
         "filtered": 0,
         "dead_lettered": 10_000,
         "discarded": 0,
+        "duplicate": 0,
     }
     assert counts(config) == summary.counts
     assert [name for step in steps for name in step.selected] == [str(number) for number in range(10_000)]

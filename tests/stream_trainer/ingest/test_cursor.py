@@ -33,6 +33,7 @@ def test_position_is_the_lowest_undecided_record() -> None:
         Outcome.FILTERED: 1,
         Outcome.DEAD_LETTERED: 0,
         Outcome.DISCARDED: 0,
+        Outcome.DUPLICATE: 0,
     }
 
 

@@ -115,6 +115,7 @@ def test_ten_thousand_malformed_records_stop_nothing_and_none_vanishes(tmp_path:
         Outcome.FILTERED: 0,
         Outcome.DEAD_LETTERED: 10_000,
         Outcome.DISCARDED: 0,
+        Outcome.DUPLICATE: 0,
     }
     assert service.cursor.positions() == {LOG: 20_000}
     assert service.metric("records_total", outcome="dead_lettered") == 10_000

@@ -182,6 +182,7 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None
 def test_tokenizer_without_end_and_padding_is_refused(tmp_path: Path) -> None:
     source = load_model(settings_of("llama"), seed=1)
     source.tokenizer.pad_token = source.tokenizer.eos_token = None
+    source.config.eos_token_id = None
     save_model(source, tmp_path)
     with pytest.raises(SettingsError, match=r"^model.name=.* neither a padding nor an end token; set model.tokenizer"):
         load_model(ModelSettings(name=str(tmp_path)), seed=1)

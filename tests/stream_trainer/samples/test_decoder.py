@@ -201,9 +201,8 @@ def test_encoding_ourselves_changes_no_outcome(tokenizer: Any, too_long: Any, mo
     batch = [record(value) for value in values]
     ours = Decoder(tokenizer, settings)
     for kind in ("byte_encoder", "word_encoder"):
-        monkeypatch.setattr(f"stream_trainer.samples.decoder.{kind}", lambda *_: None)
+        monkeypatch.setattr(f"stream_trainer.samples.whole.{kind}", lambda *_: None)
     backend = Decoder(tokenizer, settings)
-    assert (ours._forbidden, backend._forbidden) == (frozenset(), tokenizer.added_tokens_decoder.keys())
     for found, expected in zip(ours.decode_batch(batch), backend.decode_batch(batch), strict=True):
         if isinstance(expected, SampleError):
             assert isinstance(found, SampleError)
@@ -212,11 +211,12 @@ def test_encoding_ourselves_changes_no_outcome(tokenizer: Any, too_long: Any, mo
             assert found == expected
 
 
-def test_a_vocabulary_that_builds_control_tokens_from_text_is_caught() -> None:
-    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), ("a", -1.0)], unk_id=0))
+def test_a_vocabulary_with_control_tokens_among_its_pieces_builds_none_from_text() -> None:
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), ("a", -1.0), ("<", -2.0), ("/", -2.0), ("s", -2.0), (">", -2.0)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     decoder = Decoder(tokenizer, SampleSettings())
-    assert reason({"text": "aa</s>a"}, decoder) == "tokenizer"
+    assert decode({"text": "aa</s>a"}, decoder).input_ids == (2, 2, 3, 4, 5, 6, 2, 1)
     assert decode({"text": "a?a"}, decoder).input_ids == (2, 0, 2, 1), "an unknown token is no control token"
 
 
@@ -267,7 +267,7 @@ def test_a_template_that_raises_is_the_records_fault() -> None:
     assert reason({"messages": messages}, decoder) == "chat_template"
 
 
-def test_a_template_that_rewrites_earlier_turns_leaves_loss_on_the_last() -> None:
+def test_a_template_that_rewrites_earlier_turns_leaves_loss_on_each() -> None:
     """Reasoning models drop the thoughts of all turns but the last."""
     decoder = with_template(
         "{% for m in messages %}{{ m.role[0] }}:"
@@ -276,12 +276,15 @@ def test_a_template_that_rewrites_earlier_turns_leaves_loss_on_the_last() -> Non
     )
     turns = [("user", "x"), ("assistant", "hm|1"), ("user", "y"), ("assistant", "hm|2"), ("user", "z")]
     sample = decode({"messages": [{"role": role, "content": content} for role, content in turns]}, decoder)
+    assert TOKENIZER.decode(sample.input_ids) == "u:x\na:1\nu:y\na:2\nu:z\n"
+    assert said(sample) == "1\n2\n"
+    sample = decode({"messages": [{"role": role, "content": content} for role, content in turns[:4]]}, decoder)
     assert TOKENIZER.decode(sample.input_ids) == "u:x\na:1\nu:y\na:hm|2\n"
-    assert said(sample) == "hm|2\n"
+    assert said(sample) == "1\nhm|2\n"
 
 
 def test_a_template_that_hides_where_the_answer_begins_is_an_error() -> None:
-    decoder = with_template("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    decoder = with_template("{{ messages | length }}{% for m in messages %}{{ m.content | length }}{% endfor %}")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert reason({"messages": messages}, decoder) == "chat_template"
 

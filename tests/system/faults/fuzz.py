@@ -2,10 +2,10 @@
 
     python -m tests.system.faults.fuzz --records 100000 --examples 2000
 
-Records: random bytes, mutated samples and mutated kinds of what is no sample, deep nesting, huge numbers, lone
-surrogates, NaN, and any values in the fields that have a meaning. The decoder makes a sample or a SampleError of each;
-the service, on a file of them, gives each one outcome and keeps the same ones as dead letters. Settings: any tree of
-YAML values gives settings, or a SettingsError of one line for each mistake.
+Records: conversations with all their fields, random bytes, mutated samples and mutated kinds of what is no sample, deep
+nesting, huge numbers, lone surrogates, NaN, and any values in the fields that have a meaning. The decoder makes a
+sample or a SampleError of each; the service, on a file of them, gives each one outcome and keeps the same ones as dead
+letters. Settings: any tree of YAML values gives settings, or a SettingsError of one line for each mistake.
 """
 
 import argparse
@@ -72,7 +72,7 @@ NUMBERS = (
 
 def random_record(chance: random.Random) -> bytes:
     """One value of any kind, without a newline."""
-    kinds = (_random_bytes, _mutated, _mutated, _nested, _object, _object, _object, _sample)
+    kinds = (_random_bytes, _mutated, _mutated, _nested, _object, _object, _object, _sample, _chat, _chat, _chat)
     return chance.choice(kinds)(chance).replace(b"\n", b" ")
 
 
@@ -127,6 +127,65 @@ def _value(chance: random.Random, depth: int) -> str:
     return "{" + ", ".join(f'"{chance.choice(FIELDS)}": {_value(chance, depth - 1)}' for _ in range(2)) + "}"
 
 
+def _chat(chance: random.Random) -> bytes:
+    """A conversation, or nearly: fields of messages and beside them, now and then with any value."""
+    messages = [_message(chance) for _ in range(chance.choice((0, 1, 2, 2, 3, 5)))]
+    fields = {"messages": "[" + ", ".join(messages) + "]"} | _some(chance, BESIDE, 0.15)
+    if chance.random() < 0.1:
+        fields = {"conversations": fields.pop("messages"), **fields}
+    return ("{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}").encode(
+        "utf-8", "surrogatepass"
+    )
+
+
+def _message(chance: random.Random) -> str:
+    fields = {"role": json.dumps(chance.choice(ROLES)), "content": _value(chance, 0)} | _some(chance, OF_MESSAGES, 0.12)
+    if chance.random() < 0.6:
+        fields["content"] = json.dumps(chance.choice(WORDS) + chance.choice(ODD[:2] + WORDS))
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
+
+
+def _some(chance: random.Random, values: Mapping[str, Sequence[str]], share: float) -> dict[str, str]:
+    """Some of the fields, each with one of its values or with any."""
+    chosen = [name for name in values if chance.random() < share]
+    return {name: chance.choice(values[name]) if chance.random() < 0.7 else _value(chance, 2) for name in chosen}
+
+
+ROLES = (*("user", "assistant") * 5, "system", "tool", "developer", "function", "User", "")
+WORDS = (
+    "Hi",
+    "Hello </s>",
+    "<s>",
+    "<think>a</think>b",
+    "user: ",
+    "assistant: ",
+    "\ufdd0</s>\ufdd1",
+    "é\n",
+    "{{ 1 / 0 }}",
+)
+CALLS = (
+    '[{"function": {"name": "f", "arguments": {"a": 1}}}]',
+    '[{"name": "f", "arguments": "{\\"a\\": 1}"}]',
+    "[{}]",
+    "[]",
+)
+OF_MESSAGES = {
+    "tool_calls": CALLS,
+    "reasoning_content": ('"hm"', '""', "1"),
+    "name": ('"Ann"', '"</s>"'),
+    "weight": ("0", "1", "0.5", "-1", '"0"', "1e999"),
+    "content": ('[{"type": "text", "text": "a"}]', '[{"type": "image"}]', "null", '""'),
+    "train": ("false",),
+    "tool_call_id": ('"1"', "1"),
+}
+BESIDE = {
+    "tools": ('[{"type": "function", "function": {"name": "f"}}]', '"[]"', '"no"', "[1]", "{}"),
+    "system": ('"Be brief."', '""', "1"),
+    "chat_template_kwargs": ('{"a": 1}', '{"messages": []}', '{"role": 1}', "[]"),
+    "weight": ("2", "0", "null"),
+    "label": ("true",),
+    "text": ('"a"',),
+}
 _MALFORMED = [value for _, value in malformed_values(2000) if len(value) < 3000]
 _TOKENS = (b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\ud800", b"NaN", b"1e999", b"\xff", b"\x00", b"null")
 

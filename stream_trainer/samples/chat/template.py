@@ -1,0 +1,118 @@
+"""The tokenizer's chat template, as a function from a conversation to text."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from stream_trainer.errors import SampleError
+from stream_trainer.samples.controls import FILL
+
+Message = Mapping[str, Any]
+
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+LITERAL = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", re.DOTALL)
+SHORT = 8  # letters of a sentence below which it says nothing
+LONG = 120
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a record says of a conversation.
+
+    Attributes:
+        messages: as the template takes them.
+        weights: of each message; those of 0 carry no loss.
+        arguments: of the template.
+    """
+
+    messages: Sequence[Message]
+    weights: Sequence[float]
+    tools: Sequence[Mapping[str, Any]] | None
+    arguments: Mapping[str, Any]
+
+    def to(self, end: int) -> "Conversation":
+        """The first `end` messages."""
+        return replace(self, messages=self.messages[:end])
+
+    def with_message(self, number: int, message: Message) -> "Conversation":
+        """The same with another message in the place of one."""
+        return replace(self, messages=[*self.messages[:number], message, *self.messages[number + 1 :]])
+
+
+class Template:
+    """Renders conversations. Every failure of a template, which is a program of its own, is a SampleError."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = dict(tokenizer.special_tokens_map)
+        self._sources: dict[bool, str] = {}
+
+    def source(self, with_tools: bool) -> str:
+        """The template's text. Raises SampleError if there is none."""
+        if with_tools not in self._sources:
+            if self._tokenizer.chat_template is None:
+                raise SampleError("chat_template", "messages need a chat template, and the tokenizer has none")
+            try:
+                found = self._tokenizer.get_chat_template(None, [{}] if with_tools else None)
+            except ValueError as error:
+                raise SampleError("chat_template", "the tokenizer has no default among its templates") from error
+            self._sources[with_tools] = found
+        return self._sources[with_tools]
+
+    def render(self, talk: Conversation, prompt: bool = False) -> str:
+        """The whole conversation as text; with `prompt`, up to where the next answer begins."""
+        return self._render(talk, prompt, marked=False)[0]
+
+    def render_marked(self, talk: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the parts that the template itself marks as generated; none if it marks nothing."""
+        if not MARKERS.search(self.source(talk.tools is not None)):
+            return self.render(talk), []
+        return self._render(talk, prompt=False, marked=True)
+
+    def _render(self, talk: Conversation, prompt: bool, marked: bool) -> tuple[str, list[tuple[int, int]]]:
+        source = self.source(talk.tools is not None)
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(talk.messages)],
+                tools=talk.tools,
+                chat_template=source,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=marked,
+                **{**self._tokens, **talk.arguments},
+            )
+        except Exception as error:
+            raise SampleError("chat_template", f"the template refuses the messages ({_why(error, source)})") from error
+        return texts[0], [(start, end) for start, end in spans[0]] if marked else []
+
+    def takes_parts(self) -> bool:
+        """Whether it writes contents that are lists of parts."""
+        if not hasattr(self, "_parts"):
+            said = [{"role": role, "content": [{"type": "text", "text": FILL}]} for role in ("user", "assistant")]
+            try:
+                self._parts = self.render(Conversation(said, (), None, {})).count(FILL) == 2
+            except SampleError:
+                self._parts = False
+        return self._parts
+
+
+def _why(error: Exception, source: str) -> str:
+    """The template's own sentence. What it quotes from the record is left out."""
+    said, kind = " ".join(str(error).split()), type(error).__name__
+    known = [literal for literal in _literals(source) if len(literal) >= SHORT and literal in said]
+    best = max(known, key=len, default="")
+    return f"{kind}: {best[:LONG]}" if best else kind
+
+
+@lru_cache(maxsize=8)
+def _literals(source: str) -> frozenset[str]:
+    """The strings that stand in a template, with single spaces."""
+    found = (one or two for one, two in LITERAL.findall(source))
+    return frozenset(" ".join(re.sub(r"\\(.)", _escaped, text).split()) for text in found)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return {"n": "\n", "t": "\t", "r": "\r"}.get(found[1], found[1])

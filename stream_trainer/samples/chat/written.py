@@ -1,0 +1,194 @@
+"""A conversation as the template writes it: its text, the parts that carry loss, and which control tokens are meant."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from stream_trainer.errors import SampleError
+from stream_trainer.samples.chat.messages import THOUGHTS, conversation_of
+from stream_trainer.samples.chat.spans import turn_spans
+from stream_trainer.samples.chat.template import Conversation, Template
+from stream_trainer.samples.controls import CLOSE, OPEN, Controls
+from stream_trainer.samples.whole import Marked
+
+Span = tuple[int, int]
+
+LOST_TURN = "turn_without_loss"
+CONTROL_IN_MESSAGE = "control_tokens"
+
+
+class Chats:
+    """Conversations of records, by one tokenizer's template."""
+
+    def __init__(
+        self, tokenizer: Any, controls: Controls, arguments: Mapping[str, Any], ignored: Sequence[str] = ()
+    ) -> None:
+        self.template = Template(tokenizer)
+        self._controls, self._arguments, self._ignored = controls, arguments, ignored
+
+    def read(self, form: Mapping[str, Any]) -> tuple[Marked, float, tuple[str, ...]]:
+        """The text of a conversation, what it weighs, and what is to be noted of it.
+
+        Raises SampleError if it is malformed, if the template refuses it, or if it says what the template leaves out.
+        """
+        talk = conversation_of(form, self._arguments, self.template.takes_parts, self._ignored)
+        self.template.source(talk.tools is not None)  # there is one
+        if not any(message["role"] == "assistant" for message in talk.messages):
+            raise SampleError("no_loss_tokens", "no message is the assistant's")
+        talk = self._as_it_takes_calls(talk)
+        text, turns = turn_spans(self.template, talk)
+        _check_all_is_written(self.template, talk, text, self._ignored)
+        spans, weight = _weighed(talk, turns)
+        marks, in_messages = _meant(self.template, talk, text, self._controls)
+        notes = (LOST_TURN,) * turns.count(None) + (CONTROL_IN_MESSAGE,) * in_messages
+        return _fenced(text, spans, marks), weight, notes
+
+    def _as_it_takes_calls(self, talk: Conversation) -> Conversation:
+        """Arguments of calls are objects for most templates, and texts of JSON for some."""
+        if not any("tool_calls" in message for message in talk.messages):
+            return talk
+        try:
+            self.template.render(talk)
+            return talk
+        except SampleError as refusal:
+            written = replace(talk, messages=[_with_texts(message) for message in talk.messages])
+            try:
+                self.template.render(written)
+            except SampleError:
+                raise refusal from None
+            return written
+
+
+def _with_texts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _weighed(talk: Conversation, turns: Sequence[Span | None]) -> tuple[list[Span], float]:
+    """The parts that carry loss, and the one weight that all of them have."""
+    weights = [w for message, w in zip(talk.messages, talk.weights, strict=True) if message["role"] == "assistant"]
+    wanted = {weight for weight in weights if weight}
+    if not wanted:
+        raise SampleError("no_loss_tokens", "every message of the assistant has the weight 0")
+    if len(wanted) > 1:
+        raise SampleError("bad_number", "messages of one record differ in weight; it may be 0 beside one other")
+    spans = [span for span, weight in zip(turns, weights, strict=True) if span is not None and weight]
+    if not spans:
+        raise SampleError("chat_template", "the template does not show where the assistant's turns are")
+    return spans, wanted.pop()
+
+
+def _check_all_is_written(template: Template, talk: Conversation, text: str, ignored: Sequence[str]) -> None:
+    """Raises SampleError for what the record says and the template leaves out."""
+    if talk.tools is not None and "tools" not in ignored:
+        _check_changes(template, replace(talk, tools=None), text, "tools")
+    for name in talk.arguments:
+        if not re.search(rf"\b{re.escape(name)}\b", template.source(talk.tools is not None)):
+            raise SampleError("chat_template", f"the template does not read the argument {name[:40]}")
+    for number, message in enumerate(talk.messages):
+        for names in _extras(message):
+            part = talk.to(number + 1)
+            without = {name: value for name, value in message.items() if name not in names}
+            try:
+                whole = template.render(part)
+            except SampleError:  # it takes no conversation that ends here
+                part, whole = talk, text
+            _check_changes(template, part.with_message(number, without), whole, f"{names[0]} of message {number}")
+
+
+def _extras(message: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Names of what a message says beside its content, together where they say the same."""
+    found: list[tuple[str, ...]] = [("tool_calls",)] if message.get("tool_calls") else []
+    if found and message.get("content") and str(message["content"]).strip():
+        found.append(("content",))
+    if "name" in message and message["role"] != "tool":
+        found.append(("name",))
+    if any(name in message for name in THOUGHTS):
+        found.append(THOUGHTS)
+    return found
+
+
+def _check_changes(template: Template, without: Conversation, text: str, name: str) -> None:
+    try:
+        same = template.render(without) == text
+    except SampleError:
+        return
+    if same:
+        raise SampleError("chat_template", f"the template does not write {name}; leave it out, or see samples.ignore")
+
+
+def _meant(template: Template, talk: Conversation, text: str, controls: Controls) -> tuple[list[Span], bool]:
+    """Where the template's own control tokens stand in the text, and whether messages spell out any.
+
+    A second rendering tells them apart, in which those of the messages are marked. The template may look for them in
+    what a message says, so that either way of marking may change what it writes; if both do, nothing is certain.
+    """
+    found = list(controls.pattern.finditer(text))
+    given = [list(talk.messages), talk.tools, dict(talk.arguments)]
+    if not any(controls.pattern.search(said) for said in _strings(given)):
+        return [one.span() for one in found], False
+    for marks in controls.marks:
+        try:
+            theirs = marks.read(_marked(template, talk, marks.put))
+        except SampleError:
+            continue
+        if [token for token, _ in theirs] == [one[0] for one in found]:
+            return [one.span() for one, (_, own) in zip(found, theirs, strict=True) if not own], True
+    raise SampleError("chat_template", "control tokens in a message cannot be told from those of the template")
+
+
+def _marked(template: Template, talk: Conversation, put: Callable[[str], str]) -> str:
+    """A rendering in which the control tokens of what the record says are marked."""
+    text = template.render(
+        replace(
+            talk,
+            messages=[{**_mapped(dict(message), put), "role": message["role"]} for message in talk.messages],
+            tools=_mapped(talk.tools, put),
+            arguments=_mapped(dict(talk.arguments), put),
+        )
+    )
+    if "\\ufdd" in text:  # written as Python or ASCII would, so that no mark can be found
+        raise SampleError("chat_template", "the template rewrites what it is given")
+    return text
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for part in pair for text in _strings(part)]
+    return [text for part in value for text in _strings(part)] if isinstance(value, list) else []
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with every text in it changed, names included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(name): _mapped(part, change) for name, part in value.items()}
+    return [_mapped(part, change) for part in value] if isinstance(value, list) else value
+
+
+def _fenced(text: str, spans: Sequence[Span], marks: Sequence[Span]) -> Marked:
+    """With fences around what stands at `marks`. A part that carries loss holds a control token whole."""
+    parts, at = [], 0
+    for start, end in marks:
+        parts += [text[at:start], OPEN, text[start:end], CLOSE]
+        at = end
+    moved = [(_moved(start, marks, first=True), _moved(end, marks, first=False)) for start, end in spans]
+    return Marked("".join([*parts, text[at:]]), tuple(moved))
+
+
+def _moved(at: int, marks: Sequence[Span], first: bool) -> int:
+    """Where a border is once the fences stand; one inside a control token moves to its start or its end."""
+    for start, end in marks:
+        if start < at < end:
+            at = start if first else end
+    return at + 2 * sum(end <= at for _, end in marks)

@@ -1,0 +1,82 @@
+"""Texts, prompts and responses: what is tokenised of them, and which tokens come before and after."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stream_trainer.errors import SampleError
+from stream_trainer.samples.controls import OPEN, Controls
+from stream_trainer.samples.fields import text_of
+from stream_trainer.samples.formatted import Markers, end_of_turn
+from stream_trainer.samples.whole import Marked
+
+logger = logging.getLogger(__name__)
+
+FORMATTED = "formatted_text"
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What stands around texts.
+
+    Attributes:
+        start: the tokenizer's start token, if it adds one by itself.
+        end: of a text, and `end_of_response` of a response.
+        formatted: what to do with a text that a chat template has written: `samples.formatted_text`.
+    """
+
+    controls: Controls
+    markers: Markers
+    start: list[int]
+    end: list[int]
+    end_of_response: list[int]
+    formatted: str
+
+    def read(self, form: Mapping[str, Any]) -> tuple[Marked, float, tuple[list[int], list[int]], tuple[str, ...]]:
+        """The text of a form, its weight, the tokens around it, and what is to be noted. Raises SampleError."""
+        texts = [text_of(name, value) for name, value in form.items()]
+        before, said = ("", texts[0]) if "text" in form else (texts[0] + "\n", texts[1])
+        whole = before + said
+        if OPEN in whole and self.controls.fenced.search(whole):
+            raise SampleError("tokenizer", "the text has a control token between Unicode noncharacters")
+        end = self.end if "text" in form else self.end_of_response
+        if not self.markers.wrote(whole):
+            return Marked(whole, ((len(before), len(whole)),)), 1.0, (self.start, end), ()
+        if self.formatted == "dead_letter":
+            raise SampleError(FORMATTED, "the text carries the markers of a chat template; send messages")
+        if self.formatted == "text":
+            return Marked(whole, ((len(before), len(whole)),)), 1.0, (self.start, end), (FORMATTED,)
+        return self._as_tokens(before, said, end)
+
+    def _as_tokens(
+        self, before: str, said: str, end: list[int]
+    ) -> tuple[Marked, float, tuple[list[int], list[int]], tuple[str, ...]]:
+        """With its control tokens meant; those at its ends are not put there twice."""
+        found = [self.controls.ids[token] for token in self.controls.pattern.findall(before + said)]
+        first = self.controls.pattern.match(before + said)
+        ended = found and found[-1] in (*self.end, *self.end_of_response) and _ends(before + said, self.controls)
+        frame = ([] if first and found[:1] == self.start else self.start, [] if ended else end)
+        before, whole = self.controls.fence(before), self.controls.fence(before) + self.controls.fence(said)
+        return Marked(whole, ((len(before), len(whole)),)), 1.0, frame, (FORMATTED,)
+
+
+def _ends(text: str, controls: Controls) -> bool:
+    """Whether there is a control token at the end, or only whitespace behind it."""
+    *_, last = controls.pattern.finditer(text)
+    return not text[last.end() :].strip()
+
+
+def framing_of(tokenizer: Any, controls: Controls, formatted: str) -> Framing:
+    """What a tokenizer puts around texts. A response ends as the template ends a turn, if it has an end for it."""
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    adds_start = start is not None and list(tokenizer("")["input_ids"][:1]) == [start]
+    of_turn = end_of_turn(tokenizer, controls)
+    of_text = of_turn if end is None else end
+    of_response = end if of_turn is None else of_turn
+    if of_text is None:
+        logger.warning(
+            "the tokenizer %s names no end token: nothing is learnt of where an answer ends", tokenizer.name_or_path
+        )
+    ends = [[] if number is None else [number] for number in (of_text, of_response)]
+    return Framing(controls, Markers(tokenizer, controls), [start] if adds_start else [], *ends, formatted)
