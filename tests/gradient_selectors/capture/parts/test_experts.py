@@ -98,3 +98,12 @@ def test_a_product_in_the_midst_of_a_module_is_covered() -> None:
     batch = make_batch(LENGTHS)
     gradients, oracle = GradientCapture(model).run(batch), dense(model, batch)
     assert relative_error(gradients.gram(range(4), plain), oracle.gram()) < EXACT
+
+
+def test_passes_in_bfloat16_keep_the_order_of_the_scores() -> None:
+    model = make_model("Qwen 2 MoE")
+    capture, batch = GradientCapture(model, autocast=torch.bfloat16), make_batch((16,) * 6)
+    target, oracle = random_like(capture, 3), dense(model, batch)
+    got = Interaction(capture.run(batch), target, plain).utilities_N
+    want = oracle.gradients @ oracle.flat(target)
+    assert float(torch.corrcoef(torch.stack([got.double(), want]))[0, 1]) > 0.99
