@@ -3,6 +3,7 @@
     <checkpoint.dir>/step-00000042.e3/
         model/                  a plain transformers checkpoint, adapters merged in; or these alone, as `saving` says
         adapter.safetensors     with LoRA: the adapters' weights by parameter name
+        adapter/                with LoRA, merged or not: the adapters as PEFT has them
         optimizer.safetensors   `<parameter name>.<field>`, for example `lm_head.weight.exp_avg`
         state.safetensors       tensors of whatever else has state, by path: `engine/target/gradient/lm_head.weight`
         trainer.json            step, cursor, identity of the source, the rest of that state, and what it was made with
@@ -48,13 +49,14 @@ from stream_trainer.models.saving import (
     load_adapter,
     load_weights,
     save_adapter,
+    save_for_peft,
     save_model,
 )
 
 logger = logging.getLogger(__name__)
 
 MODEL = "model"
-ADAPTER = "adapter.safetensors"
+ADAPTER, PEFT = "adapter.safetensors", "adapter"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.safetensors"
 
@@ -243,6 +245,7 @@ def _write_files(directory: Path, loaded: LoadedModel, optimizer: NamedOptimizer
         save_model(loaded, directory / MODEL)
         if loaded.lora:
             save_adapter(loaded, directory / ADAPTER)
+            save_for_peft(loaded, directory / PEFT)
     with _stage("the optimizer", directory):
         tensors = {key: value.detach().contiguous() for key, value in optimizer.state_dict().items()}
         # A parameter may have no state yet, so the names are kept apart from it.

@@ -14,6 +14,7 @@ from stream_trainer.models.refusals import loading
 from stream_trainer.settings.schema import LoraSettings, ModelSettings
 
 ADAPTER = "default"  # peft's name of the one adapter we use
+NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def base_dtype(settings: LoraSettings | None, autocast: torch.dtype | None) -> torch.dtype:
@@ -53,11 +54,14 @@ def add_adapters(model: Any, settings: ModelSettings) -> Any:
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=0.0,
-            target_modules=lora.target_modules if lora.target_modules == "all-linear" else list(lora.target_modules),
+            target_modules=_targets(model, lora),
             fan_in_fan_out=any(type(module) is transformers.pytorch_utils.Conv1D for module in model.modules()),
         )
     with loading(setting, "name modules the model has, or set it to all-linear", "lora"):
         adapted = inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    wrapped = next((n for n, module in adapted.named_modules() if type(module).__name__ == "ParamWrapper"), None)
+    if wrapped is not None:
+        raise SettingsError(f"{setting} adapts experts ({wrapped}); leave them out, or set it to all-linear")
     embedding, head = adapted.get_input_embeddings(), adapted.get_output_embeddings()
     if embedding.weight is head.weight and any(hasattr(module, "lora_A") for module in (embedding, head)):
         raise SettingsError(f"{setting} adapts the embedding, which is tied to the head; leave both out")
@@ -65,3 +69,28 @@ def add_adapters(model: Any, settings: ModelSettings) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # peft makes them in the dtype of the base
     return adapted
+
+
+def _targets(model: Any, lora: LoraSettings) -> str | list[str]:
+    """What peft is to adapt. Of a mixture of experts: linear layers outside of what chooses and computes experts.
+
+    There peft takes some names, of layers that are no experts too, for those that experts had in earlier versions.
+    """
+    if lora.target_modules != "all-linear":
+        return list(lora.target_modules)
+    blocks = [name.rpartition(".")[0] for name, module in model.named_modules() if is_experts(module)]
+    if not blocks:
+        return "all-linear"
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, linear) and module is not head and not any(name.startswith(f"{b}.") for b in blocks)
+    }
+    return sorted(names - NAMES_OF_EXPERTS)
+
+
+def is_experts(module: torch.nn.Module) -> bool:
+    """Whether a module holds the weights of several experts in one tensor."""
+    return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)) and hasattr(module, "num_experts")

@@ -8,6 +8,7 @@ checkpointing is active in train() mode only. `saving` writes models and reads t
 import copy
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from stream_trainer.errors import SettingsError
 from stream_trainer.models.adapters import add_adapters, base_dtype, quantisation
 from stream_trainer.models.ends import end_as_learnt, name_end
-from stream_trainer.models.refusals import first_line, loading
+from stream_trainer.models.freezing import freeze
+from stream_trainer.models.limits import check_vocabulary, longest_text, package_of
+from stream_trainer.models.refusals import first_line, install, loading
+from stream_trainer.models.stored import (
+    becomes_plain,
+    check_format,
+    check_no_adapter,
+    forget_format,
+    is_packed,
+    reading,
+)
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.settings.schema import ModelSettings
 
@@ -70,9 +81,10 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = _build(settings, zeroed, device, base_dtype(settings.lora, autocast))
-        _check_vocabulary(settings, tokenizer, model)
+        check_vocabulary(settings, tokenizer, model)
         if settings.lora is not None:
             model = add_adapters(model, settings)
+    freeze(model, settings.freeze)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0  # some models hold a dropout that no field of their configuration sets
@@ -80,14 +92,17 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     model.config.use_cache = False
     if settings.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
+    forget_format(config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
+    model.to(device).train()
+    _quieten(model)
     return LoadedModel(
-        model=model.to(device).train(),
+        model=model,
         tokenizer=tokenizer,
         device=device,
         autocast_dtype=autocast,
-        max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
+        max_positions=longest_text(config),
         config=config,
         lora=settings.lora is not None,
         adapters_only=settings.lora is not None and settings.lora.base != "float32",
@@ -149,7 +164,9 @@ def _load_tokenizer(settings: ModelSettings, config: Any) -> Any:
     setting = "model.tokenizer" if own else "model.name"
     _check_directory(setting, name)
     origin = {} if own else {"revision": settings.revision or "main", "gguf_file": settings.gguf_file}
-    with loading(f"{setting}={name}: the tokenizer", "check its files and the network, or set model.tokenizer", "gguf"):
+    _check_tokenizer_package(setting, Path(name))
+    remedy = "check its files and the network, or set model.tokenizer"
+    with loading(f"{setting}={name}: the tokenizer", remedy):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **origin)
     name_end(tokenizer, config)
     if tokenizer.pad_token is None:
@@ -161,6 +178,15 @@ def _load_tokenizer(settings: ModelSettings, config: Any) -> Any:
     return tokenizer
 
 
+def _check_tokenizer_package(setting: str, directory: Path) -> None:
+    package = package_of(directory)
+    if package is not None and find_spec(package) is None:
+        raise SettingsError(
+            f"{setting}={directory}: its tokenizer is a tokenizer.model, which the package {package} reads; "
+            f"{install(package)}, or put a tokenizer.json beside it"
+        )
+
+
 def _load_config(settings: ModelSettings) -> Any:
     if settings.config is not None:
         return _config_from_fields(settings.config)
@@ -168,23 +194,21 @@ def _load_config(settings: ModelSettings) -> Any:
     _check_directory("model.name", name)
     if settings.gguf_file is not None and Path(name).is_dir() and not (Path(name) / settings.gguf_file).is_file():
         raise SettingsError(f"model.gguf_file={settings.gguf_file} is not in model.name={name}; correct the name")
-    with loading(f"model.name={name}", _name_remedy(settings), "gguf"):
+    check_no_adapter(settings)
+    with loading(f"model.name={name}", _name_remedy(settings)):
         config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **_origin(settings))
-    if "bitsandbytes" in str(getattr(config, "quantization_config", "")):
-        raise SettingsError(f"model.name={name} is quantised already; name the model it was made from")
+    check_format(settings, config)
     return config
 
 
 def _config_from_fields(fields: dict[str, Any]) -> Any:
     kind = fields["model_type"]
-    with loading(
-        f"model.config.model_type={kind}", f"choose one that transformers {transformers.__version__} knows", ""
-    ):
+    with loading(f"model.config.model_type={kind}", f"choose one that transformers {transformers.__version__} knows"):
         known = AutoConfig.for_model(kind)
     for name in fields:
         if not hasattr(known, name):
             logger.warning("model.config.%s is not a field of %s: check its spelling", name, kind)
-    with loading("model.config", "correct its fields", ""):
+    with loading("model.config", "correct its fields"):
         return AutoConfig.for_model(**fields)
 
 
@@ -218,13 +242,20 @@ def _zero_dropout(config: Any) -> None:
             setattr(config, name, type(value)(0))
 
 
+def _quieten(model: torch.nn.Module) -> None:
+    """Let routers that add noise while they train compute as they are served; their own flag alone is looked at."""
+    for module in model.modules():
+        if any("jitter" in name and value for name, value in vars(module).items()):
+            module.training = False
+
+
 def _build(settings: ModelSettings, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """On the CPU in `dtype`, or quantised on `device`."""
     if settings.config is not None:
-        with loading("model.config", "correct its fields", ""):
+        with loading("model.config", "correct its fields"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    quantised = quantisation(settings.lora, dtype, device)
-    with loading(f"model.name={settings.name}", _name_remedy(settings), "gguf"):
+    is_plain, how = settings.gguf_file is None and not becomes_plain(config), _held(settings, config, device, dtype)
+    with loading(f"model.name={settings.name}", _name_remedy(settings)):
         model, report = AutoModelForCausalLM.from_pretrained(
             settings.name,
             config=config,
@@ -232,38 +263,31 @@ def _build(settings: ModelSettings, config: Any, device: torch.device, dtype: to
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
             **_origin(settings),
-            **quantised,
+            **how,
         )
         if report["missing_keys"]:
             # transformers would give them random values and go on.
             raise SettingsError(
                 f"model.name={settings.name} lacks {min(report['missing_keys'])}; set it to a whole model"
             )
-        if settings.gguf_file is None:
+        if is_plain:
             # The weights are mapped from the file, which may be replaced while we train.
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = tensor.data.clone()
             return model
-        # A model read from GGUF is marked as quantized, and transformers refuses to save it; the same weights in a
-        # model that was never marked are fine.
+        # A model that was read from fewer bits is marked as quantised, and transformers refuses to save it; the same
+        # weights in a model that was never marked are fine.
+        forget_format(config)
         plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
         plain.load_state_dict(model.state_dict())
         return plain
 
 
-def _check_vocabulary(settings: ModelSettings, tokenizer: Any, model: Any) -> None:
-    rows, tokens = model.get_input_embeddings().weight.shape[0], len(tokenizer)
-    if tokens <= rows:
-        return
-    if settings.config is not None:
-        raise SettingsError(
-            f"model.config.vocab_size={rows} is less than the {tokens} tokens of model.tokenizer={settings.tokenizer}; "
-            f"set it to {tokens} or more"
-        )
-    raise SettingsError(
-        f"model.tokenizer={settings.tokenizer or settings.name} has {tokens} tokens, model.name={settings.name} embeds "
-        f"only {rows}; set model.tokenizer to the one the model was trained with"
-    )
+def _held(settings: ModelSettings, config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments by which transformers holds the weights as they are to be held."""
+    if becomes_plain(config):
+        return reading(config)
+    return {"device_map": {"": device}} if is_packed(config) else quantisation(settings.lora, dtype, device)
 
 
 def _enable_gradient_checkpointing(model: Any) -> None:

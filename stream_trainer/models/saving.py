@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from stream_trainer.errors import CheckpointError
 from stream_trainer.models.adapters import ADAPTER
 from stream_trainer.models.loading import LoadedModel
+from stream_trainer.models.peft_format import config_text, write_adapter
 
 BASE = "base.safetensors"
 SAMPLED = 16  # leading numbers of each frozen parameter, by which a base is known again
@@ -34,6 +35,7 @@ def save_model(loaded: LoadedModel, directory: Path) -> None:
     model: Any = loaded.model
     if loaded.adapters_only:
         _save_as_peft(model, directory)
+        save_file(_sampled(model), directory / BASE)
     else:
         model.save_pretrained(directory, state_dict=dict(_plain_weights(loaded)))
         loaded.config.save_pretrained(directory)  # over the one just written, whose dropouts are zero
@@ -53,7 +55,16 @@ def load_weights(loaded: LoadedModel, directory: Path) -> None:
 
 def save_adapter(loaded: LoadedModel, path: Path) -> None:
     """Write the adapters' weights by parameter name. Raises OSError or SafetensorError."""
-    save_file({name: weight.detach().contiguous() for name, weight in _trainable(loaded.model).items()}, path)
+    save_file(_written(_adapters(loaded.model)), path)
+
+
+def save_for_peft(loaded: LoadedModel, directory: Path) -> None:
+    """Write the adapters to a new directory as `PeftModel` and servers load them onto the base model.
+
+    Nothing where the model is saved so anyway. Raises OSError.
+    """
+    if not loaded.adapters_only:
+        _save_as_peft(loaded.model, directory)
 
 
 def load_adapter(loaded: LoadedModel, path: Path) -> None:
@@ -61,7 +72,7 @@ def load_adapter(loaded: LoadedModel, path: Path) -> None:
 
     Raises CheckpointError, naming the first weight that is missing or has another shape.
     """
-    weights = _trainable(loaded.model)
+    weights = _adapters(loaded.model)
     with safe_open(path, framework="pt") as file, torch.no_grad():
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         check_shapes("adapter weight", {name: tuple(weight.shape) for name, weight in weights.items()}, shapes, path)
@@ -109,26 +120,24 @@ def check_shapes(
             raise CheckpointError(f"checkpoint {path} holds the {noun} {name}, which the model lacks; {REMEDY}")
 
 
-def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def _adapters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The live weights of the adapters, with those that `model.freeze` leaves as they are."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+def _written(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.contiguous() for name, weight in weights.items()}
 
 
 def _save_as_peft(model: Any, directory: Path) -> None:
-    from peft import get_peft_model_state_dict
-
-    config = copy.copy(model.peft_config[ADAPTER])
-    config.target_modules = sorted(config.target_modules)  # the order of a set changes from process to process
-    config.save_pretrained(directory)
-    weights = get_peft_model_state_dict(model, _trainable(model), ADAPTER, save_embedding_layers=False)
-    named = {f"base_model.model.{name}": weight.detach().contiguous() for name, weight in weights.items()}
-    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    directory.mkdir(parents=True, exist_ok=True)
+    write_adapter(directory, config_text(model), save(_written(_adapters(model))))
     model.generation_config.save_pretrained(directory)  # where a turn ends
-    save_file(_sampled(model), directory / BASE)
 
 
 def _sampled(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The first numbers of every frozen parameter, as they are held."""
-    frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+    frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad and ".lora_" not in name)
     return {name: parameter.data.flatten()[:SAMPLED].cpu().clone() for name, parameter in frozen}
 
 

@@ -4,8 +4,8 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from stream_trainer.models.loading import LoadedModel
+from stream_trainer.models.peft_format import config_text
 from stream_trainer.monitoring.metrics import Metrics
-from stream_trainer.publishing.adapter import config_text
 from stream_trainer.publishing.backup import Backup
 from stream_trainer.publishing.hooks import make_hooks
 from stream_trainer.publishing.making import Origin

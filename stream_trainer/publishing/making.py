@@ -14,7 +14,7 @@ from typing import Any
 from stream_trainer import __version__
 from stream_trainer.checkpoints.manifest import MANIFEST, DamagedError
 from stream_trainer.checkpoints.trouble import sync, sync_directory
-from stream_trainer.publishing.adapter import write_adapter
+from stream_trainer.models.peft_format import write_adapter
 from stream_trainer.publishing.card import card_text
 from stream_trainer.publishing.gate import forgetting
 from stream_trainer.publishing.held import HeldFiles

@@ -103,6 +103,9 @@ class ModelSettings(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Leave it off unless you have read that code."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that stay as they are, such as `model.embed_tokens.*` or `*.mlp.gate.weight`. `*` stands
+    for anything. A pattern that matches no trained parameter is refused."""
     lora: LoraSettings | None = None
 
     @model_validator(mode="after")

@@ -29,6 +29,7 @@ from gradient_selectors.weigh.coefficients import CoefficientSolver
 from gradient_selectors.weigh.selector import needs_target
 
 from stream_trainer.errors import SettingsError
+from stream_trainer.models.limits import check_length
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
@@ -79,6 +80,8 @@ def make_engine(
     refresh_steps = 1 if selection.draw in PREDICTS else steps.refresh_steps
     options = {"refresh_steps": refresh_steps, "refresh_samples": steps.refresh_samples, "decay": steps.decay}
     budget = make_budget(settings)
+    if loaded.max_positions is None:
+        check_length(loaded.model, settings.samples.max_tokens)
     try:
         return SelectionEngine(
             loaded.model,

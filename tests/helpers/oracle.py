@@ -102,15 +102,18 @@ def dense(model: Any, batch: Batch, autocast: torch.dtype | None = None) -> Dens
 
 
 @contextmanager
-def in_float64(model: torch.nn.Module) -> Iterator[None]:
+def in_float64(model: Any) -> Iterator[None]:
     """Within it, the model computes in double precision (some norms of transformers excepted, which never do)."""
     tensors = [t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()]
-    kept = [tensor.data for tensor in tensors]
+    kept, config = [tensor.data for tensor in tensors], model.config
+    how = getattr(config, "_experts_implementation", None)
     for tensor in tensors:
         tensor.data = tensor.data.double()
+    config._experts_implementation = "eager"  # torch's grouped product has no float64
     try:
         yield
     finally:
+        config._experts_implementation = how
         for tensor, data in zip(tensors, kept, strict=True):
             tensor.data = data
 

@@ -17,29 +17,30 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 
 from gradient_selectors.capture.batch import Batch, check_lengths, mean_losses
 from gradient_selectors.capture.factors import Factor, LowRank, Written
 from gradient_selectors.capture.gradients import PoolGradients
 from gradient_selectors.capture.head import HeadBias, HeadWeight, head_forward_backward
-from gradient_selectors.capture.kinds import TOLERANCE, MakeFactors, Rows, recognise, rows_of
+from gradient_selectors.capture.kinds import MakeFactors, Rows, recognise, rows_of
 from gradient_selectors.capture.lora import LoraLinear, recognise_lora
 from gradient_selectors.capture.norms import RmsNorm, recognise_rms_norm
+from gradient_selectors.capture.parts.apart import check_apart
+from gradient_selectors.capture.parts.experts import Experts, recognise_experts
+from gradient_selectors.capture.parts.rotary import by_length, sample_by_sample
+from gradient_selectors.capture.parts.uses import UsesWithin, kinds_of_use
 from gradient_selectors.capture.passes import Passes, checked
-from gradient_selectors.capture.places import MissingFactorError, Places, UnsupportedParameterError
+from gradient_selectors.capture.places import (
+    MissingFactorError,
+    Places,
+    UnsupportedParameterError,
+)
 from gradient_selectors.capture.verification import (
-    ROUNDING,
-    find_mistake,
-    is_rounded,
-    moved,
+    has_plain_head,
+    mistake_of,
     probe_batch,
     replaced,
-    without_dropout,
 )
-
-HEAD_PROBE_SCALE = 100.0
 
 Keep = Callable[[str, Factor], Factor | None]
 """Takes (parameter's name, factor) as the backward pass leaves it; returns what is kept of it, or None."""
@@ -100,6 +101,8 @@ class GradientCapture:
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
         self._sites: dict[str, tuple[nn.Module, MakeFactors]] = {}
+        self._experts: list[Experts] = []
+        self._within: list[str] = []  # modules that use their parameters in the midst of what they compute
         self._rows: Rows | None = None
         self._factors: dict[str, list[Factor]] = defaultdict(list)
         self._keep: Keep | None = None
@@ -108,16 +111,22 @@ class GradientCapture:
         self._in_one_piece: frozenset[str] = frozenset()  # norms whose forward is ours during this pass
         self.device = next(iter(self.parameters.values())).device
         self._anchor = torch.zeros((), requires_grad=True, device=self.device)
-        output = self._model.get_output_embeddings()
-        self.passes.head = output if self._head_is_plain(output) else None
-        self._head_name = None if self.passes.head is None else self._name_of(self.passes.head)
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        varying = by_length(self._model)
+        self.passes.by_length = bool(varying)
+        self._handles = [module.register_forward_hook(sample_by_sample, with_kwargs=True) for module in varying]
         try:
+            check_apart(self._model, self.passes.inputs, self._probe())
+            output = self._model.get_output_embeddings()
+            self.passes.head = output if has_plain_head(self._model, self.passes) else None
+            self._head_name = None if self.passes.head is None else self._name_of(output)
             found = (recognise_rms_norm(name, module) for name, module in self._model.named_modules())
             self._norms = {norm.name: norm for norm in found if norm is not None}
             self._attach_all()
             self._loras = list(self._lora_layers())
-            self._verify()
+            mistake = mistake_of(self, self._model)
+            if mistake is not None:
+                raise self._unsupported(*mistake)
+            self._expected = frozenset(self._collected)
         except BaseException:
             self.close()
             raise
@@ -259,13 +268,24 @@ class GradientCapture:
                 yield layer
 
     def _attach_all(self) -> None:
+        unknown: dict[str, nn.Module] = {}
         for name, module in self._owners():
-            make_factors = recognise(module)
-            if make_factors is None:
+            experts = recognise_experts(name, module)
+            make_factors = None if experts else recognise(module)
+            if experts is not None:
+                self._experts.append(experts)
+            elif make_factors is None:
+                unknown[name] = module
+            else:
+                self._sites[name] = (module, make_factors)
+                self._handles.append(module.register_forward_hook(partial(self._hook, name), with_kwargs=True))
+        used = kinds_of_use(self._model, unknown, self.passes.inputs(self._probe())) if unknown else {}
+        for name, module in unknown.items():
+            if name not in used:
                 parameter = next(iter(self._places.trained[name].values()))
                 raise self._unsupported(parameter, f"a {type(module).__name__} of no known kind owns it")
-            self._sites[name] = (module, make_factors)
-            self._handles.append(module.register_forward_hook(partial(self._hook, name), with_kwargs=True))
+            self._sites[name] = (module, used[name])
+        self._within = list(used)
 
     def _hook(
         self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -285,7 +305,18 @@ class GradientCapture:
         for lora in self._loras:
             if lora.is_plain and "forward" not in vars(lora.module):
                 forwards[lora.module] = partial(self._through_lora, lora)
-        return forwards
+        forwards |= {experts.module: partial(self._through_experts, experts) for experts in self._experts}
+        return forwards | {self._sites[name][0]: partial(self._through_uses, name) for name in self._within}
+
+    def _through_experts(self, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        rows, dtype = self._rows_for(experts.name, hidden), self.passes.autocast
+        take = partial(self._take, experts.name)
+        return experts.forward(hidden, index, weights, rows=rows, anchor=self._anchor, dtype=dtype, collect=take)
+
+    def _through_uses(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        module = self._sites[name][0]
+        with UsesWithin(module, lambda _, output, inputs: self._tap(name, output, inputs)):
+            return type(module).forward(module, *args, **kwargs)
 
     def _through_lora(self, lora: LoraLinear, x: Tensor) -> Tensor:
         return lora.forward(x, self._anchor, self.passes.autocast, self._collect)
@@ -299,11 +330,18 @@ class GradientCapture:
 
     def _collect(self, name: str, inputs: Tensor, grad: Tensor) -> None:
         _, make_factors = self._sites[name]
-        found = make_factors(inputs, grad, self._rows_for(name, grad))
-        for local_name, full_name in self._places.trained[name].items():
+        rows = self._rows_for(name, grad)
+        found = make_factors(rows.by_sample(inputs), rows.by_sample(grad), rows)
+        for local_name in self._places.trained[name]:
             if local_name not in found:
                 raise MissingFactorError(f"module {name} gave no factor of its parameter {local_name}; freeze it")
-            self._add(full_name, found[local_name])
+        self._take(name, found)
+
+    def _take(self, name: str, found: Mapping[str, Factor]) -> None:
+        """Factors of a module's parameters, of which some may not be trained."""
+        for local_name, full_name in self._places.trained[name].items():
+            if local_name in found:
+                self._add(full_name, found[local_name])
         self._collected.add(name)
 
     def _collect_products(self, name: str, products: Tensor) -> None:
@@ -326,7 +364,7 @@ class GradientCapture:
     def _rows_for(self, name: str, values: Tensor) -> Rows:
         """The rows of the pass, once the values of one call of a module are known to be of them."""
         assert self._rows is not None
-        if values.shape[0] != self._rows.num_samples:
+        if values.shape[0] not in (self._rows.num_samples, self._rows.num_samples * self._rows.num_tokens):
             raise UnsupportedParameterError(
                 f"module {name} was called with {values.shape[0]} rows for {self._rows.num_samples} samples: "
                 "its samples cannot be told apart; freeze its parameters"
@@ -344,50 +382,8 @@ class GradientCapture:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(True)
 
-    def _head_is_plain(self, module: nn.Module | None) -> bool:
-        """Whether the logits are just `hidden W^T + b`, found out by comparing the two.
-
-        The head's weight is scaled up for the probe: soft capping is invisible on the small logits of a fresh model.
-        """
-        if type(module) is not nn.Linear:
-            return False
-        batch, scaled = self._probe(), module.weight.detach() * HEAD_PROBE_SCALE
-        name = self._name_of(module)
-        with torch.no_grad():
-            output = functional_call(
-                self._model, {f"{name}.weight": scaled}, kwargs=self.passes.inputs(batch), tie_weights=False
-            )
-            expected = F.linear(self.passes.hidden(batch), scaled, module.bias)
-        return bool((output.logits - expected).norm() <= TOLERANCE * expected.norm())
-
     def _probe(self) -> Batch:
         return probe_batch(self._model.get_input_embeddings().weight.shape[0]).to(self.device)
-
-    def _verify(self) -> None:
-        """Compare every parameter's weighted gradient with autograd's; unequal weights tell samples apart."""
-        batch, weights_N = self._probe(), torch.tensor([0.3, 1.7])
-        # The formulas are checked in the weights' own precision.
-        autocast, self.passes.autocast = self.passes.autocast, None
-        try:
-            with moved(self.parameters), without_dropout(self._model):
-                found, wanted = self.run(batch), self._autograd(batch, weights_N)
-                again = wanted
-                if is_rounded(self._model):
-                    with moved(self.parameters, ROUNDING):
-                        again = self._autograd(batch, weights_N)
-                mistake = find_mistake(found, wanted, weights_N, again)  # the head's factors read its weights again
-        finally:
-            self.passes.autocast = autocast
-        if mistake is not None:
-            raise self._unsupported(*mistake)
-        self._expected = frozenset(self._collected)
-
-    def _autograd(self, batch: Batch, weights_N: Tensor) -> Mapping[str, Tensor | None]:
-        with torch.enable_grad():
-            logits_NTV = self._model(**self.passes.inputs(batch)).logits.float()
-            loss = (mean_losses(logits_NTV, batch.labels_NT) * weights_N.to(self.device)).sum()
-            grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        return dict(zip(self.parameters, grads, strict=True))
 
     def _unsupported(self, name: str, reason: str) -> UnsupportedParameterError:
         return UnsupportedParameterError(

@@ -37,6 +37,11 @@ class Rows:
     keep_R: Tensor | None
     segments: Segments
 
+    def by_sample(self, values: Tensor) -> Tensor:
+        """(N, ...) as it is; (N * T, ...), as mixtures of experts have it, with the samples told apart."""
+        is_flat = values.shape[0] == self.num_samples * self.num_tokens
+        return values.reshape(self.num_samples, self.num_tokens, *values.shape[1:]) if is_flat else values
+
     def flatten(self, values: Tensor, row_dims: int) -> tuple[Tensor, Segments]:
         """(N, T, ..., *row) -> (R, *row) with the samples of the rows; `row_dims` trailing dimensions are kept."""
         shape = values.shape
@@ -111,7 +116,7 @@ def probe_input(*shape: int, like: Tensor) -> Tensor:
 def _recognise_matrix(module: nn.Module, weight: Tensor) -> MakeFactors | None:
     transposed = stored_transposed(module, weight)
     has_bias = getattr(module, "bias", None) is not None
-    return None if transposed is None else partial(_matrix_factors, has_bias, transposed)
+    return None if transposed is None else partial(matrix_factors, has_bias, transposed)
 
 
 def stored_transposed(module: nn.Module, weight: Tensor) -> bool | None:
@@ -128,7 +133,8 @@ def stored_transposed(module: nn.Module, weight: Tensor) -> bool | None:
     return None
 
 
-def _matrix_factors(has_bias: bool, transposed: bool, x: Tensor, grad: Tensor, rows: Rows) -> Factors:
+def matrix_factors(has_bias: bool, transposed: bool, x: Tensor, grad: Tensor, rows: Rows) -> Factors:
+    """Factors of `y = x W^T + b`; `transposed`: of `y = x W + b`."""
     inputs = x.to(grad.dtype)
     left, right = (inputs, grad) if transposed else (grad, inputs)
     factors: dict[str, Factor] = {"weight": _matrix_factor(left, right, rows)}
@@ -168,10 +174,11 @@ def _recognise_lookup(module: nn.Embedding) -> MakeFactors | None:
         return None
     norm = (rows * rows).sum()
     scale = float((output.float() * rows).sum() / norm) if norm > 0 else 1.0
-    return partial(_lookup_factors, module.padding_idx, scale) if close(output, scale * rows) else None
+    return partial(lookup_factors, module.padding_idx, scale) if close(output, scale * rows) else None
 
 
-def _lookup_factors(padding_idx: int | None, scale: float, ids: Tensor, grad: Tensor, rows: Rows) -> Factors:
+def lookup_factors(padding_idx: int | None, scale: float, ids: Tensor, grad: Tensor, rows: Rows) -> Factors:
+    """Factors of `y = s W[ids]`."""
     ids_R, _ = rows.flatten(ids, 0)
     grads_Rd, segments = rows.flatten(grad, 1)
     if scale != 1.0:

@@ -27,11 +27,13 @@ class Passes:
         model: a transformers causal LM.
         autocast: dtype of the passes, or None for the model's own.
         head: its head where the logits are just `hidden W^T + b`, else None.
+        by_length: whether it computes a text as its length says.
     """
 
     model: Any
     autocast: torch.dtype | None
     head: nn.Linear | None = None
+    by_length: bool = False
 
     def losses(self, batch: Batch) -> Tensor:
         """Mean loss of each sample (nats per token), (N,) float32: a forward pass only."""
@@ -87,7 +89,11 @@ class Passes:
         if "position_ids" in inspect.signature(self.model.forward).parameters:
             num_samples, num_tokens = batch.input_ids_NT.shape
             positions_T = torch.arange(num_tokens, device=batch.input_ids_NT.device)
-            inputs["position_ids"] = positions_T.expand(num_samples, num_tokens)
+            positions_NT = positions_T.expand(num_samples, num_tokens)
+            if self.by_length:  # padding must not make a text longer
+                lengths_N1 = torch.tensor(batch.lengths, device=positions_T.device)[:, None]
+                positions_NT = positions_NT.minimum(lengths_N1 - 1)
+            inputs["position_ids"] = positions_NT
         return inputs
 
     def hidden(self, batch: Batch) -> Tensor:

@@ -28,6 +28,10 @@ class UnsupportedParameterError(ValueError):
     """
 
 
+class EntangledSamplesError(UnsupportedParameterError):
+    """A part of the model computes a sample by chance, or in another way beside others than alone."""
+
+
 class ReplacedParameterError(RuntimeError):
     """Another object stands where a trained parameter was when it was last looked at."""
 

@@ -2,16 +2,25 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
-from gradient_selectors.capture.batch import Batch
+from gradient_selectors.capture.batch import Batch, mean_losses
 from gradient_selectors.capture.gradients import PoolGradients
+from gradient_selectors.capture.kinds import TOLERANCE as RECOGNISED
+from gradient_selectors.capture.passes import Passes
+
+if TYPE_CHECKING:
+    from gradient_selectors.capture.capture import GradientCapture
 
 # Relative. Looser than for the kinds: float32 products of a few rows over a large vocabulary lose more digits.
 TOLERANCE = 2e-3
+HEAD_PROBE_SCALE = 100.0
 ROUNDING = 2**-8  # of bfloat16, relative
 ROUNDINGS = 10  # times as far as it moves autograd's own gradients; two passes differ by one to three of these
 MOVE, SIZE_OF_ZEROS = 0.1, 0.2  # noise relative to the size of the weights; their size if all are zero
@@ -64,6 +73,49 @@ def is_rounded(model: nn.Module) -> bool:
     return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
 
 
+def has_plain_head(model: Any, passes: Passes) -> bool:
+    """Whether the logits are just `hidden W^T + b`, found out by comparing the two.
+
+    The head's weight is scaled up for the probe: soft capping is invisible on the small logits of a fresh model.
+    """
+    module = model.get_output_embeddings()
+    if type(module) is not nn.Linear:
+        return False
+    batch = probe_batch(model.get_input_embeddings().weight.shape[0]).to(module.weight.device)
+    scaled = module.weight.detach() * HEAD_PROBE_SCALE
+    name = next(name for name, other in model.named_modules() if other is module)
+    with torch.no_grad():
+        output = functional_call(model, {f"{name}.weight": scaled}, kwargs=passes.inputs(batch), tie_weights=False)
+        expected = F.linear(passes.hidden(batch), scaled, module.bias)
+    return bool((output.logits - expected).norm() <= RECOGNISED * expected.norm())
+
+
+def mistake_of(capture: "GradientCapture", model: Any) -> tuple[str, str] | None:
+    """Compare every parameter's weighted gradient with autograd's; unequal weights tell samples apart."""
+    batch = probe_batch(model.get_input_embeddings().weight.shape[0]).to(capture.device)
+    weights_N = torch.tensor([0.3, 1.7])
+    # The formulas are checked in the weights' own precision.
+    autocast, capture.passes.autocast = capture.passes.autocast, None
+    try:
+        with moved(capture.parameters), without_dropout(model):
+            found, wanted = capture.run(batch), _autograd(capture, model, batch, weights_N)
+            again = wanted
+            if is_rounded(model):
+                with moved(capture.parameters, ROUNDING):
+                    again = _autograd(capture, model, batch, weights_N)
+            return find_mistake(found, wanted, weights_N, again)  # the head's factors read its weights again
+    finally:
+        capture.passes.autocast = autocast
+
+
+def _autograd(capture: "GradientCapture", model: Any, batch: Batch, weights_N: Tensor) -> Mapping[str, Tensor | None]:
+    with torch.enable_grad():
+        logits_NTV = model(**capture.passes.inputs(batch)).logits.float()
+        loss = (mean_losses(logits_NTV, batch.labels_NT) * weights_N.to(capture.device)).sum()
+        grads = torch.autograd.grad(loss, list(capture.parameters.values()), allow_unused=True)
+    return dict(zip(capture.parameters, grads, strict=True))
+
+
 def find_mistake(
     gradients: PoolGradients,
     expected: Mapping[str, Tensor | None],
@@ -75,19 +127,21 @@ def find_mistake(
     `again`: autograd's after a change as small as rounding, for a model that rounds; else the same. Where passes round
     to 8 bits, autograd is no nearer to the truth than we are, and how far off both are is the model's own affair.
     """
+    largest = max(float(want.norm()) for want in expected.values() if want is not None)
     for name, want in expected.items():
         if name not in gradients.factors:
             if want is not None and want.any():
                 return name, "it is used outside the modules that were recognised"
             continue
         got = gradients.weighted_gradient_of(name, weights_N)
-        if want is None or bool((got - want).norm() > _allowed(want, again[name])):
+        if want is None or bool((got - want).norm() > _allowed(want, again[name], largest)):
             return name, "its captured gradient differs from autograd's (is a dropout of the model on?)"
     return None
 
 
-def _allowed(want: Tensor, again: Tensor | None) -> Tensor:
-    allowed: Tensor = TOLERANCE * want.norm() + 1e-7
+def _allowed(want: Tensor, again: Tensor | None, largest: float) -> Tensor:
+    """`largest`: norm of a parameter's gradient. Some are zero but for rounding, as of a bias that softmax undoes."""
+    allowed: Tensor = TOLERANCE * want.norm() + 1e-7 * max(1.0, largest)
     return allowed if again is None else allowed + ROUNDINGS * (again - want).norm()
 
 

@@ -180,7 +180,7 @@ def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path) -> None:
     directory = written("llama", tmp_path / "whole")
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained(directory, quantization_config=bits).save_pretrained(tmp_path / "packed")
-    with pytest.raises(SettingsError, match=r"^model.name=.* is quantised already; name the model it was made from$"):
+    with pytest.raises(SettingsError, match=r"^model.name=.* is quantised already to 4 bits .*base to nf4"):
         load_model(ModelSettings(name=str(tmp_path / "packed"), tokenizer="bytes"), seed=1)
 
 

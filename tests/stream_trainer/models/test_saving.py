@@ -3,11 +3,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from stream_trainer.errors import CheckpointError
 from stream_trainer.models.loading import load_model
-from stream_trainer.models.saving import check_base, load_adapter, load_weights, save_adapter, save_model
+from stream_trainer.models.saving import check_base, load_adapter, load_weights, save_adapter, save_for_peft, save_model
 from stream_trainer.settings.schema import LoraSettings
 from tests.helpers.tiny_models import CONFIGS, logits_of, settings_of, shake, with_config
 
@@ -113,3 +114,17 @@ def test_adapter_on_another_base_model_is_noticed(tmp_path: Path) -> None:
     check_base(same, tmp_path)
     with pytest.raises(CheckpointError, match=r"another base model \(model.embed_tokens.weight differs\); restore"):
         check_base(other, tmp_path)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_adapters_are_beside_the_merged_model_as_peft_has_them(kind: str, tmp_path: Path) -> None:
+    loaded = load_model(settings_of(kind, lora=LoraSettings(rank=2)), seed=1)
+    shake(loaded.model)
+    save_for_peft(loaded, tmp_path / "adapter")
+    base = load_model(settings_of(kind), seed=1).model
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits_of(adapted), logits_of(loaded.model))
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stream_trainer.checkpoints.manifest import write_manifest
 from stream_trainer.models.loading import load_model
+from stream_trainer.models.peft_format import config_text
 from stream_trainer.models.saving import save_adapter, save_model
-from stream_trainer.publishing.adapter import config_text
 from stream_trainer.publishing.held import HeldFiles
 from stream_trainer.publishing.making import Candidate, Origin, make_version, put_in_place
 from stream_trainer.settings.schema import LoraSettings
