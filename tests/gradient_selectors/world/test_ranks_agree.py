@@ -103,7 +103,11 @@ def test_ranks_choose_what_one_process_chooses(case: str, monkeypatch: pytest.Mo
     alone = course(Alone(), make(), **options)
     for size in (2, 3) if case in ("full", "sketch") else (2,):
         models = [make() for _ in range(size)]  # not at once: they are drawn from one generator
-        ranks = on_ranks(size, lambda world, models=models: course(world, models[world.rank], **options))
+
+        def work(world: ThreadWorld, models: list[Any] = models) -> Course:
+            return course(world, models[world.rank], **options)
+
+        ranks = on_ranks(size, work)
         first = ranks[0]
         assert first.chosen == alone.chosen
         for ours, wanted in zip(first.coefficients, alone.coefficients, strict=True):
