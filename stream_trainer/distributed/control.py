@@ -90,6 +90,6 @@ def told(error: BaseException) -> tuple[str, str]:
 def understood(rank: int, kind: str, words: str) -> StreamTrainerError:
     """The error of another rank; of a kind that the exit code of the run follows from."""
     found = getattr(errors, kind, None)
-    known = isinstance(found, type) and issubclass(found, StreamTrainerError)
-    make: type[StreamTrainerError] = found if known else StreamTrainerError
-    return make(f"rank {rank}: {words}")
+    if isinstance(found, type) and issubclass(found, StreamTrainerError):
+        return found(f"rank {rank}: {words}")
+    return StreamTrainerError(f"rank {rank}: {words}")

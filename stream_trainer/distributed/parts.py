@@ -3,6 +3,8 @@
 Rank 0 writes, and says to all how it went. What a rank reads it decides by itself; the rest is the same everywhere.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -102,7 +104,16 @@ class SharedPlan(Plan):
             self.file.begin(step, follow=False)
 
     def next(self, sampler: PoolSampler, step: int, saved: int | None, stopped: Callable[[], bool]) -> list[Sample]:  # noqa: ARG002
-        return sampler.next(stopped)
+        pool = sampler.next(stopped)
+        drawn = [(sample.partition.number, sample.offset) for sample in pool]
+        said = json.dumps([drawn, sampler.scores]).encode()
+        digests = self.world.facts([int.from_bytes(hashlib.sha256(said).digest()[:7])])
+        if any(digest != digests[0] for digest in digests):
+            raise TrainingError(
+                f"selection.draw: the ranks drew other samples for step {step} from the same ones; start again, on "
+                "machines of one kind"
+            )
+        return pool
 
     def accuse(self, sample: Sample, failure: Failure) -> None:
         """Nothing is written down."""

@@ -19,7 +19,6 @@ class DistributedSettings(Section):
 def why_not_shared(settings: Any) -> str | None:
     """What of all settings does not go with several processes yet, in a line; None if all do."""
     allowed: dict[str, tuple[object, ...]] = {
-        "selection.draw": ("all", "uniform"),
         "selection.scoring": ("sketched", "exact"),
         "dead_letters.kind": ("file",),
         "ledger.enabled": (False,),
@@ -28,6 +27,11 @@ def why_not_shared(settings: Any) -> str | None:
         "publish.dir": (None,),
         "checkpoint.upload": (None,),
     }
+    own = next((name for name in settings.selection.learned.features if ":" in name), None)
+    if own is not None:
+        return (
+            f"selection.learned.features={own} is for one process only; leave it out, or set distributed.mode to none"
+        )
     for name, values in allowed.items():
         found = attrgetter(name)(settings)
         if found not in values:

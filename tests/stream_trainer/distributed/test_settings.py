@@ -12,7 +12,7 @@ from tests.helpers.service import configuration, jsonl
 from tests.stream_trainer.distributed.test_cursor import Rank
 
 REFUSED: list[dict[str, dict[str, Any]]] = [
-    {"selection": {"draw": "cluster_ucb"}},
+    {"selection": {"draw": "learned", "learned": {"features": ["likeness", "tests.somewhere:features"]}}},
     {"selection": {"scoring": "rank_one"}},
     {"ledger": {"enabled": True}},
     {"control": {"enabled": True, "token": "0123456789abcdef"}},
@@ -27,7 +27,8 @@ def test_what_is_for_one_process_is_refused(sections: dict[str, dict[str, Any]],
     ((section, values),) = sections.items()
     config = configuration(tmp_path, jsonl(tmp_path / "s"), **sections)
     Settings(**config)
-    with pytest.raises(ValueError, match=f"{section}.{next(iter(values))}=.* is for one process only; set it to "):
+    name = list(values)[-1] if section == "selection" else next(iter(values))
+    with pytest.raises(ValueError, match=rf"{section}\.{name}.*=.* is for one process only; "):
         Settings(**config, distributed={"mode": "replicated"})
 
 

@@ -22,8 +22,8 @@ def saved_model(folder: Path) -> dict[str, Any]:
     """A model on disk: one that is drawn at random is drawn from a generator that all threads share."""
     path = folder / "model"
     if not path.exists():
-        loaded = load_model(ModelSettings(config=MODEL, tokenizer="bytes"), seed=5)
-        loaded.model.save_pretrained(path)
+        model: Any = load_model(ModelSettings(config=MODEL, tokenizer="bytes"), seed=5).model
+        model.save_pretrained(path)
     return {"name": str(path), "config": None, "tokenizer": "bytes"}
 
 

@@ -57,9 +57,12 @@ def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return []
 
 
-def has_made(folder: Path, step: int) -> bool:
-    found = re.findall(r": step (\d+): ", (folder / "log").read_text())
-    return any(int(number) >= step for number in found)
+def wait_until_made(process: subprocess.Popen[bytes], folder: Path, step: int) -> None:
+    def is_made() -> bool:
+        found = re.findall(r": step (\d+): ", (folder / "log").read_text())
+        return any(int(number) >= step for number in found) or process.poll() is not None
+
+    wait_for(is_made)
 
 
 def everything_once(config: dict[str, Any], topic: str) -> None:
@@ -73,7 +76,7 @@ def test_sigterm_to_one_process_ends_all_with_a_checkpoint(broker: str, topic: s
     publish_to_all(broker, topic, goods(RECORDS))
     config = settings(tmp_path / "run", kafka(broker, topic))
     with torchrun(tmp_path, config, 2) as process:
-        wait_for(lambda: has_made(tmp_path, 3) or process.poll() is not None)
+        wait_until_made(process, tmp_path, 3)
         workers(process)[1].send_signal(signal.SIGTERM)
         assert process.wait(LONG_S) == 0
     stopped = re.findall(r"step (\d+): stopped", (tmp_path / "log").read_text())
@@ -89,12 +92,13 @@ def test_killed_processes_lose_and_repeat_nothing_in_whatever_number_they_go_on(
     broker: str, topic: str, tmp_path: Path
 ) -> None:
     publish_to_all(broker, topic, goods(RECORDS))
-    config = settings(tmp_path / "run", kafka(broker, topic), checkpoint={"every_steps": 4})
+    learned = {"profile": "thrifty", "draw": "learned", "pool_size": 8, "batch_size": 3}
+    config = settings(tmp_path / "run", kafka(broker, topic), checkpoint={"every_steps": 4}, selection=learned)
     chance = random.Random(int(os.environ.get("STREAM_TRAINER_SEED", "1")))
     for number in range(KILLS):
         with torchrun(tmp_path, config, (2, 3)[number % 2]) as process:
             first = chance.randrange(1, 6) + (trainer_json(config)["step"] if checkpoints(config) else 0)
-            wait_for(lambda first=first: has_made(tmp_path, first) or process.poll() is not None)
+            wait_until_made(process, tmp_path, first)
             time.sleep(chance.random() / 10)
             chance.choice(workers(process)).kill()
             assert process.wait(LONG_S) not in (0, None)
@@ -108,7 +112,7 @@ def test_torchrun_starts_killed_processes_again(broker: str, topic: str, tmp_pat
     config = settings(tmp_path / "run", kafka(broker, topic), checkpoint={"every_steps": 4})
     own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with torchrun(tmp_path, config, 2, ["--max-restarts=2"], **own) as process:
-        wait_for(lambda: has_made(tmp_path, 5) or process.poll() is not None)
+        wait_until_made(process, tmp_path, 5)
         workers(process)[0].kill()
         assert process.wait(LONG_S) == 0
     assert "resumed from" in (tmp_path / "log").read_text()
