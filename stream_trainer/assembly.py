@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from gradient_selectors import MaskedAdamW, SelectionEngine
+from gradient_selectors.world.base import Alone, World
 
 from stream_trainer import __version__
 from stream_trainer.checkpoints.checkpoint import Checkpoint, TrainerState, load_latest, restore
@@ -15,6 +16,10 @@ from stream_trainer.checkpoints.fingerprint import TARGET_CONTENTS, change_of, c
 from stream_trainer.checkpoints.ownership import Owner, claim
 from stream_trainer.checkpoints.plan import PlanFile
 from stream_trainer.checkpoints.provenance import provenance_of, read_provenance, report_changes
+from stream_trainer.distributed.buffer import SharedBuffer
+from stream_trainer.distributed.control import Control
+from stream_trainer.distributed.parts import SharedIngest, SharedOwner, SharedPlan
+from stream_trainer.distributed.resume import make_cursor, make_saver, own_state, require_same
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters, open_dead_letters
@@ -52,6 +57,7 @@ class Run:
     Attributes:
         stack: takes what must be closed at the end.
         strict: whether steps are only made again as they are planned.
+        control: what several processes that make the run agree by; None if it has one.
     """
 
     settings: Settings
@@ -61,6 +67,12 @@ class Run:
     stop: threading.Event
     stack: ExitStack
     strict: bool
+    control: Control | None = None
+
+    @property
+    def world(self) -> World:
+        """The processes that make the run."""
+        return Alone() if self.control is None else self.control.world
 
 
 def build(run: Run) -> Trainer:
@@ -68,8 +80,9 @@ def build(run: Run) -> Trainer:
     settings, metrics = run.settings, run.metrics
     started = time.perf_counter()
     kept = _kept_target(run)
-    learner = _learner(settings, run.watchers, kept)
-    buffer, paying = Buffer(settings.buffer), make_paying(settings, learner.held)
+    learner = _learner(settings, run.watchers, kept, run.world)
+    buffer = Buffer(settings.buffer) if run.control is None else SharedBuffer(settings.buffer, run.control)
+    paying = make_paying(settings, learner.held)
 
     def accuse(sample: Sample, failure: Failure) -> None:
         trainer.accuse(sample, failure)  # made below, once there is a cursor
@@ -79,27 +92,14 @@ def build(run: Run) -> Trainer:
     owner = _claim(run)
     with run.watchers.during("looking for a checkpoint to resume"):
         checkpoint = load_latest(settings.checkpoint.dir)
+        require_same(run.world, settings.checkpoint.dir, checkpoint)
         state = restore(checkpoint, learner.loaded, learner.optimizer) if checkpoint is not None else None
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
     if not run.strict:  # what is made again is not reported or published again
         track(settings.tracking, metrics, run.watchers, run.stack)
         attach(settings, learner.loaded, metrics, run.watchers, run.stack)
     reading = _reading(run, learner, owner, buffer, state)
-    saver = Saver(
-        settings=settings,
-        loaded=learner.loaded,
-        optimizer=learner.optimizer,
-        cursor=reading.cursor,
-        ingest=reading.ingest,
-        dead_letters=reading.dead_letters,
-        metrics=metrics,
-        owner=owner,
-        plan=reading.plan.file,
-        fingerprint=learner.fingerprint,
-        made_with=provenance_of(settings, __version__, {} if checkpoint is None else read_provenance(checkpoint.path)),
-        jitter=random.SystemRandom(),
-        watchers=run.watchers,
-    )
+    saver = _saver(run, learner, owner, reading, checkpoint)
     trainer = Trainer(
         settings=settings,
         loaded=learner.loaded,
@@ -114,10 +114,11 @@ def build(run: Run) -> Trainer:
         saver=saver,
         plan=reading.plan,
         metrics=metrics,
-        stopped=run.stop.is_set,
+        stopped=run.stop.is_set if run.control is None else run.control.is_stopping,
         watchers=run.watchers,
         steering=Steering(run.orders, _watched(settings, saver) if kept is None else kept),
     )
+    trainer.evaluations.world = run.world
     if checkpoint is not None and state is not None:
         _resume(run, trainer, checkpoint, state)
     saver.ledger = reading.cursor.ledger = _ledger(run, owner, reading.cursor)
@@ -147,7 +148,7 @@ class _Learner:
     fingerprint: dict[str, object]
 
 
-def _learner(settings: Settings, watchers: Watchers, kept: KeptTarget | None) -> _Learner:
+def _learner(settings: Settings, watchers: Watchers, kept: KeptTarget | None, world: World) -> _Learner:
     with watchers.during("loading model and tokenizer"):
         loaded = load_model(settings.model, settings.training.seed)
     decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
@@ -158,7 +159,7 @@ def _learner(settings: Settings, watchers: Watchers, kept: KeptTarget | None) ->
         steering, held = split_target(settings, sets["target"])
     with watchers.during("attaching the selection to the model"):
         optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
-        engine = make_engine(settings, loaded, optimizer, steering, anchors)
+        engine = make_engine(settings, loaded, optimizer, steering, anchors, world)
     made_of = fingerprint_of(settings, loaded, __version__)
     return _Learner(loaded, decoder, sets, steering, held, optimizer, engine, made_of)
 
@@ -174,24 +175,54 @@ class _Reading:
 
 
 def _reading(run: Run, learner: _Learner, owner: Owner, buffer: Buffer, state: TrainerState | None) -> _Reading:
-    settings, metrics = run.settings, run.metrics
-    cursor = Cursor.restore(state.cursor) if state is not None else Cursor()
+    settings, metrics, control = run.settings, run.metrics, run.control
+    decided = None if state is None else state.cursor
+    cursor = make_cursor(control, decided)
     metrics.count_outcomes(lambda: cursor.counts)
     dead_letters = open_dead_letters(settings, owner.confirm)
     run.stack.callback(dead_letters.close)
-    source, kafka = open_source(settings.source, owner.confirm), settings.source.kafka
+    source = open_source(settings.source, owner.confirm, lambda number: number % run.world.size == run.world.rank)
+    kafka = settings.source.kafka
     registry = Registry(kafka) if settings.source.kind == "kafka" and kafka.format != "json" else None
     decoder = learner.decoder if registry is None else replace(learner.decoder, unpack=registry.to_json)
-    limits = settings.dead_letters
-    ingest = Ingest(source, decoder, dead_letters, cursor, buffer, metrics, limits, registry=registry)
-    plan = Plan(PlanFile(settings.checkpoint.dir, owner), cursor, buffer, run.strict)
+    parts = (source, decoder, dead_letters, cursor, buffer, metrics, settings.dead_letters)
+    shared = control is not None
+    ingest = SharedIngest.of(run.world, decided, *parts) if shared else Ingest(*parts, registry=registry)
+    if isinstance(buffer, SharedBuffer):
+        buffer.begin(cursor.last, lambda: ingest.idle)
+    file = PlanFile(settings.checkpoint.dir, owner)
+    plan = (
+        Plan(file, cursor, buffer, run.strict) if control is None else SharedPlan(file, cursor, buffer, world=run.world)
+    )
     run.stack.callback(plan.file.close)
     return _Reading(cursor, dead_letters, ingest, plan)
 
 
+def _saver(run: Run, learner: _Learner, owner: Owner, reading: _Reading, checkpoint: Checkpoint | None) -> Saver:
+    settings, earlier = run.settings, {} if checkpoint is None else read_provenance(checkpoint.path)
+    return make_saver(
+        run.control,
+        reading.plan.buffer,
+        settings=settings,
+        loaded=learner.loaded,
+        optimizer=learner.optimizer,
+        cursor=reading.cursor,
+        ingest=reading.ingest,
+        dead_letters=reading.dead_letters,
+        metrics=run.metrics,
+        owner=owner,
+        plan=reading.plan.file,
+        fingerprint=learner.fingerprint,
+        made_with=provenance_of(settings, __version__, earlier),
+        jitter=random.SystemRandom(),
+        watchers=run.watchers,
+    )
+
+
 def _claim(run: Run) -> Owner:
     """From here on a trainer on another machine writes nothing more."""
-    owner = claim(run.settings.checkpoint.dir)
+    directory = run.settings.checkpoint.dir
+    owner = claim(directory) if run.control is None else SharedOwner.claim(run.world, directory)
     run.metrics.owner_epoch.set(owner.epoch)
     return owner
 
@@ -236,7 +267,7 @@ def _resume(run: Run, trainer: Trainer, checkpoint: Checkpoint, found: TrainerSt
     if changes:
         trainer.watchers.event(state.step, "settings_changed", "; ".join(changes))
         trainer.saver.made_with["settings_since"] = time.time()
-    trainer.restore(state)
+    trainer.restore(state if run.strict else own_state(run.world, settings, state))
     metrics.durable(checkpoint.step, checkpoint.time, checkpoint.bytes)
     logger.info("resumed from %s at step %d", checkpoint.path, state.step)
 

@@ -71,7 +71,7 @@ examples:
 
 SIGTERM and Ctrl-C end the run with a checkpoint; the next run with the same checkpoint.dir goes on from there.
 Exit codes: 0 done, 2 settings, 3 stream, 4 data loss, 5 checkpoint, 6 taken over by another trainer, 7 training,
-8 too many dead letters.
+8 too many dead letters, 9 another process of the run has ended.
 """
 
 

@@ -11,6 +11,7 @@ StreamTrainerError            exit code 1
 ├── FencedError               exit code 6   another trainer has the checkpoint directory
 ├── TrainingError             exit code 7   training cannot go on: the model dies again and again, or no step works
 ├── PoisonError               exit code 8   too many records of the stream cannot be used
+├── GroupError                exit code 9   another process of the run has ended, or does not answer
 ├── ControlError              exit code 1   a trainer does not answer, or refuses an order
 └── SampleError               (never fatal) one record cannot become a sample: it is dead-lettered
 """
@@ -82,6 +83,12 @@ class PoisonError(StreamTrainerError):
     """So many records cannot be used that something is wrong with the stream or the settings, not with a record."""
 
     exit_code = 8
+
+
+class GroupError(StreamTrainerError):
+    """Another process of the run has ended or does not answer. Nothing is written: the last checkpoint holds."""
+
+    exit_code = 9
 
 
 class ControlError(StreamTrainerError):

@@ -15,11 +15,14 @@ from types import FrameType
 
 import torch
 import transformers
+from gradient_selectors.world.base import World
 
 from stream_trainer import __version__
 from stream_trainer.assembly import Run, build
 from stream_trainer.checkpoints.ownership import locked
 from stream_trainer.checkpoints.trouble import free_bytes, try_out
+from stream_trainer.distributed.control import Control
+from stream_trainer.distributed.group import counting, joined, settings_of_rank
 from stream_trainer.monitoring.allocator import keep_freed_memory, memory_limit
 from stream_trainer.monitoring.control import ControlServer
 from stream_trainer.monitoring.logs import adopt_transformers
@@ -59,8 +62,10 @@ def run(settings: Settings) -> int:
     adopt_transformers()
     stop, progress = threading.Event(), Progress()
     source = settings.source.kafka.topic if settings.source.kind == "kafka" else settings.source.jsonl.path
-    with stopping_on_signals(stop), shown(progress, f"stream-trainer · {source}", settings.log):
-        serve(settings, stop, progress=progress)
+    with stopping_on_signals(stop), joined(settings) as world:
+        own = settings_of_rank(settings, world)
+        with shown(progress, f"stream-trainer · {source}", own.log):
+            serve(own, stop, progress=progress, world=world)
     return 0
 
 
@@ -70,11 +75,13 @@ def serve(
     *watchers: Watcher,
     progress: Progress | None = None,
     strict: bool = False,
+    world: World | None = None,
 ) -> Summary:
     """Train until `stop` is set or the work is done, and tell the watchers; ends in a checkpoint.
 
     `progress` is kept up to date, for somebody to show it. With `strict` steps are only made again as `plan.jsonl` has
-    them. Raises NotAsPlannedError if that fails, and StreamTrainerError for whatever else an operator can mend.
+    them. `world`: the processes that make the run. Raises NotAsPlannedError if a step is not made again as it was, and
+    StreamTrainerError for whatever else an operator can mend.
     """
     selection = settings.selection
     metrics = Metrics(REASONS, arms=selection.cluster_ucb.clusters if selection.draw == "cluster_ucb" else 0)
@@ -88,19 +95,24 @@ def serve(
     if settings.training.threads is not None:
         torch.set_num_threads(settings.training.threads)
     with ExitStack() as stack:
-        _take_directory(settings.checkpoint.dir, stack)
+        control = None if world is None or world.size == 1 else Control(world, stop.is_set)
+        if control is None or control.world.rank == 0:
+            _take_directory(settings.checkpoint.dir, stack)
         metrics.disk_free.set_function(partial(free_bytes, settings.checkpoint.dir))
         orders = Orders()
+        metrics.processes.set(1 if world is None else world.size)
+        if control is not None:
+            watchers += (counting(control.world, metrics),)
         watchers += (Watcher(on_event=lambda _, kind, __: metrics.happened(kind)),)
         if settings.server.enabled:
             watchers += (live.watcher,)
         _listen(settings, metrics, status, live, orders, stack)
         metrics.state.state(State.LOADING.value)
         try:
-            trainer = build(Run(settings, metrics, Watchers([*watchers]), orders, stop, stack, strict))
+            trainer = build(Run(settings, metrics, Watchers([*watchers]), orders, stop, stack, strict, control))
             status.trainer = live.trainer = trainer
             status.live = live
-            if not stop.is_set():
+            if not trainer.stopped():
                 trainer.begin()
                 trainer.run()
         except BaseException as error:

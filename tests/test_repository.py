@@ -28,14 +28,15 @@ LIBRARY_ROOMS = {
     "examples": (),
     "preconditioner": (),
     "capture": ("preconditioner",),
-    "target": ("capture",),
-    "views": ("capture", "preconditioner"),
+    "world": (),
+    "target": ("world", "capture"),
+    "views": ("world", "capture", "preconditioner"),
     "features": (),
     "draw": ("features",),
-    "weigh": ("draw", "views", "preconditioner", "state"),
+    "weigh": ("draw", "views", "world", "capture", "preconditioner", "state"),
     "route": ("weigh", "views"),
     "mask": ("target", "capture", "preconditioner"),
-    "engine": ("mask", "route", "weigh", "views", "target", "capture", "preconditioner", "state"),
+    "engine": ("mask", "route", "weigh", "views", "target", "world", "capture", "preconditioner", "state"),
     "offline": ("mask", "draw", "features", "target", "capture", "preconditioner"),
     "integrations": ("engine", "mask", "route", "weigh", "views", "target", "state"),
     "__init__": ("engine", "offline", "mask", "route", "weigh", "draw", "views", "capture"),
@@ -60,6 +61,7 @@ SERVICE_ROOMS = {
         *("ingest", "monitoring", "checkpoints", "models", "samples"),
         *("settings", "records", "errors", "__init__"),
     ),
+    "distributed": ("training", "ingest", "monitoring", "checkpoints", "settings", "records", "errors"),
     "publishing": ("training", "monitoring", "checkpoints", "models", "settings", "errors", "__init__"),
     "tracking": ("training", "monitoring", "models", "settings", "__init__"),
     "commands": (
@@ -67,16 +69,17 @@ SERVICE_ROOMS = {
         *("settings", "formats", "records", "errors"),
     ),
     "assembly": (
-        *("tracking", "publishing", "training", "ingest", "monitoring", "ledger", "checkpoints", "models", "samples"),
-        *("sources", "settings", "records", "__init__"),
+        *("tracking", "publishing", "distributed", "training", "ingest", "monitoring", "ledger", "checkpoints"),
+        *("models", "samples", "sources", "settings", "records", "__init__"),
     ),
-    "service": ("assembly", "training", "monitoring", "checkpoints", "samples", "settings", "__init__"),
+    "service": ("assembly", "distributed", "training", "monitoring", "checkpoints", "samples", "settings", "__init__"),
     "replay": ("service", "training", "checkpoints", "settings", "records", "errors"),
     "demo": (
         *("service", "commands", "training", "monitoring"),
         *("settings", "records", "errors"),
     ),
     "cli": ("demo", "replay", "service", "commands", "monitoring", "settings", "errors", "__init__"),
+    "__main__": ("cli",),
 }
 
 KAFKA = {

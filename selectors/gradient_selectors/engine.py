@@ -1,6 +1,5 @@
 """One call in place of `loss.backward()`: score candidates, decide, and leave the update's gradient in `.grad`."""
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,12 +23,16 @@ from gradient_selectors.target import Target, is_finite
 from gradient_selectors.views.advantage import Comparison, compare
 from gradient_selectors.views.again import SecondPass, second_pass_of
 from gradient_selectors.views.interaction import Interaction
-from gradient_selectors.views.pieces import Budget, padding_of, score_pool
+from gradient_selectors.views.pieces import Budget, padding_of
 from gradient_selectors.views.rank_one import RankOne
 from gradient_selectors.views.scoring import Exact, Scoring
+from gradient_selectors.views.shared import score_together
+from gradient_selectors.weigh.agreed import agreed
 from gradient_selectors.weigh.baselines import Equal
-from gradient_selectors.weigh.selector import Decision, Selector, equal_coefficients, needs_target
-from gradient_selectors.weigh.stated import restated, restated_coefficients
+from gradient_selectors.weigh.plain import train_plainly
+from gradient_selectors.weigh.selector import Decision, Selector, needs_target
+from gradient_selectors.weigh.stated import restated
+from gradient_selectors.world.base import Alone, World
 
 Batches = Iterable[Batch | Mapping[str, Any]]
 
@@ -105,6 +108,7 @@ class SelectionEngine:
         reports_utilities: bool = False,
         micro_tokens: int | None = None,
         factors_bytes: int | None = None,
+        world: World | None = None,
     ) -> None:
         """Attach to the model.
 
@@ -125,6 +129,7 @@ class SelectionEngine:
             micro_tokens: tokens of one pass, padding included; samples of like length go together. None for all.
             factors_bytes: bytes that a pool's factors of large matrices may take until the update. Chosen samples
                 beyond it are run again. None for no limit.
+            world: the ranks that train together, each of which makes the same calls with the same samples.
 
         Raises UnsupportedParameterError, naming it, for a trainable parameter that is not covered exactly, and
         ValueError for parts that do not go together.
@@ -132,14 +137,12 @@ class SelectionEngine:
         if target is not None and not isinstance(target, Target):
             target = Target.of(target, refresh_steps=refresh_steps)
         self.target = target
+        self._budget = Budget(micro_tokens, factors_bytes)
+        self.world: World = Alone() if world is None else world
         steered = needs_target(selector) or route is not None or mask is not None or reports_utilities
         if self.target is None and steered:
             raise ValueError(f"{type(selector).__name__} is steered by a target; give target=batches")
-        if mask is not None and not isinstance(optimizer, MaskedAdamW):
-            raise ValueError(f"a mask needs the optimizer MaskedAdamW, not {type(optimizer).__name__}")
-        self._budget = Budget(micro_tokens, factors_bytes)
-        if isinstance(scoring, RankOne) and self._budget != Budget():
-            raise ValueError("RankOne needs all factors of the whole pool; leave micro_tokens and factors_bytes out")
+        _require_fit(optimizer, mask, scoring, self._budget, self.world)
         self.selector, self.route, self.mask = selector, route, mask
         self.optimizer = optimizer
         self.scoring: Scoring = Exact() if scoring is None else scoring
@@ -204,7 +207,7 @@ class SelectionEngine:
         """
         clock = _Clock()
         batch = Batch.of(samples)
-        losses_N, decision = self._trained(batch)
+        losses_N, decision = train_plainly(self.capture, batch, self.world)
         if isinstance(self.optimizer, MaskedAdamW):
             self._obey_mask(self.optimizer)
         clock.lap("train")
@@ -222,7 +225,7 @@ class SelectionEngine:
         known = {} if self.target is None else self.target.gradient
         try:
             if not scores or self._trains_plainly or known is None:
-                self._trained(batch)
+                train_plainly(self.capture, batch, self.world)
                 return
             interaction = self._score(batch, known)
             decision = self._decide(interaction)
@@ -234,25 +237,8 @@ class SelectionEngine:
 
     def _decide(self, interaction: Interaction) -> Decision:
         decision = self.selector.decide(interaction)
-        return decision if self.route is None else self.route.route(decision, interaction)
-
-    def _trained(self, batch: Batch) -> tuple[Tensor, Decision]:
-        """Losses and coefficients. A sample that is not finite spoils the pass, which is then made without it."""
-        losses_N = torch.full((len(batch),), torch.nan)
-        samples = list(range(len(batch)))
-        while samples:
-            for parameter in self.capture.parameters.values():
-                parameter.grad = None
-            part = batch if len(samples) == len(batch) else batch.among(samples)
-            coefficients_N = restated_coefficients(equal_coefficients(len(batch), samples), batch.weights_N)
-            losses_N[samples] = self.capture.train(part, coefficients_N[samples]).to(losses_N.device)
-            finite = [i for i in samples if math.isfinite(losses_N[i])]
-            if finite == samples:
-                return losses_N, Decision(coefficients_N)
-            samples = finite
-        for parameter in self.capture.parameters.values():
-            parameter.grad = None
-        return losses_N, Decision(torch.zeros(len(batch)))
+        routed = decision if self.route is None else self.route.route(decision, interaction)
+        return agreed(self.world, routed)
 
     @property
     def losses_N(self) -> Tensor:
@@ -300,7 +286,7 @@ class SelectionEngine:
         gradient: Gradient = {}
         refreshed = False
         if self.target is not None:
-            gradient, refreshed = self.target.current(self.capture, self._budget.micro_tokens)
+            gradient, refreshed = self.target.current(self.capture, self._budget.micro_tokens, self.world)
         if refreshed or optimizer_steps(self.optimizer) == self._warmup_steps:
             self.scoring.reset()
         return gradient, refreshed
@@ -308,13 +294,13 @@ class SelectionEngine:
     def _score(self, batch: Batch, target: Gradient) -> Interaction:
         """One forward and one backward pass over the candidates, in pieces, seen from the target."""
         preconditioner = self.preconditioner
-        gradients = score_pool(self.capture, batch, self.scoring, target, preconditioner, self._budget)
+        gradients = score_together(self.world, self.capture, batch, self.scoring, target, preconditioner, self._budget)
         return Interaction(gradients, target, preconditioner, self.scoring)
 
     def _compare(self, seen: Interaction, decision: Decision, rival: torch.Generator) -> Comparison | None:
         if self.target is None:
             return None
-        fresh = self.target.next(self.capture, self._budget.micro_tokens)
+        fresh = self.target.next(self.capture, self._budget.micro_tokens, self.world)
         coefficients = decision.coefficients_N if decision.coefficients_LN is None else decision.coefficients_LN
         return compare(seen.gradients, coefficients, (seen.target, fresh), seen.preconditioner, rival)
 
@@ -376,6 +362,20 @@ def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]
         else:
             moved[name] = value
     return moved
+
+
+def _require_fit(
+    optimizer: torch.optim.Optimizer, mask: DualSft | None, scoring: Scoring | None, budget: Budget, world: World
+) -> None:
+    """Raise ValueError for parts that do not go together."""
+    if mask is not None and not isinstance(optimizer, MaskedAdamW):
+        raise ValueError(f"a mask needs the optimizer MaskedAdamW, not {type(optimizer).__name__}")
+    if not isinstance(scoring, RankOne):
+        return
+    if budget != Budget():
+        raise ValueError("RankOne needs all factors of the whole pool; leave micro_tokens and factors_bytes out")
+    if world.size > 1:
+        raise ValueError("RankOne needs the factors of all samples, which several ranks have; use Sketched or Exact")
 
 
 class _Clock:

@@ -12,8 +12,11 @@ from gradient_selectors.capture.batch import Batch, micro_batches
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient
 from gradient_selectors.capture.pieces import add_weighted_gradient
+from gradient_selectors.world.base import Alone, World, together
+from gradient_selectors.world.deal import Shares, agreed_names
 
 MICRO_BATCH = 16  # samples in one pass; bounds the memory, the result does not depend on it
+ALONE = Alone()
 
 
 class TargetError(ValueError):
@@ -21,31 +24,52 @@ class TargetError(ValueError):
 
 
 def mean_gradient(
-    capture: GradientCapture, batches: Iterable[Batch], micro_tokens: int | None = None
+    capture: GradientCapture, batches: Iterable[Batch], micro_tokens: int | None = None, world: World = ALONE
 ) -> dict[str, Tensor]:
     """Mean of the samples' gradients, by parameter name, float32.
 
     Each sample's gradient is that of its mean loss, so long samples do not outweigh short ones. `micro_tokens`: bound
-    on the tokens of a pass, padding included.
+    on the tokens of a pass, padding included. With a `world`, ranks share the samples.
     """
-    parts = list(micro_batches(batches, MICRO_BATCH))
-    num_samples = sum(len(batch) for batch in parts)
+    samples, own = _shared(batches, world)
     total: dict[str, Tensor] = {}
-    for batch in parts:
-        coefficients_N = torch.full((len(batch),), 1.0 / num_samples)
-        add_weighted_gradient(total, capture, batch, coefficients_N, micro_tokens)
-    return total
+    with together(world):
+        for batch in micro_batches(own, MICRO_BATCH):
+            coefficients_N = torch.full((len(batch),), 1.0 / samples)
+            add_weighted_gradient(total, capture, batch, coefficients_N, micro_tokens)
+    return total if world.size == 1 else _summed(total, capture, world)
 
 
 def mean_loss(
-    capture: GradientCapture, batches: Iterable[Batch], advance: Callable[[int], None] = lambda _: None
+    capture: GradientCapture,
+    batches: Iterable[Batch],
+    advance: Callable[[int], None] = lambda _: None,
+    world: World = ALONE,
 ) -> float:
     """Mean over samples of their mean loss (nats per token). `advance` is told how many samples are done."""
+    samples, own = _shared(batches, world)
     losses: list[Tensor] = []
-    for batch in micro_batches(batches, MICRO_BATCH):
-        losses.append(capture.losses(batch))
-        advance(sum(map(len, losses)))
-    return float(torch.cat(losses).double().mean())
+    with together(world):
+        for batch in micro_batches(own, MICRO_BATCH):
+            losses.append(capture.losses(batch))
+            advance(sum(map(len, losses)))
+    found = torch.cat(losses).double() if losses else torch.zeros(0, dtype=torch.float64, device=capture.device)
+    return float(found.mean()) if world.size == 1 else float(world.sum(found.sum().reshape(1))) / samples
+
+
+def _shared(batches: Iterable[Batch], world: World) -> tuple[int, list[Batch]]:
+    """How many samples there are, and this rank's of them."""
+    samples = [sample for batch in batches for sample in batch.samples()]
+    own = Shares.of(world, [sample.lengths[0] for sample in samples]).own
+    return len(samples), [samples[i] for i in own]
+
+
+def _summed(total: dict[str, Tensor], capture: GradientCapture, world: World) -> dict[str, Tensor]:
+    """The sum over ranks. A parameter may have a gradient on some only."""
+    for name in agreed_names(world, list(total), list(capture.parameters)):
+        if name not in total:
+            total[name] = torch.zeros(capture.parameters[name].shape, device=capture.device)
+    return {name: world.sum(total[name]) for name in capture.parameters if name in total}
 
 
 @dataclass
@@ -88,14 +112,16 @@ class Target:
             raise ValueError("the target holds no sample; give some dozens of what the model should get better at")
         return cls(samples, **options)
 
-    def current(self, capture: GradientCapture, micro_tokens: int | None = None) -> tuple[Gradient, bool]:
+    def current(
+        self, capture: GradientCapture, micro_tokens: int | None = None, world: World = ALONE
+    ) -> tuple[Gradient, bool]:
         """The gradient for the next step, and whether it was refreshed: in passes of at most `micro_tokens`.
 
         Raises TargetError if it is not finite and there is no older one.
         """
         due, self.refused = self.gradient is None or self.age >= self.refresh_steps, False
         if due:
-            self._refresh(capture, micro_tokens)
+            self._refresh(capture, micro_tokens, world)
         assert self.gradient is not None
         self.age += 1
         return self.gradient, due and not self.refused
@@ -109,15 +135,15 @@ class Target:
         """
         options = {"refresh_steps": self.refresh_steps, "refresh_samples": self.refresh_samples, "decay": self.decay}
         other = Target.of(batches, **options)
-        other._refresh(capture, micro_tokens)
+        other._refresh(capture, micro_tokens, ALONE)
         return other
 
-    def next(self, capture: GradientCapture, micro_tokens: int | None = None) -> Gradient:
+    def next(self, capture: GradientCapture, micro_tokens: int | None = None, world: World = ALONE) -> Gradient:
         """The gradient of the next refresh's samples, as the model is now. Nothing of it enters `gradient`.
 
         Of the samples whose turn comes next, the least is in `gradient`: none before the set was gone through once.
         """
-        return mean_gradient(capture, self._turn()[0], micro_tokens)
+        return mean_gradient(capture, self._turn()[0], micro_tokens, world)
 
     def _turn(self) -> tuple[list[Batch], int]:
         """The samples of the next refresh, and the number of the first of them."""
@@ -125,10 +151,10 @@ class Target:
         first = self.refreshes * count if count < total else 0
         return [self.samples[i % total] for i in range(first, first + count)], first
 
-    def _refresh(self, capture: GradientCapture, micro_tokens: int | None) -> None:
+    def _refresh(self, capture: GradientCapture, micro_tokens: int | None, world: World) -> None:
         samples, first = self._turn()
         count, total = len(samples), len(self.samples)
-        fresh = mean_gradient(capture, samples, micro_tokens)
+        fresh = mean_gradient(capture, samples, micro_tokens, world)
         self.refused = not is_finite(fresh)
         if self.refused and self.gradient is None:
             raise TargetError(_poisoned(capture, samples, first, total))

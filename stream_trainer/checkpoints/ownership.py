@@ -46,6 +46,15 @@ class Owner:
     words: bytes = field(default_factory=lambda: json.dumps(_myself()).encode() + b"\n")
 
     @property
+    def writes(self) -> bool:
+        """Whether this process writes there; of several that train together only one does."""
+        return True
+
+    def agreed(self, note: dict[str, Any]) -> dict[str, Any]:
+        """What the process that writes has read of the note."""
+        return note
+
+    @property
     def path(self) -> Path:
         """The file of the claim. Once another trainer has taken over it is gone, and not made again."""
         return claim_path(self.directory, self.epoch)

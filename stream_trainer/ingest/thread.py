@@ -47,6 +47,7 @@ class Ingest:
         last_turn: when the thread last came round (`time.monotonic()`); it does at least every few seconds.
         unreachable_since: since when the stream cannot be read (`time.monotonic()`); None while it can.
         away: why the source could not be started yet, or schemas cannot be had; empty if all is well.
+        idle: whether all is read and handed on that the source has, for all that is known now.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Ingest:
         self._failure: SourceError | None = None
         self._paused = False
         self._lost = self._passes = 0
+        self.idle = False
         self.away = ""
         self.unreachable_since: float | None = None
         self.last_turn = time.monotonic()
@@ -254,8 +256,10 @@ class Ingest:
         self._horizon.note(records)
         self._rotation.put(records)
         source = self._source
-        self._rotation.know(source.positions(), source.drained, finite=source.finite)
-        if not (self._rotation.waiting or self._in_hand or self._dead_letters.held) and source.exhausted:
+        positions, drained, waiting = source.positions(), source.drained, self._rotation.waiting or self._in_hand
+        self._rotation.know(positions, drained, finite=source.finite)
+        self.idle = not (records or waiting) and drained >= positions.keys()
+        if not (waiting or self._dead_letters.held) and source.exhausted:
             self._buffer.end(self._why_of_no_use())
 
     def _why_of_no_use(self) -> PoisonError | None:

@@ -37,6 +37,7 @@ PHASES = (
     *("shadow", "other"),
 )
 READING = ("wait", "decode", "hold", "commit", "other")
+SENT = ("sum", "rows", "exchange", "control")  # updates and targets, numbers by sample, gradients, facts
 GPU_MEMORY = ("allocated", "reserved")
 UNSELECTED = ("undrawn", "low_scored", "filtered", "duplicate")
 EVENTS = (
@@ -364,6 +365,10 @@ class Metrics:
         for kind in GPU_MEMORY:
             self.gpu_memory.labels(kind)
         self.owner_epoch = self._gauge("owner_epoch", "How often the directory of checkpoints has had a new owner.")
+        self.processes = self._gauge("processes", "Processes that make the run together.")
+        self.sent = self._counter("sent_bytes_total", "Bytes sent to the other processes of the run.", ("kind",))
+        for kind in SENT:
+            self.sent.labels(kind)
         self.fenced = self._gauge("fenced", "1 once another trainer has taken over; this one is about to end.")
         self.last_event = self._gauge(
             "last_event_timestamp_seconds", "When something last happened, by kind; 0 before it has.", ("kind",)

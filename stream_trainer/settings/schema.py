@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from stream_trainer.settings.base import Count, NonNegative, Positive, Section, Share
 from stream_trainer.settings.control import ControlSettings
+from stream_trainer.settings.distributed import DistributedSettings, why_not_shared
 from stream_trainer.settings.ledger import LedgerSettings
 from stream_trainer.settings.publish import PublishSettings, StoreUrl, TrackingSettings
 from stream_trainer.settings.samples import SampleSettings as SampleSettings
@@ -328,6 +329,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     control: ControlSettings = ControlSettings()
     log: LogSettings = LogSettings()
+    distributed: DistributedSettings = DistributedSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -378,6 +380,8 @@ class Settings(BaseSettings):
             )
         if self.publish.vllm is not None and self.model.lora is None:
             raise ValueError("publish.vllm loads adapters, and there are none; set model.lora, or leave it out")
+        if self.distributed.mode != "none" and (why := why_not_shared(self)):
+            raise ValueError(f"distributed.mode={self.distributed.mode}: {why}")
         needs, wanted = self.selection.largest_take
         if wanted > self.buffer.max_records:
             raise ValueError(

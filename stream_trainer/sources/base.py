@@ -1,5 +1,6 @@
 """The protocol of a source. One thread owns a source and is the only one to call it."""
 
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -93,3 +94,53 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Release connections and files. Idempotent."""
+
+
+class NoSource:
+    """The source of a process that reads nothing: of several that train together, where there are fewer partitions."""
+
+    finite = reachable = exhausted = True
+    replaced: Mapping[Partition, int] = {}
+    drained: frozenset[Partition] = frozenset()
+    fences = False
+    retention_s = None
+    records_lost = 0
+
+    def start(
+        self, cursor: Mapping[Partition, int], identity: Mapping[str, str], marks: Mapping[Partition, tuple[int, str]]
+    ) -> None:
+        """There is nothing to begin."""
+
+    def hold(self, partitions: frozenset[Partition]) -> None:
+        """There is nothing to hold."""
+
+    def poll(self, timeout_s: float) -> list[Record]:
+        time.sleep(timeout_s)
+        return []
+
+    def pause(self) -> None:
+        """There is nothing to pause."""
+
+    def resume(self) -> None:
+        """There is nothing to resume."""
+
+    def commit(self, positions: Mapping[Partition, int], step: int) -> None:
+        """There is nothing to commit."""
+
+    def positions(self) -> Mapping[Partition, int]:
+        return {}
+
+    def end_positions(self) -> Mapping[Partition, int]:
+        return {}
+
+    def held_back(self) -> Mapping[Partition, int]:
+        return {}
+
+    def without_leader(self) -> frozenset[Partition]:
+        return frozenset()
+
+    def identity(self) -> Mapping[str, str]:
+        return {}
+
+    def close(self) -> None:
+        """There is nothing to close."""

@@ -69,10 +69,10 @@ def where_to_begin(
     """Raises SourceAwayError if no partition can be read, or a finite run cannot read all; DataLossError as `loss`
     does; KafkaError if the brokers refuse.
     """
-    found = [Partition(topic.name, number) for number in topic.partitions]
+    found = [Partition(topic.name, number) for number in topic.read]
     leaderless = [p for p in found if p.number in topic.leaderless]
     served = [p for p in found if p.number not in topic.leaderless]
-    if not served or (settings.stop_at_end and leaderless):
+    if not (served or topic.elsewhere) or (settings.stop_at_end and leaderless):
         raise SourceAwayError(
             f"source.kafka.topic={topic.name}: partitions {_numbers(leaderless)} have no leader; check that all "
             "brokers run"

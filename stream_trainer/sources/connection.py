@@ -8,7 +8,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaProducer
@@ -38,12 +38,24 @@ class Topic:
         id: what tells it from an earlier topic of the same name; None where the broker gives none.
         partitions: their numbers, ascending.
         leaderless: those that no broker serves.
+        elsewhere: those that another process of this run reads.
     """
 
     name: str
     id: str | None
     partitions: tuple[int, ...]
     leaderless: frozenset[int] = frozenset()
+    elsewhere: frozenset[int] = frozenset()
+
+    def shared(self, owned: Callable[[int], bool]) -> "Topic":
+        """The same, for a process that reads the partitions that it owns."""
+        elsewhere = frozenset(number for number in self.partitions if not owned(number))
+        return replace(self, elsewhere=elsewhere, leaderless=self.leaderless - elsewhere)
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Partitions that this process reads."""
+        return tuple(number for number in self.partitions if number not in self.elsewhere)
 
 
 def connect(client: Callable[..., Any], settings: KafkaSettings, client_id: str, **options: Any) -> Any:

@@ -36,16 +36,19 @@ class KafkaSource:
     """The source for `source.kind: kafka`. See `sources.base.Source` for the protocol."""
 
     def __init__(
-        self, settings: KafkaSettings, client_id: str = "stream-trainer", confirm: Callable[[], None] | None = None
+        self,
+        settings: KafkaSettings,
+        client_id: str = "stream-trainer",
+        confirm: Callable[[], None] | None = None,
+        owned: Callable[[int], bool] = lambda _: True,
     ) -> None:
-        """`confirm` raises if another trainer owns `checkpoint.dir`. Connects only at `start`.
+        """`confirm` raises if another trainer owns `checkpoint.dir`; `owned` says which partitions are read here.
 
         Raises SettingsError if a compression library is missing.
         """
         require_codecs()
-        self._settings = settings
-        self._client_id = client_id
-        self._confirm = confirm
+        self._settings, self._client_id = settings, client_id
+        self._confirm, self._owned = confirm, owned
         self._topic = settings.topic or ""
         self._topic_id: str | None = None
         self._admin: Any = None
@@ -60,8 +63,7 @@ class KafkaSource:
         self._stop_at: dict[Partition, int] = {}
         self._last_ends: dict[Partition, int] = {}
         self._next_discovery = 0.0
-        self._paused = False
-        self._outage = False
+        self._paused = self._outage = False
         self.retention_s: float | None = None
 
     def start(
@@ -89,7 +91,7 @@ class KafkaSource:
             raise self._unreadable(error) from error
 
     def _open(self, group: Group, cursor: Cursor) -> None:
-        topic = require_topic(self._admin, self._topic)
+        topic = require_topic(self._admin, self._topic).shared(self._owned)
         brokers = Brokers(self._consumer, self._log, group)
         beginning = where_to_begin(self._settings, brokers, self._loss, topic, cursor)
         self._topic_id = topic.id
@@ -109,7 +111,7 @@ class KafkaSource:
         `on_undecodable` is `fail`, if a finite run waits for a transaction in vain, or if the brokers refuse.
         """
         self._discover_when_due()
-        if self._paused:
+        if self._paused or not self._partitions:
             time.sleep(timeout_s)
             return []
         try:
@@ -234,7 +236,7 @@ class KafkaSource:
     @property
     def exhausted(self) -> bool:
         """Whether every partition has been read to where it ended at the start (`stop_at_end`)."""
-        return bool(self._stop_at) and self.drained >= self._stop_at.keys()
+        return self.finite and self.drained >= self._stop_at.keys()
 
     @property
     def reachable(self) -> bool:
@@ -306,10 +308,11 @@ class KafkaSource:
             return
         if self._topic_id and topic.id and topic.id != self._topic_id:
             raise self._loss.shortened(f"the topic was deleted and created again (id {self._topic_id}, now {topic.id})")
+        topic = topic.shared(self._owned)
         self._note_leaders(topic.leaderless)
         if self.retention_s is not None:  # else the brokers do not say
             self.retention_s = self._log.retention_s(self._topic)
-        every = (Partition(self._topic, n) for n in topic.partitions)
+        every = (Partition(self._topic, n) for n in topic.read)
         new = [p for p in every if p not in self._partitions and p not in self._leaderless]
         if new and not self.finite:  # a batch run ends with what it had
             self._take_on(new)

@@ -27,6 +27,7 @@ from gradient_selectors.views.scoring import Scoring
 from gradient_selectors.weigh.baselines import OrUniform
 from gradient_selectors.weigh.coefficients import CoefficientSolver
 from gradient_selectors.weigh.selector import needs_target
+from gradient_selectors.world.base import World
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.models.limits import check_length
@@ -63,6 +64,7 @@ def make_engine(
     optimizer: torch.optim.Optimizer,
     target: Sequence[Sample],
     anchors: Sequence[Sample] = (),
+    world: World | None = None,
 ) -> SelectionEngine:
     """The engine over the model and its optimizer. To be made before a checkpoint is restored.
 
@@ -96,6 +98,7 @@ def make_engine(
             reports_utilities=learns,
             micro_tokens=budget.micro_tokens,
             factors_bytes=budget.factors_bytes,
+            world=world,
         )
     except UnsupportedParameterError as error:
         raise SettingsError(f"model.name={settings.model.name}: {error}; or set model.lora") from error

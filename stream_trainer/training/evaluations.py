@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from gradient_selectors import GradientCapture
 from gradient_selectors.target import mean_loss
+from gradient_selectors.world.base import Alone, World
 
 from stream_trainer.errors import TrainingError
 from stream_trainer.models.refusals import first_line
@@ -29,6 +30,7 @@ class Evaluations:
         sets: fixed samples by name; `target` is one of them.
         every_steps: steps between evaluations.
         recovery: is told of the target's loss, and of an evaluation that fails.
+        world: the processes that share the samples of a set.
         losses: the last loss of each set (nats per token), measured at step `at`.
         moved: what share of what is trained moved between the last two evaluations; None before there were two.
     """
@@ -41,6 +43,7 @@ class Evaluations:
     metrics: Metrics
     watchers: Watchers
     stopped: Callable[[], bool]
+    world: World = field(default_factory=Alone)
     losses: dict[str, float] = field(default_factory=dict, init=False)
     at: int | None = field(default=None, init=False)
     moved: MovedShare | None = field(default=None, init=False)
@@ -118,7 +121,7 @@ class Evaluations:
     def _measure(self, step: int, name: str, samples: Sequence[Sample]) -> None:
         started = time.perf_counter()
         with self.watchers.during(f"evaluating {name}", len(samples)) as advance:
-            loss = mean_loss(self.capture, [collate(samples, self.pad_id)], advance)
+            loss = mean_loss(self.capture, [collate(samples, self.pad_id)], advance, self.world)
         self._show(name, loss)
         if name == "target":
             self._target = step, loss

@@ -3,7 +3,7 @@
 import logging
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from stream_trainer.checkpoints.plan import PlanFile
 from stream_trainer.errors import CheckpointError, NotFiniteError
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters
+from stream_trainer.ingest.judge import Snapshot
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.models.loading import LoadedModel
 from stream_trainer.monitoring.metrics import Metrics
@@ -44,6 +45,7 @@ class Saver:
         failing: while checkpoints cannot be written, since when and why.
         saved: step of the newest checkpoint; None before there is one.
         ledger: keeps what is decided, made durable with each checkpoint; None if nobody does.
+        clock: seconds, from any moment on.
     """
 
     settings: Settings
@@ -62,12 +64,13 @@ class Saver:
     failing: Failing | None = None
     saved: int | None = None
     ledger: Decisions | None = None
+    clock: Callable[[], float] = time.monotonic
     _time: float = field(default=0.0, init=False)
     _durable: object = field(default=None, init=False)
 
     def begin(self, step: int) -> None:
         """Take note that the run begins at a step, with nothing to save."""
-        self._time, self._durable = time.monotonic(), (step, self.cursor.counts)
+        self._time, self._durable = self.clock(), (step, self.cursor.counts)
 
     def is_due(self, step: int) -> bool:
         """Whether it is time, after a step."""
@@ -84,8 +87,8 @@ class Saver:
 
     def _is_old(self) -> bool:
         if self.failing is not None:
-            return time.monotonic() >= self.failing.retry_at
-        return time.monotonic() - self._time >= self.settings.checkpoint.every_seconds
+            return self.clock() >= self.failing.retry_at
+        return self.clock() - self._time >= self.settings.checkpoint.every_seconds
 
     def save_or_retry(self, step: int, parts: Mapping[str, Any]) -> None:
         """Save; if that fails train on and try again later, for `checkpoint.max_failing_s` seconds."""
@@ -94,7 +97,7 @@ class Saver:
         except NotFiniteError:
             raise  # the disk is well, and time mends nothing
         except CheckpointError as error:
-            now, limit = time.monotonic(), self.settings.checkpoint.max_failing_s
+            now, limit = self.clock(), self.settings.checkpoint.max_failing_s
             if self.failing is None:
                 self.watchers.event(step, "checkpoint_failed", str(error))
             self.failing = failed_again(self.failing, error, now, self.jitter)
@@ -109,8 +112,11 @@ class Saver:
         Dead letters are flushed after the snapshot: each of those it counts as decided was kept before. Raises
         CheckpointError if it cannot be written, FencedError if another trainer has taken over.
         """
+        self.write(step, parts, self.ingest.snapshot())
+
+    def write(self, step: int, parts: Mapping[str, Any], snapshot: Snapshot) -> None:
+        """Make durable what is decided in `snapshot`, and all else. Raises as `save` does."""
         started = time.perf_counter()
-        snapshot = self.ingest.snapshot()
         decided = sum(snapshot.cursor["counts"].values())
         positions = {Partition.parse(name): log["next"] for name, log in snapshot.cursor["partitions"].items()}
         state = TrainerState(
@@ -142,7 +148,7 @@ class Saver:
         except CheckpointError:
             self.metrics.checkpoint_failures.inc()
             raise
-        self._note(step, snapshot.counts)
+        self.note_saved(step, snapshot.counts)
         self.plan.prune()
         if self.ledger is not None:
             self.ledger.saved()
@@ -154,9 +160,10 @@ class Saver:
         self.ingest.request_commit(positions, step)
         self.watchers.checkpoint(step, saved.path)
 
-    def _note(self, step: int, counts: object) -> None:
+    def note_saved(self, step: int, counts: object) -> None:
+        """Take note that a checkpoint is durable, which holds these counts."""
         if self.failing is not None:
-            logger.info("checkpoints can be written again, after %.0f s", time.monotonic() - self.failing.since)
+            logger.info("checkpoints can be written again, after %.0f s", self.clock() - self.failing.since)
             self.failing = None
         self.metrics.degraded.labels("checkpoint").set(0)
-        self.saved, self._time, self._durable = step, time.monotonic(), (step, counts)
+        self.saved, self._time, self._durable = step, self.clock(), (step, counts)

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Size, Tensor
 
-from gradient_selectors.capture.factors import Factor, Lookup, MatrixFactor
+from gradient_selectors.capture.factors import Factor, GramAtRows, Lookup, MatrixFactor
 from gradient_selectors.preconditioner import Preconditioner, at_rows
 
 # Of written-out gradients held at once: 16 MB in float32, which stays in the cache of the processor while it is scaled
@@ -121,6 +121,13 @@ class PoolGradients:
         """`sum_i w_i g_i`: gradient of the weighted loss, without another backward pass; `coefficients` as above."""
         return {name: self.weighted_gradient_of(name, coefficients) for name in self.shapes}
 
+    def written(self, name: str, samples: Sequence[int], lo: int, hi: int) -> Tensor:
+        """Rows `lo:hi` of some samples' gradients of a parameter that has factors, (n, hi - lo, ...) float32."""
+        total, *others = (factor.per_sample(samples, lo, hi) for factor in self.factors[name])
+        for other in others:
+            total += other
+        return total
+
     @torch.no_grad()
     def squared_length(self, coefficients: Tensor, preconditioner: Preconditioner) -> float:
         """`w^T K w = ||sqrt(P) * G(w)||^2` of the update's gradient `G(w) = sum_i w_i g_i`, exact and without K."""
@@ -161,7 +168,7 @@ def written_gram(
     for lo in range(0, num_rows, step):
         hi = min(lo + step, num_rows)
         written = [factor.per_sample(samples, lo, hi) for factor in factors]
-        products = _scaled_products(written, None if root is None else root[lo:hi])
+        products = scaled_products(written, None if root is None else root[lo:hi])
         gram = products if gram is None else gram.add_(products)
     assert gram is not None  # no parameter is empty
     return gram
@@ -170,15 +177,18 @@ def written_gram(
 @torch.no_grad()
 def gram_at_rows(factors: Sequence[MatrixFactor], samples: Sequence[int], rows: Tensor, root: Tensor) -> Tensor:
     """The same at some rows (int64, sorted) of a matrix only, with `root` at these rows; zero if there are none."""
+    whole = factors[0]
+    if isinstance(whole, GramAtRows):  # the only one, of several ranks
+        return whole.gram_at_rows(samples, rows, root)
     step = max(1, CHUNK_ELEMENTS // (len(samples) * root.shape[1]))
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=rows.device)
     for lo in range(0, len(rows), step):
         written = [factor.at_rows(samples, rows[lo : lo + step]) for factor in factors]
-        gram += _scaled_products(written, root[lo : lo + step])
+        gram += scaled_products(written, root[lo : lo + step])
     return gram
 
 
-def _scaled_products(written: Sequence[Tensor], root: Tensor | None) -> Tensor:
+def scaled_products(written: Sequence[Tensor], root: Tensor | None) -> Tensor:
     """Inner products of the sum of what factors wrote out; the first of them is overwritten."""
     total, *others = written
     for other in others:

@@ -86,6 +86,7 @@ class _Answers:
         coefficients: of the update whose gradient is `gradient`, handed out parameter by parameter, each once.
         utilities: of the reduced samples in what was let go, along `P * G` of `target` and `preconditioner`.
         grams: of the samples `compared` under `metric`, by parameter.
+        written: the gradients of the samples that it `wrote` out, by parameter.
     """
 
     coefficients: Tensor | None = None
@@ -96,6 +97,8 @@ class _Answers:
     compared: tuple[int, ...] = ()
     metric: Preconditioner | None = None
     grams: dict[str, Tensor] = field(default_factory=dict)
+    wrote: tuple[int, ...] = ()
+    written: dict[str, Tensor] = field(default_factory=dict)
 
     def knows(self, coefficients: Tensor) -> bool:
         kept = self.coefficients
@@ -165,6 +168,17 @@ class PoolInPieces(PoolGradients):
         rest[..., sorted(self.reduced)] = 0.0
         return self._added(name, rest, found.gradient.pop(name))
 
+    @torch.no_grad()
+    def written(self, name: str, samples: Sequence[int], lo: int, hi: int) -> Tensor:
+        if name not in self.let_go or not self.reduced.intersection(samples):
+            return super().written(name, samples, lo, hi)
+        found, asked = self._answers, tuple(samples)
+        if found.wrote != asked or name not in found.written:
+            names = [other for other in self.shapes if other in self.let_go]
+            group = next(self.second.groups(samples, names[names.index(name) :]))
+            found.wrote, found.written = asked, self.second.measured(samples, group, self._written)
+        return found.written[name][:, lo:hi].clone()
+
     def _added(self, name: str, rest: Tensor, out: Tensor) -> Tensor:
         row_N = rest if rest.ndim == 1 else rest[self.layers.index(layer_of(name))]
         if bool((row_N != 0).any()):
@@ -209,4 +223,5 @@ class PoolInPieces(PoolGradients):
 
 def second_pass_of(pool: PoolGradients) -> SecondPass | None:
     """What running samples of a pool again has cost; None where that is never needed."""
-    return pool.second if isinstance(pool, PoolInPieces) else None
+    second: SecondPass | None = getattr(pool, "second", None)
+    return second

@@ -100,17 +100,20 @@ def score_pool(
     target: Gradient,
     preconditioner: Preconditioner,
     budget: Budget,
+    num_tokens: int | None = None,
 ) -> PoolGradients:
     """One forward and one backward pass over the pool, in pieces; `scoring` gets ready for it.
 
-    The answers are those of the whole pool at once, but for rounding.
+    The answers are those of the whole pool at once, but for rounding. `num_tokens`: of the longest sample, where the
+    batch is only a part of the pool.
     """
     head_direction = scoring.start(target, preconditioner, capture.head)
     pieces = pieces_of(batch.lengths, budget.micro_tokens)
     forms = _forms(capture, batch.lengths, pieces, budget.factors_bytes)
+    longest = num_tokens or batch.input_ids_NT.shape[1]
+    keeper = _Keeper(capture, scoring, target, preconditioner, longest, "factors", None)
     if len(pieces) == 1 and forms == ["factors"]:
-        return capture.run(batch, head_direction)
-    keeper = _Keeper(capture, scoring, target, preconditioner, batch.input_ids_NT.shape[1], "factors", None)
+        return capture.run(batch, head_direction, keeper if num_tokens else None)
     found: list[PoolGradients] = []
     for samples, form in zip(pieces, forms, strict=True):
         keeper.form = form

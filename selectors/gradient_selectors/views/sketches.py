@@ -25,10 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradient_selectors.capture.factors import Factor, Lookup, LowRank, MatrixFactor
+from gradient_selectors.capture.factors import Factor, Lookup, LowRank, MatrixFactor, TokenRows
 from gradient_selectors.capture.gradients import Gradient, PoolGradients, gram_at_rows, squared_length
-from gradient_selectors.capture.head import HeadWeight
-from gradient_selectors.capture.joined import JoinedHead
 from gradient_selectors.preconditioner import NEVER_UPDATED, Preconditioner, at_rows
 
 SHARE = 32  # one row in so many stands for a matrix
@@ -241,7 +239,7 @@ def _root_at(preconditioner: Preconditioner, name: str, rows: Tensor, like: Tens
 
 def _own_rows(factors: Sequence[MatrixFactor], samples: Sequence[int]) -> Tensor | None:
     """Rows of a table of tokens that stand out in some samples' gradients, sorted, int64; None for other matrices."""
-    tokens = [factor.tokens(samples) for factor in factors if isinstance(factor, Lookup | HeadWeight | JoinedHead)]
+    tokens = [factor.tokens(samples) for factor in factors if isinstance(factor, TokenRows)]
     return torch.unique(torch.cat(tokens)) if tokens else None
 
 

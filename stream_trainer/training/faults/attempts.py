@@ -26,7 +26,7 @@ class Attempts:
     """The notes of this process, begun with those of the last one."""
 
     def __init__(self, owner: Owner) -> None:
-        self._path = owner.path
+        self._owner, self._path = owner, owner.path
         self._offset = len(owner.words)
         self._checkpoint: int | None = None
         self._died_in: int | None = None
@@ -39,7 +39,7 @@ class Attempts:
     def begin(self, checkpoint: int | None) -> None:
         """Read what the last process left, if it began at the same checkpoint (its step, or None)."""
         self._checkpoint = checkpoint
-        found = self._open()
+        found = self._owner.agreed(self._open())
         if found.get("checkpoint") != checkpoint or found.get("step") is None:
             return
         self._died_in, self._killers = found["step"], found["killers"]
@@ -83,6 +83,8 @@ class Attempts:
     def _open(self) -> dict[str, Any]:
         """Keep our claim open; returns what it says, which stays until a step. It is not made if it is gone."""
         content = b""
+        if not self._owner.writes:
+            return {}
         with self._never_failing():
             self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
             content = note_in(os.pread(self._file, os.fstat(self._file).st_size, 0))

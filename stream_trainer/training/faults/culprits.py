@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 from gradient_selectors import Decision
+from gradient_selectors.world.base import LostError
 
 from stream_trainer.errors import StreamTrainerError
 from stream_trainer.ingest.letter import DETAIL_CHARS
@@ -136,7 +137,7 @@ def _tried(function: Callable[[Sequence[Sample]], T], samples: Sequence[Sample])
     """What a function returns, or why it failed. Whatever memory it took is free again."""
     try:
         return function(samples)
-    except StreamTrainerError:
+    except (StreamTrainerError, LostError):
         raise
     except Exception as error:  # of the model, a selector, a solver, the device: anything may be raised
         failure = Failure.of(error)

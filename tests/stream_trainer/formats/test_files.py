@@ -22,7 +22,7 @@ from tests.stream_trainer.formats.writing import FORMS, REFUSED, write
 ROWS = [{"id": number, "text": f"é {number}", "weight": 0.5} for number in range(10)]
 
 
-@pytest.mark.parametrize("form", ("lines", *FORMS))
+@pytest.mark.parametrize("form", ["lines", *FORMS])
 def test_every_format_gives_the_same_records(form: str, tmp_path: Path) -> None:
     path = write(form, tmp_path, ROWS)
     assert (look(path, "x") == LINES) == (form == "lines")

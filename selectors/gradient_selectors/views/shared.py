@@ -1,0 +1,221 @@
+"""The gradients of a pool whose samples lie on several ranks: the views of one pool, each a call of all ranks.
+
+Every rank makes passes over its own samples, and keeps their factors. What a view says of a sample is told to all.
+K is computed by rows of the parameters: of each sample the rank that has it writes the gradient out, some rows at a
+time, and gives each owner of rows its part; the owner multiplies, and the products are summed over ranks. So every view
+is the same on all ranks, bit for bit, and equal to that of one process but for rounding.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradient_selectors.capture import gradients as written
+from gradient_selectors.capture.batch import Batch
+from gradient_selectors.capture.capture import GradientCapture
+from gradient_selectors.capture.factors import Factor, Lookup, LowRank, MatrixFactor, TokenRows
+from gradient_selectors.capture.gradients import Gradient, PoolGradients, scaled_products
+from gradient_selectors.preconditioner import Preconditioner, at_rows
+from gradient_selectors.views.again import SecondPass, second_pass_of
+from gradient_selectors.views.pieces import Budget, score_pool
+from gradient_selectors.views.scoring import Scoring
+from gradient_selectors.world.base import World, together, union
+from gradient_selectors.world.deal import Shares
+
+NOTHING, PLAIN, MATRIX, TOKENS, LOOKUPS = range(5)  # what a parameter's factors are
+
+
+@dataclass(frozen=True)
+class SharedPool(PoolGradients):
+    """The per-sample gradients of all ranks' samples.
+
+    Attributes:
+        local: those of this rank's samples; of a sample that counts for nothing where it has none.
+        shares: whose samples are whose.
+        by_index: names of tables of which only some rows have gradients.
+    """
+
+    local: PoolGradients
+    shares: Shares
+    by_index: frozenset[str]
+
+    @torch.no_grad()
+    def dots(self, direction: Gradient) -> dict[str, Tensor]:
+        found = self.local.dots(direction)
+        return {name: self.spread(found.get(name)) for name in self.factors}
+
+    @property
+    def second(self) -> SecondPass | None:
+        """How this rank's samples are run again."""
+        return second_pass_of(self.local)
+
+    @torch.no_grad()
+    def utilities_of(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
+        has_any = name in self.local.factors
+        return self.spread(self.local.utilities_of(name, target, preconditioner) if has_any else None)
+
+    @torch.no_grad()
+    def weighted_gradient_of(self, name: str, coefficients: Tensor) -> Tensor:
+        own_n = torch.zeros(*coefficients.shape[:-1], self.local.num_samples, dtype=coefficients.dtype)
+        own_n[..., : len(self.shares.own)] = coefficients[..., list(self.shares.own)].to(own_n)
+        return self.shares.world.sum(self.local.weighted_gradient_of(name, own_n))
+
+    @torch.no_grad()
+    def gram_of(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        rows = self.tokens(name, samples) if name in self.by_index else None
+        diagonal = at_rows(preconditioner, name, rows)
+        return self.gram_at(name, samples, rows, None if diagonal is None else diagonal.sqrt())
+
+    def spread(self, own: Tensor | None) -> Tensor:
+        """Numbers of all samples, (N,) float32, from those of this rank's; None stands for zeros."""
+        count = len(self.shares.own)
+        own_n = self.losses_N.new_zeros(count) if own is None else own[:count]
+        return self.shares.spread(own_n)
+
+    def tokens(self, name: str, samples: Sequence[int]) -> Tensor:
+        """Rows of a table of tokens that stand out in some samples' gradients, sorted, int64."""
+        own = self._own(samples)
+        factors = self.local.factors.get(name, ()) if own else ()
+        found = [factor.tokens(own) for factor in factors if isinstance(factor, TokenRows)]
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.losses_N.device)
+        return union(self.shares.world, torch.cat([nothing, *found]))
+
+    @torch.no_grad()
+    def gram_at(self, name: str, samples: Sequence[int], rows: Tensor | None, root: Tensor | None) -> Tensor:
+        """K of some samples within one parameter, at some rows (int64, sorted) or all, scaled by `root`; float64."""
+        world, shape = self.shares.world, self.shapes[name]
+        places, own = self.shares.among(samples), self._own(samples)
+        num_rows = shape[0] if rows is None else len(rows)
+        order = torch.tensor([p for of_rank in places for p in of_rank], device=self.losses_N.device).argsort()
+        gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.losses_N.device)
+        for spans in _spans(num_rows, world.size, len(samples), shape[1:].numel()):
+            parts = [self._written(name, own, rows, lo, hi) for lo, hi in spans]
+            lo, hi = spans[world.rank]
+            size = (hi - lo) * shape[1:].numel()
+            came = world.exchange(parts, [len(of_rank) * size for of_rank in places])
+            if size:
+                whole = torch.cat([part.view(-1, hi - lo, *shape[1:]) for part in came])[order]
+                gram += scaled_products([whole], None if root is None else root[lo:hi])
+        return world.sum(gram)
+
+    def _own(self, samples: Sequence[int]) -> list[int]:
+        """Places in the local pool of those of some samples that are this rank's."""
+        known = {sample: place for place, sample in enumerate(self.shares.own)}
+        return [known[i] for i in samples if i in known]
+
+    def _written(self, name: str, own: list[int], rows: Tensor | None, lo: int, hi: int) -> Tensor:
+        """Gradients of this rank's samples at rows `lo:hi`, or at those of `rows`, (n, hi - lo, ...) float32."""
+        factors = self.local.factors.get(name, ())
+        if not own or not factors or hi == lo:
+            return self.losses_N.new_zeros(len(own), hi - lo, *self.shapes[name][1:])
+        if rows is None:
+            return self.local.written(name, own, lo, hi)
+        found = [factor.at_rows(own, rows[lo:hi]) for factor in factors if isinstance(factor, MatrixFactor)]
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+
+
+@dataclass(frozen=True)
+class SharedFactor:
+    """All that the ranks have of one parameter's gradients. What a pool answers itself is not answered here."""
+
+    pool: SharedPool
+    name: str
+
+    def dot(self, u: Tensor) -> Tensor:
+        raise NotImplementedError("ask the pool")
+
+    def add_weighted(self, weights_N: Tensor, out: Tensor, *, begin: bool) -> None:
+        raise NotImplementedError("ask the pool")
+
+    def per_sample(self, samples: Sequence[int], lo: int, hi: int) -> Tensor:
+        raise NotImplementedError("no rank has the gradients of all samples")
+
+
+@dataclass(frozen=True)
+class SharedMatrix(SharedFactor):
+    """The same of a matrix."""
+
+    def along(self, direction: LowRank) -> Tensor:
+        factors = [f for f in self.pool.local.factors.get(self.name, ()) if isinstance(f, MatrixFactor)]
+        own = torch.stack([factor.along(direction) for factor in factors]).sum(0) if factors else None
+        return self.pool.spread(own)
+
+    def at_rows(self, samples: Sequence[int], rows: Tensor) -> Tensor:
+        raise NotImplementedError("no rank has the gradients of all samples")
+
+    def gram_at_rows(self, samples: Sequence[int], rows: Tensor, root: Tensor) -> Tensor:
+        """Products of some samples' gradients at some rows, scaled by `root`, (n, n) float64."""
+        return self.pool.gram_at(self.name, samples, rows, root)
+
+
+@dataclass(frozen=True)
+class SharedTable(SharedMatrix):
+    """The same of a matrix with a row for each token, as a head has."""
+
+    def tokens(self, samples: Sequence[int]) -> Tensor:
+        """Rows that stand out in some samples' gradients, sorted, int64."""
+        return self.pool.tokens(self.name, samples)
+
+
+def score_together(
+    world: World,
+    capture: GradientCapture,
+    batch: Batch,
+    scoring: Scoring,
+    target: Gradient,
+    preconditioner: Preconditioner,
+    budget: Budget,
+) -> PoolGradients:
+    """`score_pool` on all ranks, each with its share of the samples. All are given the same batch."""
+    if world.size == 1:
+        return score_pool(capture, batch, scoring, target, preconditioner, budget)
+    shares = Shares.of(world, batch.lengths)
+    shortest = min(range(len(batch)), key=lambda i: batch.lengths[i])  # of a rank that has none; it counts for nothing
+    own, num_tokens = batch.among(shares.own or [shortest]), batch.input_ids_NT.shape[1]
+    with together(world):
+        local = score_pool(capture, own, scoring, target, preconditioner, budget, num_tokens)
+    kinds = _agreed_kinds(world, local)
+    losses_N = shares.spread(local.losses_N[: len(shares.own)])
+    factors: dict[str, Sequence[Factor]] = {}
+    by_index = frozenset(name for name, kind in kinds.items() if kind == LOOKUPS)
+    pool = SharedPool(losses_N, factors, local.shapes, local, shares, by_index)
+    made = {PLAIN: SharedFactor, MATRIX: SharedMatrix, TOKENS: SharedTable, LOOKUPS: SharedFactor}
+    factors |= {name: [made[kind](pool, name)] for name, kind in kinds.items() if kind != NOTHING}
+    return pool
+
+
+def _agreed_kinds(world: World, local: PoolGradients) -> Mapping[str, int]:
+    """What the factors of each parameter are, on all ranks that have any: where these differ, only what all know."""
+    facts = world.facts([_kind(local.factors.get(name, ())) for name in local.shapes])
+    kinds = {}
+    for name, found in zip(local.shapes, zip(*facts, strict=True), strict=True):
+        known = set(found) - {NOTHING}
+        kinds[name] = NOTHING if not known else known.pop() if len(known) == 1 else PLAIN
+    return kinds
+
+
+def _kind(factors: Sequence[Factor]) -> int:
+    if not factors:
+        return NOTHING
+    if all(isinstance(factor, Lookup) for factor in factors):
+        return LOOKUPS
+    if not all(isinstance(factor, MatrixFactor) for factor in factors):
+        return PLAIN
+    return TOKENS if any(isinstance(factor, TokenRows) for factor in factors) else MATRIX
+
+
+def _spans(num_rows: int, size: int, samples: int, row_size: int) -> list[list[tuple[int, int]]]:
+    """Rows `lo:hi` of each rank, in turns that are alike everywhere and write little out at once."""
+    share = -(-num_rows // size)
+    step = max(1, written.CHUNK_ELEMENTS // (samples * row_size))
+    turns = []
+    for begin in range(0, share, step):
+        spans = []
+        for rank in range(size):
+            end = min((rank + 1) * share, num_rows)
+            lo = min(rank * share + begin, end)
+            spans.append((lo, min(lo + step, end)))
+        turns.append(spans)
+    return turns

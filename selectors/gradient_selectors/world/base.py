@@ -1,0 +1,112 @@
+"""What ranks exchange, as a protocol: `Alone` is the identity, `ranks.Ranks` has torch.distributed.
+
+Every rank makes the same calls in the same order. A call that only some make hangs the others, so nothing that only one
+rank knows may decide whether a call is made: what only one knows is first told to all.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class LostError(Exception):
+    """Another rank has ended or does not answer. Nothing that was exchanged can be trusted, so nothing is saved."""
+
+
+class RankError(RuntimeError):
+    """A rank failed in a pass of its own; raised on every rank with the same words, so that all go on alike."""
+
+
+class World(Protocol):
+    """The ranks of a run. Every method is a call of all ranks together; each may raise LostError.
+
+    Attributes:
+        rank, size: which of how many this is.
+        sent: bytes that this rank has sent, by kind of call; what it keeps for itself does not count.
+    """
+
+    rank: int
+    size: int
+    sent: Counter[str]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place: the same bits everywhere. Returns `values`."""
+
+    def rows(self, local: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows of all ranks, one rank after the other; `counts` says how many each has."""
+
+    def exchange(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """Give `parts[r]` to rank r. Returns what each rank gave this one, flat: `counts[r]` numbers of rank r."""
+
+    def gather(self, value: bytes) -> list[bytes]:
+        """Every rank's value, on a way of its own that occupies no device."""
+
+    def facts(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Every rank's few whole numbers, on the same way."""
+
+
+class Alone:
+    """One process."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.sent = Counter[str]()
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def rows(self, local: Tensor, counts: Sequence[int]) -> Tensor:  # noqa: ARG002
+        return local
+
+    def exchange(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:  # noqa: ARG002
+        return [part.flatten() for part in parts]
+
+    def gather(self, value: bytes) -> list[bytes]:
+        return [value]
+
+    def facts(self, numbers: Sequence[int]) -> list[list[int]]:
+        return [list(numbers)]
+
+
+def gathered(world: World, value: Any) -> list[Any]:
+    """Every rank's JSON value."""
+    return [json.loads(part) for part in world.gather(json.dumps(value).encode())]
+
+
+def first(world: World, value: Any) -> Any:
+    """Rank 0's JSON value; what the others give is left out."""
+    return json.loads(world.gather(json.dumps(value if world.rank == 0 else None).encode())[0])
+
+
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """A part that each rank does by itself, and that may fail on some: then RankError is raised on all.
+
+    Nothing may be exchanged within.
+    """
+    if world.size == 1:
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # of the model, or of the device: whatever it is, the others must be told
+        failure = error
+    if any(failed for (failed,) in world.facts([failure is not None])):
+        said = world.gather(b"" if failure is None else f"{type(failure).__name__}: {failure}".encode())
+        rank = next(i for i, words in enumerate(said) if words)
+        raise RankError(f"rank {rank} failed: {said[rank].decode()}") from failure
+
+
+def union(world: World, values: Tensor) -> Tensor:
+    """Whole numbers that any rank has, sorted, each once, (n,) int64."""
+    own = torch.unique(values)
+    counts = [count for (count,) in world.facts([len(own)])]
+    found: Tensor = torch.unique(world.rows(own, counts))
+    return found

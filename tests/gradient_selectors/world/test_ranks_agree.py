@@ -1,0 +1,168 @@
+"""Several ranks choose what one process chooses, with the same coefficients, and stay alike to the bit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from gradient_selectors.engine import SelectionEngine
+from gradient_selectors.mask.dual_sft import DualSft
+from gradient_selectors.mask.masked_adamw import MaskedAdamW
+from gradient_selectors.mask.rule import MaskRule
+from gradient_selectors.route.gast import Gast
+from gradient_selectors.views.interaction import Interaction
+from gradient_selectors.views.rank_one import RankOne
+from gradient_selectors.views.sketches import Sketched
+from gradient_selectors.weigh.baselines import Equal
+from gradient_selectors.weigh.filter_then_weight import FilterThenWeight
+from gradient_selectors.weigh.greedy import Greedy
+from gradient_selectors.world.base import Alone, RankError, World
+from torch import Tensor
+
+from stream_trainer.models.loading import load_model
+from tests.gradient_selectors.world.threads import ThreadWorld, on_ranks, without_locks
+from tests.helpers.oracle import make_batch, make_model
+from tests.helpers.tiny_models import shake, with_config
+
+STEPS, CLOSE = 3, 1e-5
+EPS = 1e-4  # at 1e-8 Adam makes whole steps of what is rounding only, as of the bias of keys
+LENGTHS = ((9, 7, 12, 8, 6, 10, 11), (5, 12, 9, 9, 7, 8, 6))
+
+
+@dataclass
+class Course:
+    """What a run of some steps came to."""
+
+    chosen: list[list[int]]
+    coefficients: list[Tensor]
+    weights: dict[str, Tensor]
+    losses: list[Tensor]
+    calls: list[Any]
+
+
+def wide_model() -> Any:
+    """Matrices wide enough to be sketched."""
+    model = load_model(with_config("llama", hidden_size=72, intermediate_size=96, num_attention_heads=2), seed=0).model
+    shake(model, frozen=True)
+    return model
+
+
+def course(world: World, model: Any, **options: Any) -> Course:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    masked = options.get("mask") is not None
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer: Any = (
+        MaskedAdamW(named.items(), lr=1e-3, eps=EPS) if masked else torch.optim.AdamW(trained, lr=1e-3, eps=EPS)
+    )
+    options = {name: value() if callable(value) else value for name, value in options.items()}
+    weigh = options.pop("weigh", FilterThenWeight(batch_size=3))
+    target = [make_batch((8, 10, 6), seed=50)]
+    engine = SelectionEngine(model, optimizer, weigh, target=target, refresh_steps=2, world=world, **options)
+    found = Course([], [], {}, [], [])
+    for step in range(STEPS):
+        rival = torch.Generator().manual_seed(step) if step == 1 else None
+        decision = engine.backward(make_batch(LENGTHS[step % 2], seed=step), rival=rival)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.chosen.append(decision.selected)
+        given = decision.coefficients_N if decision.coefficients_LN is None else decision.coefficients_LN
+        found.coefficients.append(given)
+        found.losses.append(engine.losses_N)
+    found.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found.calls = getattr(world, "calls", [])
+    return found
+
+
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "full": (lambda: make_model("llama"), {}),
+    "tied": (lambda: make_model("qwen2_tied"), {}),
+    "conv1d": (lambda: make_model("gpt2"), {}),
+    "lora": (lambda: make_model("lora"), {}),
+    "checkpointing": (lambda: make_model("lora_checkpointing"), {}),
+    "sketch": (wide_model, {"scoring": Sketched}),
+    "sketch_in_pieces": (wide_model, {"scoring": Sketched, "micro_tokens": 20, "factors_bytes": 0}),
+    "exact_in_pieces": (wide_model, {"micro_tokens": 20, "factors_bytes": 0}),
+    "gast": (lambda: make_model("llama"), {"route": lambda: Gast(per_layer=1)}),
+    "greedy": (lambda: make_model("llama"), {"weigh": lambda: Greedy(batch_size=3)}),
+    "mask": (lambda: make_model("llama"), {"mask": lambda: DualSft(MaskRule(density=0.2), refresh_steps=3)}),
+    "plain": (lambda: make_model("llama"), {"weigh": Equal}),
+}
+
+
+LONG = ("conv1d", "checkpointing", "sketch_in_pieces", "exact_in_pieces", "greedy")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in LONG else case for case in CASES]
+)
+def test_ranks_choose_what_one_process_chooses(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(Interaction, monkeypatch)
+    make, options = CASES[case]
+    alone = course(Alone(), make(), **options)
+    for size in (2, 3) if case in ("full", "sketch") else (2,):
+        models = [make() for _ in range(size)]  # not at once: they are drawn from one generator
+
+        def work(world: ThreadWorld, models: list[Any] = models) -> Course:
+            return course(world, models[world.rank], **options)
+
+        ranks = on_ranks(size, work)
+        first = ranks[0]
+        assert first.chosen == alone.chosen
+        for ours, wanted in zip(first.coefficients, alone.coefficients, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=CLOSE, atol=CLOSE)
+        for ours, wanted in zip(first.losses, alone.losses, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=CLOSE, atol=CLOSE)
+        for name, weight in alone.weights.items():
+            torch.testing.assert_close(first.weights[name], weight, rtol=0, atol=CLOSE)
+        for other in ranks[1:]:
+            assert other.calls == first.calls
+            assert all(torch.equal(other.weights[name], first.weights[name]) for name in first.weights)
+
+
+def test_a_rank_that_fails_in_a_pass_has_all_fail_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(Interaction, monkeypatch)
+    models = [make_model("llama") for _ in range(2)]
+
+    def fails(world: ThreadWorld) -> str:
+        model = models[world.rank]
+        target = [make_batch((8, 10, 6), seed=50)]
+        optimizer = torch.optim.AdamW(model.parameters())
+        engine = SelectionEngine(model, optimizer, FilterThenWeight(batch_size=3), target=target, world=world)
+        engine.backward(make_batch(LENGTHS[0]))
+        if world.rank == 1:
+            model.model.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(RankError) as caught:
+            engine.backward(make_batch(LENGTHS[1]))
+        return str(caught.value)
+
+    assert on_ranks(2, fails) == ["rank 1 failed: ZeroDivisionError: division by zero"] * 2
+
+
+def test_more_ranks_than_samples_are_of_one_mind(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(Interaction, monkeypatch)
+
+    def decide(world: World, model: Any) -> Tensor:
+        target = [make_batch((8,), seed=50)]
+        engine = SelectionEngine(
+            model, torch.optim.AdamW(model.parameters()), FilterThenWeight(batch_size=1), target=target, world=world
+        )
+        return engine.backward(make_batch((9, 7))).coefficients_N
+
+    alone = decide(Alone(), make_model("llama"))
+    models = [make_model("llama") for _ in range(3)]
+    for found in on_ranks(3, lambda world: decide(world, models[world.rank])):
+        torch.testing.assert_close(found, alone, rtol=CLOSE, atol=CLOSE)
+
+
+def test_rank_one_is_refused_with_the_reason() -> None:
+    model = make_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters())
+    target = [make_batch((8,), seed=50)]
+    with pytest.raises(ValueError, match="several ranks"):
+        SelectionEngine(model, optimizer, FilterThenWeight(1), target=target, scoring=RankOne(), world=_Pair())
+
+
+class _Pair(Alone):
+    size = 2

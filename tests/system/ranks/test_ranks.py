@@ -1,0 +1,159 @@
+"""A run on several ranks decides what a run of one process decides, and any number of ranks takes it up."""
+
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gradient_selectors.views.interaction import Interaction
+from gradient_selectors.world.base import World
+
+from stream_trainer.distributed.group import settings_of_rank
+from stream_trainer.errors import PoisonError
+from stream_trainer.service import serve
+from stream_trainer.settings.schema import Settings
+from tests.gradient_selectors.world.threads import on_ranks, without_locks
+from tests.helpers.brokers import create_topic, publish
+from tests.helpers.service import (
+    ALL_ON,
+    Step,
+    configuration,
+    counts,
+    goods,
+    hashes,
+    jsonl,
+    kafka,
+    trainer_json,
+    write_lines,
+)
+from tests.helpers.service import checkpoints as checkpoints_of
+from tests.system.ranks.runs import saved_model, serve_on_ranks
+
+PARTITIONS, RECORDS = 4, 64
+BAD = (5, 6, 40, 41)
+
+
+@pytest.fixture(autouse=True)
+def _no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(Interaction, monkeypatch)
+
+
+def publish_to_all(broker: str, topic: str, values: list[bytes]) -> None:
+    create_topic(broker, topic, PARTITIONS)
+    for number in range(PARTITIONS):
+        publish(broker, topic, values[number::PARTITIONS], number)
+
+
+def settings(folder: Path, source: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    model = saved_model(folder.parent)
+    return configuration(folder, source, model=model, distributed={"mode": "replicated"}, **sections)
+
+
+def pools(steps: list[Step]) -> list[tuple[str | None, ...]]:
+    return [step.ids for step in steps]
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_make_the_steps_of_one_process(size: int, broker: str, topic: str, tmp_path: Path) -> None:
+    publish_to_all(broker, topic, goods(RECORDS))
+    found = []
+    for ranks in (1, size):
+        config = settings(tmp_path / str(ranks), kafka(broker, topic, group_id=f"{topic}-{ranks}"))
+        summaries, steps = serve_on_ranks(config, ranks)
+        assert all(summary.counts == summaries[0].counts for summary in summaries)
+        assert all(pools(other) == pools(steps[0]) for other in steps)
+        assert all([s.coefficients for s in other] == [s.coefficients for s in steps[0]] for other in steps)
+        assert sum(counts(config).values()) == RECORDS
+        cursor = trainer_json(config)["cursor"]["partitions"]
+        ends = {f"{topic}:{number}": RECORDS // PARTITIONS for number in range(PARTITIONS)}
+        assert {name: log["next"] for name, log in cursor.items()} == ends
+        found.append(steps[0])
+    for ours, alone in zip(found[1], found[0], strict=True):
+        assert (ours.ids, ours.selected) == (alone.ids, alone.selected)
+        assert ours.coefficients == pytest.approx(alone.coefficients, abs=1e-5)
+
+
+def test_a_run_goes_on_at_any_number_of_ranks(broker: str, topic: str, tmp_path: Path) -> None:
+    values = goods(RECORDS)
+    for number in BAD:
+        values[number] = b"not json"
+    publish_to_all(broker, topic, values)
+    config = settings(tmp_path / "run", kafka(broker, topic))
+    seen: Counter[str | None] = Counter()
+    for size, last, told in ((2, 2, 1), (1, 4, 0), (3, None, 2)):
+        _, steps = serve_on_ranks(config, size, last, told=told)
+        seen.update(name for step in steps[0] for name in step.ids)
+    assert sum(counts(config).values()) == RECORDS
+    assert seen == Counter(str(n) for n in range(RECORDS) if n not in BAD)
+    letters = [
+        json.loads(line) for file in tmp_path.glob("run/dead-letters*") for line in file.read_text().splitlines()
+    ]
+    places = Counter((letter["partition"], letter["offset"]) for letter in letters)
+    assert places == Counter((number % PARTITIONS, number // PARTITIONS) for number in BAD)
+
+
+@pytest.mark.parametrize("draw", [pytest.param("learned", marks=pytest.mark.slow), "all_on"])
+def test_what_a_draw_learns_is_the_same_on_all_ranks(draw: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "samples.jsonl", goods(70))
+    selection = (
+        ALL_ON if draw == "all_on" else {"profile": "thrifty", "draw": "learned", "pool_size": 8, "batch_size": 3}
+    )
+    config = settings(tmp_path / "run", jsonl(tmp_path / "samples.jsonl"), selection=selection)
+    _, first = serve_on_ranks(config, 2, 6, told=1)
+    _, then = serve_on_ranks(config, 2)
+    for steps in (first, then):
+        assert pools(steps[0]) == pools(steps[1])
+        assert [step.coefficients for step in steps[0]] == [step.coefficients for step in steps[1]]
+    assert sum(counts(config).values()) == 70
+
+
+def test_a_rank_without_a_partition_works_all_the_same(tmp_path: Path) -> None:
+    write_lines(tmp_path / "samples.jsonl", [*goods(20), b"not json"])
+    config = settings(tmp_path / "run", jsonl(tmp_path / "samples.jsonl"))
+    summaries, steps = serve_on_ranks(config, 2)
+    assert summaries[0].counts == summaries[1].counts
+    assert sum(counts(config).values()) == 21
+    assert counts(config)["dead_lettered"] == 1
+    assert pools(steps[0]) == pools(steps[1])
+
+
+def test_a_checkpoint_of_two_ranks_resumes_alone_with_the_same_next_decision(tmp_path: Path) -> None:
+    write_lines(tmp_path / "samples.jsonl", goods(40))
+    source = jsonl(tmp_path / "samples.jsonl")
+    config, other = (settings(tmp_path / name, source) for name in ("run", "other"))
+    for kept in (config, other):
+        serve_on_ranks(kept, 2, 2)
+    assert hashes(checkpoints_of(config)[-1]) == hashes(checkpoints_of(other)[-1])
+    _, (alone,) = serve_on_ranks(config, 1, 3)
+    _, (together, _) = serve_on_ranks(other, 2, 3)
+    assert alone[0].ids == together[0].ids
+    assert alone[0].coefficients == pytest.approx(together[0].coefficients, abs=1e-5)
+
+
+def test_an_idle_partition_holds_nobody_up(broker: str, topic: str, tmp_path: Path) -> None:
+    create_topic(broker, topic, PARTITIONS)
+    for number in (0, 2):  # rank 1 reads the others
+        publish(broker, topic, goods(16), number)
+    source = kafka(broker, topic, stop_at_end=False)
+    config = settings(tmp_path / "run", source, buffer={"wait_s": 0.5})
+    summaries, steps = serve_on_ranks(config, 2, 3, told=1)
+    assert [summary.step for summary in summaries] == [3, 3]
+    assert [len(step.ids) for step in steps[0]] == [8, 8, 8]
+
+
+def test_what_one_rank_fails_on_ends_all_with_the_same_error_and_a_checkpoint(tmp_path: Path) -> None:
+    write_lines(tmp_path / "samples.jsonl", [*goods(16), *[b"not json"] * 9])
+    limits = {"max_in_a_row": 5}
+    config = settings(tmp_path / "run", jsonl(tmp_path / "samples.jsonl"), dead_letters=limits)
+
+    def work(world: World) -> str:
+        with pytest.raises(PoisonError) as caught:
+            serve(settings_of_rank(Settings(**config), world), threading.Event(), world=world)
+        return str(caught.value)
+
+    own, other = on_ranks(2, work)
+    assert other == f"rank 0: {own}"
+    assert counts(config)["dead_lettered"] >= limits["max_in_a_row"]

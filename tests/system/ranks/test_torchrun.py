@@ -1,0 +1,119 @@
+"""Processes that torchrun starts: told to stop, killed, and started again in another number."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.helpers.service import LONG_S, checkpoints, counts, goods, kafka, trainer_json, wait_for
+from tests.system.ranks.test_ranks import PARTITIONS, publish_to_all, settings
+
+RECORDS = 400
+KILLS = int(os.environ.get("STREAM_TRAINER_KILLS", "2"))
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LONG_S * (2 + KILLS))]
+
+
+@contextmanager
+def torchrun(
+    folder: Path, config: dict[str, Any], size: int, options: Sequence[str] = (), **variables: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A run on so many processes, whose log is in `folder/log`; killed if it still runs at the end."""
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump(config | {"log": {"level": "DEBUG"}}))
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *options]
+    arguments = [*launcher, "-m", "stream_trainer", "run", f"--config={file}"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            arguments, env={**os.environ, **paths, **variables}, stdin=subprocess.DEVNULL, stderr=log
+        )
+    try:
+        yield process
+    finally:
+        for child in workers(process):
+            child.kill()
+        process.kill()
+        process.wait()
+
+
+def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Those that torchrun has started, by rank."""
+    try:
+        children = psutil.Process(process.pid).children()
+        return sorted((c for c in children if "stream_trainer" in c.cmdline()), key=lambda c: int(c.environ()["RANK"]))
+    except psutil.Error:
+        return []
+
+
+def wait_until_made(process: subprocess.Popen[bytes], folder: Path, step: int) -> None:
+    def is_made() -> bool:
+        found = re.findall(r": step (\d+): ", (folder / "log").read_text())
+        return any(int(number) >= step for number in found) or process.poll() is not None
+
+    wait_for(is_made)
+
+
+def everything_once(config: dict[str, Any], topic: str) -> None:
+    assert sum(counts(config).values()) == RECORDS
+    cursor = trainer_json(config)["cursor"]["partitions"]
+    ends = {f"{topic}:{number}": RECORDS // PARTITIONS for number in range(PARTITIONS)}
+    assert {name: log["next"] for name, log in cursor.items()} == ends
+
+
+def test_sigterm_to_one_process_ends_all_with_a_checkpoint(broker: str, topic: str, tmp_path: Path) -> None:
+    publish_to_all(broker, topic, goods(RECORDS))
+    config = settings(tmp_path / "run", kafka(broker, topic))
+    with torchrun(tmp_path, config, 2) as process:
+        wait_until_made(process, tmp_path, 3)
+        workers(process)[1].send_signal(signal.SIGTERM)
+        assert process.wait(LONG_S) == 0
+    stopped = re.findall(r"step (\d+): stopped", (tmp_path / "log").read_text())
+    assert len(stopped) == 2
+    assert len(set(stopped)) == 1
+    assert trainer_json(config)["step"] == int(stopped[0])
+    with torchrun(tmp_path, config, 3) as process:
+        assert process.wait(LONG_S) == 0
+    everything_once(config, topic)
+
+
+def test_killed_processes_lose_and_repeat_nothing_in_whatever_number_they_go_on(
+    broker: str, topic: str, tmp_path: Path
+) -> None:
+    publish_to_all(broker, topic, goods(RECORDS))
+    learned = {"profile": "thrifty", "draw": "learned", "pool_size": 8, "batch_size": 3}
+    config = settings(tmp_path / "run", kafka(broker, topic), checkpoint={"every_steps": 4}, selection=learned)
+    chance = random.Random(int(os.environ.get("STREAM_TRAINER_SEED", "1")))
+    for number in range(KILLS):
+        with torchrun(tmp_path, config, (2, 3)[number % 2]) as process:
+            first = chance.randrange(1, 6) + (trainer_json(config)["step"] if checkpoints(config) else 0)
+            wait_until_made(process, tmp_path, first)
+            time.sleep(chance.random() / 10)
+            chance.choice(workers(process)).kill()
+            assert process.wait(LONG_S) not in (0, None)
+    with torchrun(tmp_path, config, 2) as process:
+        assert process.wait(LONG_S) == 0
+    everything_once(config, topic)
+
+
+def test_torchrun_starts_killed_processes_again(broker: str, topic: str, tmp_path: Path) -> None:
+    publish_to_all(broker, topic, goods(RECORDS))
+    config = settings(tmp_path / "run", kafka(broker, topic), checkpoint={"every_steps": 4})
+    own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with torchrun(tmp_path, config, 2, ["--max-restarts=2"], **own) as process:
+        wait_until_made(process, tmp_path, 5)
+        workers(process)[0].kill()
+        assert process.wait(LONG_S) == 0
+    assert "resumed from" in (tmp_path / "log").read_text()
+    everything_once(config, topic)
