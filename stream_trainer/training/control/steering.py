@@ -75,7 +75,7 @@ class Steering:
     def _note_target(self, trainer: "Trainer", *, refused: bool) -> None:
         """Degraded for as long as the file is one that a restart would end with."""
         trainer.metrics.degraded.labels("target_reload").set(refused)
-        if self._target_file is not None:
+        if isinstance(self._target_file, WatchedFile):
             self._target_file.refused = refused
 
     def _do(self, trainer: "Trainer", action: str) -> str:
