@@ -79,8 +79,7 @@ def build(run: Run) -> Trainer:
     """Load model, samples and checkpoint."""
     settings, metrics = run.settings, run.metrics
     started = time.perf_counter()
-    kept = _kept_target(run)
-    learner = _learner(settings, run.watchers, kept, run.world)
+    learner = _learner(run)
     buffer = Buffer(settings.buffer) if run.control is None else SharedBuffer(settings.buffer, run.control)
     paying = make_paying(settings, learner.held)
 
@@ -116,7 +115,7 @@ def build(run: Run) -> Trainer:
         metrics=metrics,
         stopped=run.stop.is_set if run.control is None else run.control.is_stopping,
         watchers=run.watchers,
-        steering=Steering(run.orders, _watched(settings, saver) if kept is None else kept),
+        steering=Steering(run.orders, learner.kept or _watched(settings, saver)),
     )
     trainer.evaluations.world = run.world
     if checkpoint is not None and state is not None:
@@ -135,6 +134,7 @@ class _Learner:
         sets: fixed samples by name, whose loss is watched.
         steering: those of the target that steer the selection.
         held: those that do not.
+        kept: what keeps the target, if it comes from a topic.
         fingerprint: what it is made of; a checkpoint's weights, once they are restored, are others.
     """
 
@@ -143,12 +143,14 @@ class _Learner:
     sets: dict[str, list[Sample]]
     steering: list[Sample]
     held: list[Sample]
+    kept: KeptTarget | None
     optimizer: NamedAdamW | MaskedAdamW
     engine: SelectionEngine
     fingerprint: dict[str, object]
 
 
-def _learner(settings: Settings, watchers: Watchers, kept: KeptTarget | None, world: World) -> _Learner:
+def _learner(run: Run) -> _Learner:
+    settings, watchers, kept = run.settings, run.watchers, _kept_target(run)
     with watchers.during("loading model and tokenizer"):
         loaded = load_model(settings.model, settings.training.seed)
     decoder = Decoder(loaded.tokenizer, settings.samples, loaded.max_positions, settings.selection.field_names)
@@ -159,9 +161,9 @@ def _learner(settings: Settings, watchers: Watchers, kept: KeptTarget | None, wo
         steering, held = split_target(settings, sets["target"])
     with watchers.during("attaching the selection to the model"):
         optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
-        engine = make_engine(settings, loaded, optimizer, steering, anchors, world)
+        engine = make_engine(settings, loaded, optimizer, steering, anchors, run.world)
     made_of = fingerprint_of(settings, loaded, __version__)
-    return _Learner(loaded, decoder, sets, steering, held, optimizer, engine, made_of)
+    return _Learner(loaded, decoder, sets, steering, held, kept, optimizer, engine, made_of)
 
 
 @dataclass(frozen=True)

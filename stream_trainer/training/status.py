@@ -125,6 +125,7 @@ class Status:
             "seconds_to_drain": None if self.live is None else self.live.to_drain(),
             "resumed_otherwise": list(trainer.changed),
         }
+        report |= _effects_of(trainer)
         moved = trainer.evaluations.moved
         if moved is not None:
             report |= {"moved_tensors": moved.tensors, "moved_weights": moved.weights}
@@ -135,6 +136,17 @@ class Status:
                 "step_seconds": sum(last.seconds.values()),
             }
         return report
+
+
+def _effects_of(trainer: Trainer) -> dict[str, Any]:
+    """By how much a step's samples lower the loss on the held-back target, and those of chance; nats per token."""
+    shadows = trainer.paying.shadows
+    if shadows is None or shadows.measured.means is None:
+        return {}
+    kinds = {"predicted": shadows.predicted.means, "measured": shadows.measured.means}
+    return {
+        "effects": {kind: dict(zip(("chosen", "uniform"), means or (), strict=False)) for kind, means in kinds.items()}
+    }
 
 
 def _outage_s(trainer: Trainer) -> float:

@@ -59,6 +59,10 @@ function drawStatus(status) {
   byId("doing").textContent = status.doing ?? "";
   byId("reason").textContent = health.detail;
   show("reason", Boolean(health.detail));
+  const effects = status.effects;
+  byId("effects").textContent = effects === undefined ? "" : "A step's samples lower the loss on the held-back target by "
+    + `${number(effects.measured.chosen)} (predicted ${number(effects.predicted.chosen)}), those of a uniform draw by `
+    + `${number(effects.measured.uniform)} (predicted ${number(effects.predicted.uniform)}).`;
   const records = status.records ?? {};
   const decided = Object.values(records).reduce((sum, count) => sum + count, 0);
   const facts = [

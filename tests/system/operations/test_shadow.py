@@ -1,5 +1,7 @@
 """Shadows: what is measured beside a step leaves no trace in what is learned."""
 
+import json
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,11 +11,22 @@ import pytest
 import torch
 
 from stream_trainer import assembly
+from stream_trainer.errors import SettingsError
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.trainer import Trainer
 from stream_trainer.training.watchers import Watcher
-from tests.helpers.service import ALL_ON, MODEL, configuration, goods, jsonl, write_lines
+from tests.helpers.service import (
+    ALL_ON,
+    MODEL,
+    configuration,
+    get,
+    goods,
+    jsonl,
+    metrics,
+    on_free_port,
+    write_lines,
+)
 
 STEPS = 30
 KINDS: dict[str, dict[str, Any]] = {
@@ -96,3 +109,44 @@ def test_weights_are_those_of_a_run_without_shadows(kind: str, tmp_path: Path, m
     for name, value in left[0].items():
         same = torch.equal(value, left[1][name]) if isinstance(value, torch.Tensor) else value == left[1][name]
         assert same, name
+
+
+def test_effects_are_exported_and_on_the_page(tmp_path: Path) -> None:
+    write_lines(tmp_path / "stream.jsonl", goods(12 * 8))
+    write_lines(tmp_path / "target.jsonl", goods(6))
+    config = on_free_port(
+        configuration(
+            tmp_path,
+            jsonl(tmp_path / "stream.jsonl"),
+            target={"path": str(tmp_path / "target.jsonl"), "held_back": 2},
+            selection={"advantage": {"every_steps": None, "window": 4, "shadow_every": 2}},
+        )
+    )
+    seen: list[dict[str, Any]] = []
+
+    def on_step(step: int, *_: object) -> None:
+        if step == 10:
+            seen.extend((metrics(config), json.loads(get(config, "/status")[1])))
+
+    serve(Settings(**config), threading.Event(), Watcher(on_step))
+    shown, status = seen
+    assert shown['shadows_total{result="measured"}'] == 5
+    assert shown['shadows_total{result="failed"}'] == 0
+    assert math.isfinite(shown["selection_advantage_measured"])
+    assert math.isnan(shown["selection_advantage"]), "nothing is predicted where that is off"
+    assert shown['phase_seconds_total{phase="shadow"}'] > 0
+    for kind in ("predicted", "measured"):
+        for side in ("chosen", "uniform"):
+            found = shown[f'shadow_effect_nats{{kind="{kind}",side="{side}"}}']
+            assert found == status["effects"][kind][side]
+
+
+def test_a_target_with_nothing_left_to_steer_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "stream.jsonl", goods(8))
+    own = {"advantage": {"shadow_every": 2}}
+    for held_back, why in ((0, r"target\.held_back is 0"), (4, r"leaves none of the 4 samples of target\.path")):
+        config = configuration(
+            tmp_path, jsonl(tmp_path / "stream.jsonl"), target={"held_back": held_back}, selection=own
+        )
+        with pytest.raises((SettingsError, ValueError), match=why):
+            serve(Settings(**config), threading.Event())
