@@ -19,6 +19,7 @@ from stream_trainer.errors import SettingsError
 from stream_trainer.models.adapters import add_adapters, base_dtype, quantisation
 from stream_trainer.models.ends import end_as_learnt, name_end
 from stream_trainer.models.refusals import first_line, loading
+from stream_trainer.models.tokenizer_files import check_tokenizer_files
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.settings.schema import ModelSettings
 
@@ -148,6 +149,7 @@ def _load_tokenizer(settings: ModelSettings, config: Any) -> Any:
     name = str(settings.tokenizer or settings.name)
     setting = "model.tokenizer" if own else "model.name"
     _check_directory(setting, name)
+    check_tokenizer_files(setting, name)
     origin = {} if own else {"revision": settings.revision or "main", "gguf_file": settings.gguf_file}
     with loading(f"{setting}={name}: the tokenizer", "check its files and the network, or set model.tokenizer", "gguf"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **origin)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
+from stream_trainer.errors import SettingsError
 from stream_trainer.models.loading import load_model
 from stream_trainer.models.saving import save_model
 from stream_trainer.settings.schema import LoraSettings, ModelSettings
@@ -44,6 +45,15 @@ def test_generation_stops_at_the_end_of_a_turn_and_at_the_end_token(tmp_path: Pa
 def test_a_tokenizer_without_an_end_token_has_that_of_the_configuration(tmp_path: Path) -> None:
     loaded = load_model(ModelSettings(name=str(saved(tmp_path, eos_token=None, chat_template=None))), seed=1)
     assert (loaded.tokenizer.eos_token, loaded.tokenizer.eos_token_id) == ("</s>", END)
+
+
+def test_a_tokenizer_for_sentencepiece_only_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = saved(tmp_path)
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    monkeypatch.setattr("stream_trainer.models.tokenizer_files.find_spec", lambda _: None)
+    with pytest.raises(SettingsError, match="needs the package sentencepiece"):
+        load_model(ModelSettings(name=str(model)), seed=1)
 
 
 def test_a_model_that_stops_as_it_learns_keeps_its_generation_config(tmp_path: Path) -> None:
