@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from stream_trainer.samples.controls import controls_of
 from stream_trainer.samples.formatted import end_of_turn
+from stream_trainer.samples.tokens.controls import controls_of
 
 
 def name_end(tokenizer: Any, config: Any) -> None:

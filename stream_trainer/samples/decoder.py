@@ -27,12 +27,12 @@ from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.formats.files import records_in
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.samples.chat.written import CONTROL_IN_MESSAGE, LOST_TURN, Chats
-from stream_trainer.samples.controls import Controls, controls_of
 from stream_trainer.samples.fields import Fields, parse_fields
 from stream_trainer.samples.framing import FORMATTED, Framing, framing_of
 from stream_trainer.samples.others import Others, others_of
-from stream_trainer.samples.slow import slow_encoder
-from stream_trainer.samples.whole import EncodeMarked, Marked, Tokens, whole_encoder
+from stream_trainer.samples.tokens.controls import Controls, controls_of
+from stream_trainer.samples.tokens.slow import slow_encoder
+from stream_trainer.samples.tokens.whole import EncodeMarked, Marked, Tokens, whole_encoder
 from stream_trainer.settings.schema import SampleSettings
 
 logger = logging.getLogger(__name__)
@@ -275,6 +275,8 @@ def _guarded(reason: str, function: Callable[..., T], *args: Any) -> T | SampleE
         return function(*args)
     except SampleError as error:
         return error
+    except RecursionError:
+        return SampleError("too_deep", "nested too deeply")
     except Exception as error:
         return SampleError(reason, type(error).__name__)
     except BaseException as error:

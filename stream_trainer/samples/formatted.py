@@ -5,7 +5,7 @@ from typing import Any
 
 from stream_trainer.errors import SampleError
 from stream_trainer.samples.chat.template import Conversation, Template
-from stream_trainer.samples.controls import FILL, Controls
+from stream_trainer.samples.tokens.controls import FILL, Controls
 
 # Those of templates in common use, whatever the tokenizer's own is.
 KNOWN = (

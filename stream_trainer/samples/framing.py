@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream_trainer.errors import SampleError
-from stream_trainer.samples.controls import OPEN, Controls
 from stream_trainer.samples.fields import text_of
 from stream_trainer.samples.formatted import Markers, end_of_turn
-from stream_trainer.samples.whole import Marked
+from stream_trainer.samples.tokens.controls import OPEN, Controls
+from stream_trainer.samples.tokens.whole import Marked
 
 logger = logging.getLogger(__name__)
 

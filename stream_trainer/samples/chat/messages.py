@@ -1,13 +1,13 @@
 """The fields of a record that tell a conversation, checked and put as chat templates take them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stream_trainer.errors import SampleError
 from stream_trainer.samples.chat.template import Conversation
-from stream_trainer.samples.controls import RESERVED
 from stream_trainer.samples.fields import check_surrogates, number_of
+from stream_trainer.samples.tokens.controls import RESERVED
 from stream_trainer.settings.samples import GIVEN_BY_US
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # closed: templates build control tokens from the role
@@ -33,7 +33,7 @@ MEANINGS = {
 
 
 def conversation_of(
-    form: Mapping[str, Any], arguments: Mapping[str, Any], takes_parts: Callable[[], bool], ignored: Sequence[str] = ()
+    form: Mapping[str, Any], arguments: Mapping[str, Any], takes_parts: bool, ignored: Sequence[str] = ()
 ) -> Conversation:
     """What `messages`, and `system`, `tools` and `chat_template_kwargs` beside them, say.
 
@@ -53,7 +53,7 @@ def conversation_of(
     return talk
 
 
-def _message(number: int, message: object, takes_parts: Callable[[], bool], ignored: Sequence[str]) -> dict[str, Any]:
+def _message(number: int, message: object, takes_parts: bool, ignored: Sequence[str]) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise SampleError("bad_messages", f"message {number} is not an object")
     if message.get("role") not in ROLES:
@@ -74,12 +74,12 @@ def _message(number: int, message: object, takes_parts: Callable[[], bool], igno
     return said
 
 
-def _check_content(number: int, said: Mapping[str, Any], takes_parts: Callable[[], bool]) -> None:
+def _check_content(number: int, said: Mapping[str, Any], takes_parts: bool) -> None:
     content = said.get("content")
     more = bool(said.get("tool_calls")) and said["role"] == "assistant"
     if isinstance(content, list) and content:
         content = "".join(_part(number, part) for part in content)
-        if not takes_parts():
+        if not takes_parts:
             raise SampleError(
                 "bad_messages", f"the content of message {number} is a list, and the template takes a string; join it"
             )

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from stream_trainer.errors import SampleError
 from stream_trainer.samples.chat.template import Conversation, Message, Template
-from stream_trainer.samples.controls import FILL
+from stream_trainer.samples.tokens.controls import FILL
 
 Span = tuple[int, int]
 

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from stream_trainer.errors import SampleError
-from stream_trainer.samples.controls import FILL
+from stream_trainer.samples.tokens.controls import FILL
 
 Message = Mapping[str, Any]
 
@@ -88,15 +88,20 @@ class Template:
             raise SampleError("chat_template", f"the template refuses the messages ({_why(error, source)})") from error
         return texts[0], [(start, end) for start, end in spans[0]] if marked else []
 
+    @cached_property
     def takes_parts(self) -> bool:
         """Whether it writes contents that are lists of parts."""
-        if not hasattr(self, "_parts"):
-            said = [{"role": role, "content": [{"type": "text", "text": FILL}]} for role in ("user", "assistant")]
-            try:
-                self._parts = self.render(Conversation(said, (), None, {})).count(FILL) == 2
-            except SampleError:
-                self._parts = False
-        return self._parts
+        said = [{"role": role, "content": [{"type": "text", "text": FILL}]} for role in ("user", "assistant")]
+        try:
+            return self.render(Conversation(said, (), None, {})).count(FILL) == len(said)
+        except SampleError:
+            return False
+
+    def reads(self, argument: str) -> bool:
+        """Whether the name of an argument stands in it, or in one of several."""
+        found = self._tokenizer.chat_template
+        sources = found.values() if isinstance(found, Mapping) else [found or ""]
+        return any(re.search(rf"\b{re.escape(argument)}\b", source) for source in sources)
 
 
 def _why(error: Exception, source: str) -> str:

@@ -1,17 +1,16 @@
 """A conversation as the template writes it: its text, the parts that carry loss, and which control tokens are meant."""
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stream_trainer.errors import SampleError
+from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.samples.chat.messages import THOUGHTS, conversation_of
 from stream_trainer.samples.chat.spans import turn_spans
 from stream_trainer.samples.chat.template import Conversation, Template
-from stream_trainer.samples.controls import CLOSE, OPEN, Controls
-from stream_trainer.samples.whole import Marked
+from stream_trainer.samples.tokens.controls import CLOSE, OPEN, Controls
+from stream_trainer.samples.tokens.whole import Marked
 
 Span = tuple[int, int]
 
@@ -25,7 +24,13 @@ class Chats:
     def __init__(
         self, tokenizer: Any, controls: Controls, arguments: Mapping[str, Any], ignored: Sequence[str] = ()
     ) -> None:
+        """Raises SettingsError if the template does not read one of the `arguments`, which the settings give."""
         self.template = Template(tokenizer)
+        for name in arguments:
+            if not self.template.reads(name):
+                raise SettingsError(
+                    f"samples.template_arguments.{name} is not read by the tokenizer's chat template; leave it out"
+                )
         self._controls, self._arguments, self._ignored = controls, arguments, ignored
 
     def read(self, form: Mapping[str, Any]) -> tuple[Marked, float, tuple[str, ...]]:
@@ -90,7 +95,7 @@ def _check_all_is_written(template: Template, talk: Conversation, text: str, ign
     if talk.tools is not None and "tools" not in ignored:
         _check_changes(template, replace(talk, tools=None), text, "tools")
     for name in talk.arguments:
-        if not re.search(rf"\b{re.escape(name)}\b", template.source(talk.tools is not None)):
+        if not template.reads(name):
             raise SampleError("chat_template", f"the template does not read the argument {name[:40]}")
     for number, message in enumerate(talk.messages):
         for names in _extras(message):

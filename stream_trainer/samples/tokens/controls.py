@@ -92,7 +92,7 @@ def controls_of(tokenizer: Any) -> Controls:
 def _steers(text: str, special: bool, template: str) -> bool:
     if not text.replace("\u2581", " ").strip() or BYTE.fullmatch(text):
         return False
-    if special or text in template:
+    if special or (text in template and not text.isalnum()):  # a user's own words may stand there too
         return True
     return BRACKETED.fullmatch(text) is not None and not HTML.fullmatch(text.strip("</>").lower())
 
@@ -116,7 +116,8 @@ def fenced_backend(tokenizer: Any, controls: Controls) -> Tokenizer:
     described["model"] |= _renamed(described["model"], names)
     backend = Tokenizer.from_str(json.dumps(described))
     for text, number in controls.ids.items():
-        if backend.token_to_id(names[text]) != number or number not in backend.encode(names[text]).ids:
+        is_meant, is_text = (number in backend.encode(spelled).ids for spelled in (names[text], text))
+        if not is_meant or (is_text and number != tokenizer.unk_token_id):
             raise SettingsError(
                 f"model.tokenizer={tokenizer.name_or_path} cannot be told what of a text is its token {text!r}; "
                 "name another tokenizer"

@@ -1,0 +1,1 @@
+"""Texts to token ids as a whole, with control tokens told from text."""
