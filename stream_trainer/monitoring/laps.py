@@ -29,10 +29,10 @@ class Rest:
 
     def note(self) -> None:
         """To be called where no phase is under way."""
-        now = self._clock()
-        other = now - self._last - (self._sum() - self._spent)
-        self._counter.labels("other").inc(max(0.0, other))
-        self._last, self._spent = now, self._sum()
+        now, spent = self._clock(), self._sum()
+        other = max(0.0, now - self._last - (spent - self._spent))
+        self._counter.labels("other").inc(other)
+        self._last, self._spent = now, spent + other
 
     def _sum(self) -> float:
         (family,) = self._counter.collect()

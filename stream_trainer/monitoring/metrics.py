@@ -5,6 +5,7 @@ closed sets only. Children of labelled metrics are created at the start, for an 
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 
@@ -30,6 +31,7 @@ PREFIX = "stream_trainer"
 
 STEP_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 AGE_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
+FEATURES_S = 1.0
 SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 
 PHASES = (
@@ -95,6 +97,7 @@ class Metrics:
 
     def __init__(self, reasons: Iterable[str] = (), arms: int = 0) -> None:
         """`reasons`: the closed set of dead-letter reasons. `arms`: of the bandit that draws, if one does."""
+        self._features_due = 0.0
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -131,6 +134,13 @@ class Metrics:
     def happened(self, kind: str) -> None:
         """Note the time of an event of one of `EVENTS`."""
         self.last_event.labels(kind).set_to_current_time()
+
+    def features_due(self) -> bool:
+        """Whether the features' coefficients, a series or two for each, are to be shown again: once a second."""
+        now = time.monotonic()
+        due = now >= self._features_due
+        self._features_due = now + FEATURES_S if due else self._features_due
+        return due
 
     def count_outcomes(self, counts: Callable[[], Mapping[Outcome, int]]) -> None:
         """Show these counts of decided records, which somebody else keeps."""

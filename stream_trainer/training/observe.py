@@ -46,7 +46,7 @@ def observe_step(
     metrics.target_refusals.inc(int(report.target_refused))
     _observe_ages(metrics, (*pool, *undrawn))
     _observe_decision(metrics, report)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # unlike is_available, at no cost
         metrics.gpu_memory.labels("allocated").set(torch.cuda.memory_allocated())
         metrics.gpu_memory.labels("reserved").set(torch.cuda.memory_reserved())
 
@@ -113,6 +113,8 @@ def _observe_learned(metrics: Metrics, sampler: LearnedSampler, *, probed: bool)
     metrics.draw_probes.inc(int(probed))
     metrics.draw_explained.set(learned.explained)
     metrics.draw_probe_interval.set(learned.interval)
+    if not (probed or metrics.features_due()):
+        return
     columns = zip(learned.table.names, learned.coefficients_d.tolist(), learned.deviations_d.tolist(), strict=True)
     for name, coefficient, deviation in columns:
         if name.startswith(UNSEEN):

@@ -15,7 +15,6 @@ from dataclasses import InitVar, dataclass, field
 from itertools import zip_longest
 from typing import NoReturn
 
-import torch
 from gradient_selectors import MaskedAdamW, SelectionEngine
 from gradient_selectors.state import load_states, states_of
 
@@ -382,8 +381,6 @@ class Trainer:
             self.metrics.mask_density.set(self.optimizer.density)
         observe_stages(self.metrics, self.engine, self.sampler, report)
         note_advantage(self.paying, self.sampler, made.whole, self.step, self.metrics, self.watchers)
-        losses = torch.tensor(report.losses)
-        logger.debug(
-            "step %d: %s, pool loss %.4f, selected %s", self.step, report.result, losses.mean(), report.selected
-        )
+        loss = sum(report.losses) / len(report.losses)
+        logger.debug("step %d: %s, pool loss %.4f, selected %s", self.step, report.result, loss, report.selected)
         self.watchers.step(self.step, pool, report)
