@@ -113,8 +113,8 @@ def _only_form(fields: dict[str, Any]) -> dict[str, Any]:
         raise SampleError("ambiguous_fields", f"{names} exclude each other")
     if not begun or not all(name in fields for name in begun[0]):
         raise SampleError("missing_fields", f"needs text, or prompt and response, or messages{_looks_like(fields)}")
-    names = begun[0] if "messages" not in fields else (*begun[0], *BESIDE_MESSAGES)
-    return {name: fields[name] for name in names if name in fields}
+    wanted = begun[0] if "messages" not in fields else (*begun[0], *BESIDE_MESSAGES)
+    return {name: fields[name] for name in wanted if name in fields}
 
 
 def _looks_like(fields: dict[str, Any]) -> str:

@@ -78,5 +78,6 @@ def framing_of(tokenizer: Any, controls: Controls, formatted: str) -> Framing:
         logger.warning(
             "the tokenizer %s names no end token: nothing is learnt of where an answer ends", tokenizer.name_or_path
         )
-    ends = [[] if number is None else [number] for number in (of_text, of_response)]
-    return Framing(controls, Markers(tokenizer, controls), [start] if adds_start else [], *ends, formatted)
+    end_of_text, end_of_response = ([] if number is None else [number] for number in (of_text, of_response))
+    own_start = [start] if adds_start else []
+    return Framing(controls, Markers(tokenizer, controls), own_start, end_of_text, end_of_response, formatted)

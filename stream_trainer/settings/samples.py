@@ -8,8 +8,18 @@ from stream_trainer.settings.base import Count, Section
 
 Name = Annotated[str, Field(min_length=1)]
 Ours = Literal[
-    *("text", "prompt", "response", "messages", "role", "content", "system", "tools"),
-    *("id", "weight", "timestamp", "domain"),
+    "text",
+    "prompt",
+    "response",
+    "messages",
+    "role",
+    "content",
+    "system",
+    "tools",
+    "id",
+    "weight",
+    "timestamp",
+    "domain",
 ]
 GIVEN_BY_US = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 
