@@ -274,11 +274,14 @@ def _config(arguments: Sequence[str]) -> int:
         return 0
 
     from stream_trainer.commands.check import check_all, require
+    from stream_trainer.commands.checking.unused import without_effect
 
     checks = check_all(settings)
     for check in checks:
         if check.ok:
             _print(f"ok: {check.name}: {check.detail}")
+    for line in without_effect(settings):
+        _print(f"note: {line}")
     require(checks)
     return 0
 

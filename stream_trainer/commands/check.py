@@ -6,13 +6,15 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from stream_trainer.checkpoints.trouble import try_out
+from stream_trainer.commands.checking.contents import on_the_hub, samples_in, stream_file, weights_in
+from stream_trainer.commands.checking.result import Check
+from stream_trainer.commands.checking.space import space
 from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.monitoring.server import listen_problem
 from stream_trainer.settings.schema import ModelSettings, Settings
@@ -25,18 +27,10 @@ FLOAT32_BYTES = 4
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that was looked at. `detail` is the whole error line if it is not `ok`."""
-
-    name: str
-    ok: bool
-    detail: str
-
-
 def check_all(settings: Settings) -> list[Check]:
-    """Everything: what `check_offline` looks at, then the port and the brokers."""
-    return [*check_offline(settings), *_server(settings), *_kafka(settings)]
+    """Everything: what `check_offline` looks at, then memory and disk, the hub, the port and the brokers."""
+    found = [*check_offline(settings), *space(settings), *on_the_hub(settings.model)]
+    return [*found, *_server(settings), *_kafka(settings)]
 
 
 def check_offline(settings: Settings) -> list[Check]:
@@ -67,13 +61,23 @@ def _files(settings: Settings) -> Iterator[Check]:
         "selection.mask_path": settings.selection.mask_path,
     }
     named |= {f"evaluation.sets.{name}": path for name, path in settings.evaluation.sets.items()}
+    dual_sft = settings.selection.dual_sft
     if settings.selection.mask == "dual_sft":
-        named["selection.dual_sft.anchor_path"] = settings.selection.dual_sft.anchor_path
+        named["selection.dual_sft.anchor_path"] = dual_sft.anchor_path
     if settings.source.kind == "jsonl" and settings.source.jsonl.path != "-":
         named["source.jsonl.path"] = Path(settings.source.jsonl.path or "")
+    limits = {"target.path": settings.target.max_samples, "selection.dual_sft.anchor_path": dual_sft.anchors}
     for name, path in named.items():
-        if path is not None:
-            yield _readable(name, path)
+        if path is None:
+            continue
+        readable = _readable(name, path)
+        if not readable.ok or name == "selection.mask_path" or not (path.is_file() or path.is_dir()):
+            yield readable  # a pipe gives what it holds only once
+        elif name == "source.jsonl.path":
+            yield stream_file(path)
+        else:
+            limit = limits.get(name, settings.evaluation.max_samples)
+            yield samples_in(name, path, limit, settings.samples.max_bytes)
 
 
 def _security(settings: Settings) -> Iterator[Check]:
@@ -110,6 +114,8 @@ def _own_selector(settings: SelectionSettings) -> Iterator[Check]:
 
 def _readable(name: str, path: Path) -> Check:
     try:
+        if path.is_dir():
+            return Check(name, True, str(path))  # perhaps a dataset on disk
         with path.open("rb") as file:
             file.read(1)
     except OSError as error:
@@ -191,7 +197,10 @@ def _num_weights(file: Path) -> int:
 
 def _model(model: ModelSettings) -> Iterator[Check]:
     if model.name is not None:
-        yield _origin("model.name", model.name, f"a file {model.gguf_file}" if model.gguf_file else "a model directory")
+        wanted = f"a file {model.gguf_file}" if model.gguf_file else "a model directory"
+        origin = _origin("model.name", model.name, wanted)
+        is_whole = origin.ok and Path(model.name).is_dir() and model.gguf_file is None
+        yield weights_in("model.name", Path(model.name)) if is_whole else origin
         if model.gguf_file is not None and Path(model.name).is_dir():
             yield _readable("model.gguf_file", Path(model.name) / model.gguf_file)
     if model.tokenizer not in (None, "bytes"):

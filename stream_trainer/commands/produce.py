@@ -320,7 +320,7 @@ def parse_files(arguments: Sequence[str]) -> tuple[list[Path], list[float] | Non
         files.append(Path(name))
         shares.append(_parse_share(argument, share))
     for path in files:
-        if not path.exists():
+        if not (path.is_file() or path.is_dir()):
             raise SettingsError(f"file {path} does not exist; correct the path")
     if shares and len(shares) < len(files):
         raise SettingsError(f"{len(shares)} of {len(files)} files have a share; give every file one, or none")

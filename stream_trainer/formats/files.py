@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.formats.array import FormError, elements
@@ -96,13 +95,13 @@ def records_in(path: Path, label: str, start: int = 0) -> Iterator[bytes]:
         if form == DATASET:
             yield from rows_of_dataset(path, start)
             return
-        with path.open("rb") as file:
-            head = file.read(_LOOKED_AT)
-            file.seek(0)
+        # Looked at without going back, for it may be a pipe.
+        with path.open("rb", buffering=_LOOKED_AT) as file:
+            head = file.peek(_LOOKED_AT)
             if form_of_bytes(head) == PARQUET:
                 yield from rows_of_parquet(path, start)
             elif head.startswith(_GZIP):
-                with gzip.GzipFile(fileobj=file) as unpacked:
+                with io.BufferedReader(gzip.GzipFile(fileobj=file), _LOOKED_AT) as unpacked:  # type: ignore[type-var]
                     yield from after(_records(unpacked), start)
             else:
                 yield from after(_records(file), start)
@@ -121,9 +120,8 @@ def main_file(path: Path) -> Path:
     return path / STATE if path.is_dir() else path
 
 
-def _records(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
-    head = file.read(_LOOKED_AT)
-    file.seek(0)
+def _records(file: io.BufferedReader) -> Iterator[bytes]:
+    head = file.peek(_LOOKED_AT)
     encoding = _encoding(head)
     text = head if encoding is None else head.decode(encoding, "ignore").encode(errors="ignore")
     if encoding is None and not _is_array(text):

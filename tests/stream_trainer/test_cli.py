@@ -136,6 +136,8 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory and an environment in which `config check` succeeds."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").touch()
     (tmp_path / "target.jsonl").write_text('{"text": "a"}\n')
     for name, value in BASE.items():
         monkeypatch.setenv(name, value)

@@ -75,6 +75,7 @@ def test_targets_and_evaluation_sets(form: str, tmp_path: Path) -> None:
 def test_what_cannot_be_read_ends_a_run(place: str, kind: str, tmp_path: Path, capsys: Any) -> None:
     path, words = refused_file(kind, tmp_path)
     write_lines(tmp_path / "samples.jsonl", [good(number) for number in range(16)])
+    sections: dict[str, dict[str, Any]]
     sections = {"target": {"target": {"path": str(path)}}, "evaluation": {"evaluation": {"sets": {"x": str(path)}}}}
     source = path if place == "source" else tmp_path / "samples.jsonl"
     config = configuration(tmp_path, jsonl(source), **sections.get(place, {}))

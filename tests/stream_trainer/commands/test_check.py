@@ -24,6 +24,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings under which every check succeeds."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "unknown"}')
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
     for name in ("target.jsonl", "samples.jsonl", "retention.jsonl"):
         (tmp_path / name).write_text('{"text": "a"}\n')
     options = [

@@ -1,7 +1,9 @@
 """One reader: the same records whatever the format of the file, and what is none of them is named."""
 
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,3 +135,13 @@ def test_an_element_may_be_longer_than_what_is_read_at_once() -> None:
 def test_what_is_no_array(text: str) -> None:
     with pytest.raises(FormError):
         list(elements(reader_of(text)))
+
+
+@pytest.mark.parametrize("form", ["lines", "gzip", "array"])
+def test_a_pipe_is_read_once(form: str, tmp_path: Path) -> None:
+    content, pipe = write(form, tmp_path, ROWS).read_bytes(), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(content))
+    writer.start()
+    assert [json.loads(value) for value in records_in(pipe, "x")] == ROWS
+    writer.join()

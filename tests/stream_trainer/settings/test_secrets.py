@@ -162,8 +162,10 @@ def test_a_password_in_the_right_place_is_in_no_output_either(
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr("stream_trainer.monitoring.logs.configure_logging", lambda _: None)
     caplog.set_level(logging.DEBUG)
-    Path("target.jsonl").touch()
+    Path("target.jsonl").write_text('{"text": "a"}\n')
     Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    Path("model/model.safetensors").touch()
     sasl = {"security_protocol": "SASL_SSL", "sasl_mechanism": "PLAIN", "sasl_username": "u", "sasl_password": PLANTED}
     options = [f"--source.kafka.{name}={value}" for name, value in sasl.items()]
     kafka = ["--source.kind=kafka", "--source.kafka.topic=t", "--source.kafka.bootstrap_servers=127.0.0.1:1"]

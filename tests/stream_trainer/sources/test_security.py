@@ -82,8 +82,10 @@ def test_they_end_a_command_with_exit_code_2(
     tls: Path, command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("target.jsonl").touch()
+    Path("target.jsonl").write_text('{"text": "a"}\n')
     Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    Path("model/model.safetensors").touch()
     options = {f"source.kafka.{name}": value for name, value in {"topic": "t", "security_protocol": "SSL"}.items()}
     options |= {"source.kafka.ssl_cafile": f"{tls}/garbage.pem", "model.name": "model", "target.path": "target.jsonl"}
     options |= {

@@ -1,0 +1,1 @@
+"""What `config check` looks at, one question a module; `commands.check` asks them all."""
