@@ -18,7 +18,7 @@ from stream_trainer.errors import SampleError, StreamTrainerError
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.samples.decoder import REASONS
 from stream_trainer.settings.help import schema
-from stream_trainer.settings.selection import PROFILES, TARGET_PROFILES
+from stream_trainer.settings.sections.selection import PROFILES, TARGET_PROFILES
 
 REFERENCE = Path(__file__).parent / "reference"
 GENERATED = "<!-- Written by docs/generate.py. Change the code, then run it again. -->\n"

@@ -100,7 +100,7 @@ def serve(
             _take_directory(settings.checkpoint.dir, stack)
         metrics.disk_free.set_function(partial(free_bytes, settings.checkpoint.dir))
         orders = Orders()
-        metrics.processes.set(1 if world is None else world.size)
+        metrics.ranks.processes.set(1 if world is None else world.size)
         if control is not None:
             watchers += (counting(control.world, metrics),)
         watchers += (Watcher(on_event=lambda _, kind, __: metrics.happened(kind)),)

@@ -22,7 +22,7 @@ from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.samples.decoder import Decoder, read_samples
 from stream_trainer.service import serve
-from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.sections.selection import SelectionSettings
 from stream_trainer.training.watchers import Watcher
 
 SHARE = 25  # of the target's domain in a stream, in percent

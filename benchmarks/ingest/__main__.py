@@ -47,7 +47,7 @@ from stream_trainer.records import Partition, Record
 from stream_trainer.samples.decoder import Decoder
 from stream_trainer.samples.fields import parse_fields
 from stream_trainer.settings.schema import SampleSettings
-from stream_trainer.settings.source import SourceSettings
+from stream_trainer.settings.sections.source import SourceSettings
 from stream_trainer.sources import open_source
 
 RECORDS, READINGS, LAG_S, STEPS = 20_000, 3, 12.0, 12

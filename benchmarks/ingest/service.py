@@ -27,7 +27,7 @@ from stream_trainer.records import Outcome, Sample
 from stream_trainer.samples.decoder import REASONS, Decoder
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import BufferSettings, Settings
-from stream_trainer.settings.source import SourceSettings
+from stream_trainer.settings.sections.source import SourceSettings
 from stream_trainer.sources import open_source
 from stream_trainer.training.watchers import Watcher
 

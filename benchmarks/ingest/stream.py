@@ -11,7 +11,7 @@ from typing import Any
 from stream_trainer.commands.produce import produce
 from stream_trainer.errors import SettingsError
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
-from stream_trainer.settings.source import JsonlSettings, KafkaSettings, SourceSettings
+from stream_trainer.settings.sections.source import JsonlSettings, KafkaSettings, SourceSettings
 
 RECORD_BYTES = 1000
 PROMPT_CHARS = 120

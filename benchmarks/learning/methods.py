@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stream_trainer.settings.selection import WAIT, SelectionSettings
+from stream_trainer.settings.sections.selection import WAIT, SelectionSettings
 
 POOL, BATCH = 16, 4
 PROBE = 8  # scored by a probe, or by Filter-then-Weight after a draw without gradients

@@ -23,7 +23,7 @@ from stream_trainer.models.loading import LoadedModel
 from stream_trainer.records import Partition
 from stream_trainer.settings.base import Section
 from stream_trainer.settings.schema import Settings
-from stream_trainer.settings.source import SourceSettings
+from stream_trainer.settings.sections.source import SourceSettings
 
 # With another one of these the run would be wrong; with another of the rest it is another run.
 REFUSED = ("model.config", "model.parameters", "model.tokenizer_contents", "source.jsonl.contents")

@@ -18,8 +18,8 @@ from stream_trainer.commands.checking.space import space
 from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.monitoring.server import listen_problem
 from stream_trainer.settings.schema import ModelSettings, Settings
-from stream_trainer.settings.selection import SelectionSettings
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.selection import SelectionSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 
 FLOAT32_BYTES = 4
 

@@ -16,9 +16,9 @@ from pydantic import SecretStr, ValidationError
 from stream_trainer.errors import ControlError, SettingsError
 from stream_trainer.monitoring.control import is_loopback, token_of
 from stream_trainer.monitoring.orders import ACTIONS
-from stream_trainer.settings.control import ControlSettings
 from stream_trainer.settings.loading import CONFIG_VARIABLE, load_settings
 from stream_trainer.settings.schema import ENVIRONMENT_PREFIX
+from stream_trainer.settings.sections.control import ControlSettings
 
 TIMEOUT_S = 30.0
 ASK_EVERY_S = 0.5

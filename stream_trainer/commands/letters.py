@@ -9,7 +9,7 @@ from stream_trainer.commands.produce import add_connection_arguments, kafka_sett
 from stream_trainer.errors import SettingsError
 from stream_trainer.ingest.letter import DeadLetter, from_message, read_dead_letters
 from stream_trainer.ingest.letter_mark import aside, rotated
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.kafka import KafkaSource
 
 POLL_S = 0.2

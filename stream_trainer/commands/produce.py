@@ -29,7 +29,7 @@ from stream_trainer.commands.publish import COMMIT_S, Publisher
 from stream_trainer.errors import SettingsError, SourceError
 from stream_trainer.formats.files import LINES, form_of, main_file, records_in
 from stream_trainer.settings.schema import ENVIRONMENT_PREFIX
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.connection import Topic, connect, describe_topic
 
 FIRST_BYTES = 4096  # of a file's first line, which tell it from another of its name

@@ -16,7 +16,7 @@ from kafka.protocol.api_key import ApiKey
 from kafka.structs import OffsetAndMetadata
 
 from stream_trainer.errors import SourceError
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.connection import abandon, connect
 
 IN_FLIGHT_RECORDS = 2_000  # the client has no memory limit of its own, so wait for acknowledgements this often

@@ -37,8 +37,8 @@ from stream_trainer.settings.schema import (
     TargetSettings,
     TrainingSettings,
 )
-from stream_trainer.settings.selection import SelectionSettings
-from stream_trainer.settings.source import JsonlSettings, KafkaSettings, SourceSettings
+from stream_trainer.settings.sections.selection import SelectionSettings
+from stream_trainer.settings.sections.source import JsonlSettings, KafkaSettings, SourceSettings
 from stream_trainer.training.watchers import Watcher
 
 INTAKE = 32  # records of the stream that come in for each step

@@ -90,7 +90,7 @@ def counting(world: World, metrics: Metrics) -> Watcher:
 
     def on_step(*_: object) -> None:
         for kind, sent in world.sent.items():
-            metrics.sent.labels(kind).inc(sent - counted[kind])
+            metrics.ranks.sent.labels(kind).inc(sent - counted[kind])
             counted[kind] = sent
 
     return Watcher(on_step=on_step)

@@ -23,7 +23,7 @@ from kafka.errors import (
 
 from stream_trainer.ingest.letter import DeadLetter, from_message, to_message
 from stream_trainer.records import Partition
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.connection import abandon, connect
 from stream_trainer.sources.kafka import KafkaSource
 

@@ -20,7 +20,7 @@ from stream_trainer.errors import FencedError, SettingsError, SourceError, Strea
 from stream_trainer.ingest.letter import MAX_HELD, DeadLetter, are_too_many
 from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.ingest.letter_sender import CLIENT_ID, LetterSender, TooLargeError, TopicMark, mark_at_end
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.connection import abandon, connect
 
 PATIENCE_S = 60.0  # a letter held for longer pauses reading: else what is decided behind it would pile up in the cursor

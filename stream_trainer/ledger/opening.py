@@ -4,7 +4,7 @@ from stream_trainer.checkpoints.ownership import Owner
 from stream_trainer.errors import SettingsError
 from stream_trainer.ledger.names import NEEDS
 from stream_trainer.records import Decisions
-from stream_trainer.settings.ledger import LedgerSettings
+from stream_trainer.settings.sections.ledger import LedgerSettings
 
 
 def open_ledger(settings: LedgerSettings, owner: Owner, decided: int) -> Decisions | None:

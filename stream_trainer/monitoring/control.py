@@ -16,8 +16,8 @@ from stream_trainer.errors import SettingsError
 from stream_trainer.monitoring.orders import ACTIONS, Order, Orders, Outcome
 from stream_trainer.monitoring.pages import Response, Values, json_response, text_response
 from stream_trainer.monitoring.server import Handler, HttpServer, listen
-from stream_trainer.settings.control import TOKEN, TOKEN_RULE, ControlSettings
 from stream_trainer.settings.secrets import read_secret
+from stream_trainer.settings.sections.control import TOKEN, TOKEN_RULE, ControlSettings
 
 WAIT_S = 5.0  # for an order to be obeyed; half of what a connection has
 WARN_EVERY_S = 60.0

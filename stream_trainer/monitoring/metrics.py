@@ -23,6 +23,9 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from stream_trainer.monitoring.groups.draws import DrawMetrics
+from stream_trainer.monitoring.groups.moved import MovedMetrics
+from stream_trainer.monitoring.groups.ranks import RankMetrics
 from stream_trainer.monitoring.groups.shadow import ShadowMetrics
 from stream_trainer.monitoring.orders import ACTIONS
 from stream_trainer.records import Outcome
@@ -39,7 +42,6 @@ PHASES = (
     *("shadow", "other"),
 )
 READING = ("wait", "decode", "hold", "commit", "other")
-SENT = ("sum", "rows", "exchange", "control")  # updates and targets, numbers by sample, gradients, facts
 GPU_MEMORY = ("allocated", "reserved")
 UNSELECTED = ("undrawn", "low_scored", "filtered", "duplicate")
 EVENTS = (
@@ -112,8 +114,8 @@ class Metrics:
         for reason in reasons:
             self.dead_letters.labels(reason)
         for arm in range(arms):
-            self.arm_reward.labels(str(arm))
-            self.arm_draws.labels(str(arm))
+            self.draws.arm_reward.labels(str(arm))
+            self.draws.arm_draws.labels(str(arm))
 
     def durable(self, step: int, time: float, size: int) -> None:
         """Show the last checkpoint: its step, when it was written (Unix time), and its bytes."""
@@ -245,12 +247,7 @@ class Metrics:
         self.forgetting = self._gauge(
             "forgetting_ratio", "Loss on a fixed set over the first one measured, before it was trained.", ("set",)
         )
-        self.moved_tensors = self._gauge(
-            "moved_tensors_ratio", "Share of the trained tensors that changed between the last two evaluations."
-        )
-        self.moved_weights = self._gauge("moved_weights_ratio", "The same of their weights, an estimate.")
-        for gauge in (self.moved_tensors, self.moved_weights):
-            gauge.set(math.nan)
+        self.moved = MovedMetrics(self._gauge)
         self.state = Enum(
             f"{PREFIX}_state",
             "What the service is doing.",
@@ -308,27 +305,10 @@ class Metrics:
     def _stages(self) -> None:
         """Of what draws, routes and masks. Layers are known once the model is loaded."""
         self.waiting_records = self._gauge("waiting_records", "Samples that wait to be drawn.")
-        self.arm_reward = self._gauge(
-            "arm_reward", "Discounted mean reward of a cluster, in units of all clusters' mean size.", ("arm",)
-        )
-        self.arm_draws = self._counter("arm_draws_total", "Samples drawn from a cluster.", ("arm",))
-        self.draw_coefficient = self._gauge(
-            "draw_coefficient", "What a feature is thought to add to a sample's worth, in its deviations.", ("feature",)
-        )
-        self.draw_coefficient_deviation = self._gauge(
-            "draw_coefficient_deviation", "How uncertain that is: one standard deviation.", ("feature",)
-        )
-        self.way_rate = self._gauge(
-            "way_rate", "Progress of a way of training in the time of a plain step, by `draw: auto`.", ("way",)
-        )
+        self.draws = DrawMetrics(self._counter, self._gauge)
         self.training_way = Enum(
             f"{PREFIX}_training_way", "What `draw: auto` has chosen.", states=list(WAYS), registry=self.registry
         )
-        self.draw_explained = self._gauge(
-            "draw_explained_ratio", "Share of the utilities' variance in late probes that was predicted."
-        )
-        self.draw_probe_interval = self._gauge("draw_probe_interval_steps", "Steps between probes.")
-        self.draw_probes = self._counter("draw_probes_total", "Probes: steps that scored what was drawn.")
         self.route_entropy = self._gauge(
             "route_entropy_ratio", "How undecided a layer's draw is: 0 for one sample, 1 for all alike.", ("layer",)
         )
@@ -375,10 +355,7 @@ class Metrics:
         for kind in GPU_MEMORY:
             self.gpu_memory.labels(kind)
         self.owner_epoch = self._gauge("owner_epoch", "How often the directory of checkpoints has had a new owner.")
-        self.processes = self._gauge("processes", "Processes that make the run together.")
-        self.sent = self._counter("sent_bytes_total", "Bytes sent to the other processes of the run.", ("kind",))
-        for kind in SENT:
-            self.sent.labels(kind)
+        self.ranks = RankMetrics(self._counter, self._gauge)
         self.fenced = self._gauge("fenced", "1 once another trainer has taken over; this one is about to end.")
         self.last_event = self._gauge(
             "last_event_timestamp_seconds", "When something last happened, by kind; 0 before it has.", ("kind",)

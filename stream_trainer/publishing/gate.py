@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from stream_trainer.settings.publish import PublishSettings
+from stream_trainer.settings.sections.publish import PublishSettings
 
 TARGET = "target"
 

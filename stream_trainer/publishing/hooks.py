@@ -13,7 +13,7 @@ from stream_trainer.publishing.held import HeldFiles
 from stream_trainer.publishing.making import ADAPTER_DIRECTORY
 from stream_trainer.publishing.stores import StoreError, hub_uploader, open_store, upload, upload_current
 from stream_trainer.publishing.versions import ABOUT
-from stream_trainer.settings.publish import PublishSettings, VllmSettings
+from stream_trainer.settings.sections.publish import PublishSettings, VllmSettings
 
 Hook = Callable[[Path], None]
 """Called with the directory of a version. Raises HookError or StoreError."""

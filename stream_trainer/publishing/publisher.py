@@ -31,7 +31,7 @@ from stream_trainer.publishing.versions import (
     remove_leftovers,
     versions_in,
 )
-from stream_trainer.settings.publish import PublishSettings
+from stream_trainer.settings.sections.publish import PublishSettings
 from stream_trainer.training.watchers import OnEvent, Watcher
 
 logger = logging.getLogger(__name__)

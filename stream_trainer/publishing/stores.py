@@ -9,7 +9,7 @@ from stream_trainer.errors import SettingsError
 from stream_trainer.models.refusals import first_line, loading
 from stream_trainer.publishing.held import HeldFiles
 from stream_trainer.publishing.versions import CURRENT, read_about
-from stream_trainer.settings.publish import HubSettings
+from stream_trainer.settings.sections.publish import HubSettings
 
 
 class StoreError(Exception):

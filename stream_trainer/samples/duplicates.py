@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import Any
 
 from stream_trainer.records import Sample
-from stream_trainer.settings.samples import SampleSettings
+from stream_trainer.settings.sections.samples import SampleSettings
 
 BYTES = 8
 

@@ -13,13 +13,13 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from stream_trainer.settings.base import Count, NonNegative, Positive, Section, Share
-from stream_trainer.settings.control import ControlSettings
-from stream_trainer.settings.distributed import DistributedSettings, why_not_shared
-from stream_trainer.settings.ledger import LedgerSettings
-from stream_trainer.settings.publish import PublishSettings, StoreUrl, TrackingSettings
-from stream_trainer.settings.samples import SampleSettings as SampleSettings
-from stream_trainer.settings.selection import TARGET_PROFILES, SelectionSettings, set_by_profile
-from stream_trainer.settings.source import SourceSettings
+from stream_trainer.settings.sections.control import ControlSettings
+from stream_trainer.settings.sections.distributed import DistributedSettings, why_not_shared
+from stream_trainer.settings.sections.ledger import LedgerSettings
+from stream_trainer.settings.sections.publish import PublishSettings, StoreUrl, TrackingSettings
+from stream_trainer.settings.sections.samples import SampleSettings as SampleSettings
+from stream_trainer.settings.sections.selection import TARGET_PROFILES, SelectionSettings, set_by_profile
+from stream_trainer.settings.sections.source import SourceSettings
 
 ENVIRONMENT_PREFIX = "STREAM_TRAINER_"
 

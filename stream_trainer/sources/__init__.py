@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from stream_trainer.settings.source import SourceSettings
+from stream_trainer.settings.sections.source import SourceSettings
 from stream_trainer.sources.base import NoSource, Source
 from stream_trainer.sources.jsonl import JsonlSource
 

@@ -17,7 +17,7 @@ from kafka.errors import KafkaError
 
 from stream_trainer.errors import SourceAwayError
 from stream_trainer.records import Partition
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.batches import mark_of
 from stream_trainer.sources.connection import Topic
 from stream_trainer.sources.group import Group

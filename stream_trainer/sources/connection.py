@@ -17,7 +17,7 @@ from kafka.errors import KafkaError, for_code
 from kafka.net.compat import KafkaNetClient
 
 from stream_trainer.errors import SettingsError, SourceAwayError, SourceError
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.security import security_options
 from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS
 

@@ -30,7 +30,7 @@ from kafka.structs import OffsetAndMetadata
 
 from stream_trainer.errors import FencedError, SourceAwayError, SourceError
 from stream_trainer.records import Partition
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.connection import connect
 from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS, to_kafka
 

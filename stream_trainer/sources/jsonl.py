@@ -25,7 +25,7 @@ from stream_trainer.formats.array import FormError
 from stream_trainer.formats.files import LINES, form_of, form_of_bytes, records_in
 from stream_trainer.formats.tables import EndsBeforeError
 from stream_trainer.records import Partition, Record
-from stream_trainer.settings.source import JsonlSettings
+from stream_trainer.settings.sections.source import JsonlSettings
 
 CHUNK_BYTES = 64 * 1024
 CHUNK_RECORDS = 64

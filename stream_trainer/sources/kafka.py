@@ -17,7 +17,7 @@ from kafka.errors import AuthorizationError, KafkaError, LogTruncationError, Off
 
 from stream_trainer.errors import SourceAwayError, SourceError
 from stream_trainer.records import Partition, Record
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.batches import record_of
 from stream_trainer.sources.beginning import Brokers, Cursor, where_to_begin
 from stream_trainer.sources.connection import connect, describe_topic, require_codecs, require_topic

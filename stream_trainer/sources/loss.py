@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from stream_trainer.errors import DataLossError
 from stream_trainer.records import Partition
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import re
 
 from stream_trainer.errors import CheckpointError
 from stream_trainer.records import Partition
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 
 
 def may_begin(settings: KafkaSettings, partition: Partition, offset: int, metadata: str | None) -> bool:

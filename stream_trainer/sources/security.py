@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.settings.secrets import read_secret
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 
 
 def security_options(settings: KafkaSettings) -> dict[str, Any]:

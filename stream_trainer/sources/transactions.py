@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from stream_trainer.errors import SourceError
 from stream_trainer.records import Partition
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 
 SAY_AFTER_S = 10.0
 

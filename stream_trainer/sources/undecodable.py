@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from stream_trainer.errors import SourceError
 from stream_trainer.records import Partition, Record
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.batches import in_one_line, salvage
 from stream_trainer.sources.topic_log import TopicLog
 

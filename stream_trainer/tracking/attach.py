@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 from stream_trainer.monitoring.metrics import Metrics
-from stream_trainer.settings.publish import TrackingSettings
+from stream_trainer.settings.sections.publish import TrackingSettings
 from stream_trainer.tracking.otlp import OtlpReporter
 from stream_trainer.tracking.reporting import Reporter
 from stream_trainer.tracking.scalars import scalars_of

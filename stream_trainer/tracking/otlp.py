@@ -13,7 +13,7 @@ from prometheus_client.core import Metric, Sample
 from stream_trainer import __version__
 from stream_trainer.models.refusals import first_line, loading
 from stream_trainer.monitoring.metrics import Metrics
-from stream_trainer.settings.publish import TrackingSettings
+from stream_trainer.settings.sections.publish import TrackingSettings
 
 logger = logging.getLogger(__name__)
 

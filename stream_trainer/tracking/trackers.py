@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream_trainer.models.refusals import loading
-from stream_trainer.settings.publish import TrackingSettings
+from stream_trainer.settings.sections.publish import TrackingSettings
 
 MLFLOW_BATCH = 1000  # metrics that one request may have
 

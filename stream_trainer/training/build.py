@@ -35,7 +35,7 @@ from stream_trainer.models.loading import LoadedModel
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
-from stream_trainer.settings.selection import PREDICTS, BuiltInWeigh, DualSftSettings, SelectionSettings
+from stream_trainer.settings.sections.selection import PREDICTS, BuiltInWeigh, DualSftSettings, SelectionSettings
 from stream_trainer.training.own_selector import load_selector
 
 

@@ -83,8 +83,8 @@ class Evaluations:
         began = time.perf_counter()
         self.moved = self._looks.look()
         if self.moved is not None:
-            self.metrics.moved_tensors.set(self.moved.tensors)
-            self.metrics.moved_weights.set(self.moved.weights)
+            self.metrics.moved.tensors.set(self.moved.tensors)
+            self.metrics.moved.weights.set(self.moved.weights)
             logger.debug("step %d: did not move since the last evaluation: %s", step, ", ".join(self.moved.still))
         self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - began)
 

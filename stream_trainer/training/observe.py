@@ -99,9 +99,9 @@ def _observe_draw(metrics: Metrics, sampler: PoolSampler, *, probed: bool) -> No
         _observe_learned(metrics, sampler, probed=probed)
     if isinstance(sampler, BanditSampler):
         for arm, mean in enumerate(sampler.bandit.moments.means_K.tolist()):
-            metrics.arm_reward.labels(str(arm)).set(mean)
+            metrics.draws.arm_reward.labels(str(arm)).set(mean)
         for arm in sampler.last_arms:
-            metrics.arm_draws.labels(str(arm)).inc()
+            metrics.draws.arm_draws.labels(str(arm)).inc()
 
 
 def _observe_learned(metrics: Metrics, sampler: LearnedSampler, *, probed: bool) -> None:
@@ -109,18 +109,18 @@ def _observe_learned(metrics: Metrics, sampler: LearnedSampler, *, probed: bool)
     if isinstance(sampler.draw, AutoDraw):
         metrics.training_way.state(sampler.draw.way)
         for way, rate in sampler.draw.rates.items():
-            metrics.way_rate.labels(way).set(rate)
-    metrics.draw_probes.inc(int(probed))
-    metrics.draw_explained.set(learned.explained)
-    metrics.draw_probe_interval.set(learned.interval)
+            metrics.draws.way_rate.labels(way).set(rate)
+    metrics.draws.probes.inc(int(probed))
+    metrics.draws.explained.set(learned.explained)
+    metrics.draws.probe_interval.set(learned.interval)
     if not (probed or metrics.features_due()):
         return
     columns = zip(learned.table.names, learned.coefficients_d.tolist(), learned.deviations_d.tolist(), strict=True)
     for name, coefficient, deviation in columns:
         if name.startswith(UNSEEN):
             continue
-        metrics.draw_coefficient.labels(name).set(coefficient)
-        metrics.draw_coefficient_deviation.labels(name).set(deviation)
+        metrics.draws.coefficient.labels(name).set(coefficient)
+        metrics.draws.coefficient_deviation.labels(name).set(deviation)
 
 
 def expect_layers(metrics: Metrics, engine: SelectionEngine) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stream_trainer.errors import SettingsError
 from stream_trainer.models.refusals import loading
 from stream_trainer.settings.schema import OptimizerSettings
-from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.sections.selection import SelectionSettings
 
 if TYPE_CHECKING:
     from stream_trainer.training.moments import NamedAdamW8bit

@@ -9,7 +9,7 @@ from gradient_selectors import Selector
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.models.refusals import first_line
-from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.sections.selection import SelectionSettings
 
 
 def load_selector(settings: SelectionSettings, generator: torch.Generator) -> Selector:

@@ -12,7 +12,7 @@ from benchmarks.learning.methods import FTW, METHODS, RIVALS, selection_of
 from benchmarks.learning.plan import BROAD, REAL, Run, key, plan, quick
 from benchmarks.learning.run import Bench, prepare, stream_of
 from benchmarks.learning.streams import Data
-from stream_trainer.settings.selection import PREDICTS, SelectionSettings
+from stream_trainer.settings.sections.selection import PREDICTS, SelectionSettings
 from tests.helpers.learning import TINY
 
 

@@ -12,7 +12,7 @@ from stream_trainer.publishing.hooks import Hook
 from stream_trainer.publishing.making import Origin
 from stream_trainer.publishing.publisher import Publisher
 from stream_trainer.publishing.versions import versions_in
-from stream_trainer.settings.publish import PublishSettings
+from stream_trainer.settings.sections.publish import PublishSettings
 from stream_trainer.training.watchers import Watcher
 from tests.helpers.service import wait_for
 

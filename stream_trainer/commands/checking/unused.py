@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from stream_trainer.settings.schema import Settings
-from stream_trainer.settings.selection import PREDICTS, WAIT
+from stream_trainer.settings.sections.selection import PREDICTS, WAIT
 
 
 def without_effect(settings: Settings) -> list[str]:

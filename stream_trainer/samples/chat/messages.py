@@ -8,7 +8,7 @@ from stream_trainer.errors import SampleError
 from stream_trainer.samples.chat.template import Conversation
 from stream_trainer.samples.fields import check_surrogates, number_of
 from stream_trainer.samples.tokens.controls import RESERVED
-from stream_trainer.settings.samples import GIVEN_BY_US
+from stream_trainer.settings.sections.samples import GIVEN_BY_US
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # closed: templates build control tokens from the role
 MAX_MESSAGES = 256  # every assistant turn renders the messages before it, so cost is quadratic

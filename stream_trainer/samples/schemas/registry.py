@@ -17,9 +17,9 @@ from typing import Any
 from stream_trainer.errors import SampleError, SettingsError, SourceAwayError, SourceError
 from stream_trainer.records import Record
 from stream_trainer.samples.schemas.readers import Reader, Schema, UnfitError, avro_reader, json_reader
-from stream_trainer.settings.registry import RegistrySettings
 from stream_trainer.settings.secrets import read_secret
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.registry import RegistrySettings
+from stream_trainer.settings.sections.source import KafkaSettings
 
 HEADER = "__value_schema_id"
 NO_SCHEMA_ID, UNKNOWN_SCHEMA, SCHEMA_MISMATCH = "no_schema_id", "unknown_schema", "schema_mismatch"

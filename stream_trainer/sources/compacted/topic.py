@@ -14,7 +14,7 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
 from stream_trainer.errors import SourceAwayError, SourceError, StreamTrainerError
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.connection import connect
 from stream_trainer.sources.topic_log import REQUEST_TIMEOUT_MS
 

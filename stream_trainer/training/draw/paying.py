@@ -11,7 +11,7 @@ from gradient_selectors.draw.uniform import draw_uniform
 from gradient_selectors.views.advantage import Comparison
 
 from stream_trainer.records import Sample
-from stream_trainer.settings.advantage import AdvantageSettings
+from stream_trainer.settings.sections.advantage import AdvantageSettings
 from stream_trainer.training.draw.pools import PoolSampler
 from stream_trainer.training.draw.shadow import Effect, Shadow
 from stream_trainer.training.draw.sides import Sides

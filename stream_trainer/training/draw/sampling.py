@@ -23,7 +23,7 @@ from stream_trainer.models.loading import LoadedModel
 from stream_trainer.records import Sample
 from stream_trainer.samples.collate import collate
 from stream_trainer.settings.schema import Settings
-from stream_trainer.settings.selection import PREDICTS, ClusterUcbSettings, LearnedSettings, SelectionSettings
+from stream_trainer.settings.sections.selection import PREDICTS, ClusterUcbSettings, LearnedSettings, SelectionSettings
 from stream_trainer.training.build import Generators, make_budget
 from stream_trainer.training.draw.paying import Paying, RestingSampler, Shadows
 from stream_trainer.training.draw.pools import LossSampler, PoolSampler, SequentialSampler, UniformSampler

@@ -18,7 +18,7 @@ from gradient_selectors.features.traits import Traits, describe
 from stream_trainer.errors import SettingsError, TrainingError
 from stream_trainer.models.refusals import first_line
 from stream_trainer.records import Sample
-from stream_trainer.settings.selection import PREDICTS, SelectionSettings
+from stream_trainer.settings.sections.selection import PREDICTS, SelectionSettings
 from stream_trainer.training.faults.culprits import Failure
 
 FEATURE_FAILED = "feature_failed"  # the reason of its dead letters

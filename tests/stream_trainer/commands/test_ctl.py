@@ -13,7 +13,7 @@ from stream_trainer.demo.broker import free_port
 from stream_trainer.monitoring import control
 from stream_trainer.monitoring.control import ControlServer
 from stream_trainer.monitoring.orders import Orders, Outcome
-from stream_trainer.settings.control import ControlSettings
+from stream_trainer.settings.sections.control import ControlSettings
 from tests.helpers.service import configuration, jsonl, obey
 
 TOKEN = "a-token-that-nobody-guesses"

@@ -17,7 +17,7 @@ from stream_trainer.commands.produce import ProduceReport, add_arguments, parse_
 from stream_trainer.demo.broker import free_port
 from stream_trainer.errors import SettingsError, SourceError
 from stream_trainer.records import Record
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.kafka import KafkaSource
 from tests.helpers.brokers import (
     ApacheKafka,

@@ -23,7 +23,7 @@ from stream_trainer.ingest.letter_file import FileDeadLetters
 from stream_trainer.ingest.letter_sender import TooLargeError, TopicMark
 from stream_trainer.ingest.letter_topic import TopicDeadLetters
 from stream_trainer.records import Partition, Record
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 
 LOG = Partition("samples", 0)
 TOPIC = "samples.dead-letters"

@@ -19,7 +19,7 @@ from stream_trainer.ledger.opening import open_ledger
 from stream_trainer.ledger.query import rows_where
 from stream_trainer.ledger.tidy import FAN, choose
 from stream_trainer.records import Decided, Outcome, Partition
-from stream_trainer.settings.ledger import LedgerSettings
+from stream_trainer.settings.sections.ledger import LedgerSettings
 
 LOG = Partition("samples", 3)
 T, N, D = Outcome.TRAINED, Outcome.NOT_SELECTED, Outcome.DEAD_LETTERED

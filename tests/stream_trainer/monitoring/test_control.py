@@ -14,7 +14,7 @@ from stream_trainer.errors import SettingsError
 from stream_trainer.monitoring import control
 from stream_trainer.monitoring.control import ControlServer, is_loopback
 from stream_trainer.monitoring.orders import MAX_WAITING, Orders, Outcome
-from stream_trainer.settings.control import ControlSettings
+from stream_trainer.settings.sections.control import ControlSettings
 from tests.helpers.service import obey
 
 TOKEN = "a-token-that-nobody-guesses"

@@ -17,7 +17,7 @@ from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.publishing.backup import Backup
 from stream_trainer.publishing.hooks import HookError, make_hooks
 from stream_trainer.publishing.stores import StoreError
-from stream_trainer.settings.publish import HubSettings, PublishSettings, VllmSettings
+from stream_trainer.settings.sections.publish import HubSettings, PublishSettings, VllmSettings
 from tests.helpers.publishing import Run, write_checkpoint
 from tests.helpers.service import wait_for
 

@@ -12,7 +12,7 @@ from stream_trainer.settings.help import show
 from stream_trainer.settings.loading import load_settings
 from stream_trainer.settings.mistakes import RENAMED, fields
 from stream_trainer.settings.schema import Settings
-from stream_trainer.settings.selection import PROFILES, SelectionSettings
+from stream_trainer.settings.sections.selection import PROFILES, SelectionSettings
 
 ENOUGH = ["--source.kafka.topic=samples", "--model.name=model", "--target.path=target.jsonl"]
 THRIFTY = {

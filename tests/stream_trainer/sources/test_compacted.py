@@ -7,7 +7,7 @@ import pytest
 
 from stream_trainer.demo.broker import free_port
 from stream_trainer.errors import SourceError
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.compacted import topic as module
 from stream_trainer.sources.compacted.topic import CompactedTopic
 from tests.helpers.brokers import create_topic, how_to_reach, publish

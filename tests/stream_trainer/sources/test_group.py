@@ -12,7 +12,7 @@ from kafka.errors import KafkaTimeoutError
 
 from stream_trainer.errors import FencedError, SourceError
 from stream_trainer.records import Partition
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources import connection
 from stream_trainer.sources import group as groups
 from stream_trainer.sources.group import HASTE_S, HASTY_TIMEOUT_MS, Group

@@ -13,7 +13,7 @@ import pytest
 
 from stream_trainer.errors import DataLossError, SettingsError, SourceError
 from stream_trainer.records import Partition, Record
-from stream_trainer.settings.source import JsonlSettings, SourceSettings
+from stream_trainer.settings.sections.source import JsonlSettings, SourceSettings
 from stream_trainer.sources import jsonl, open_source
 from stream_trainer.sources.jsonl import JsonlSource
 from tests.stream_trainer.formats.writing import FORMS, REFUSED, write
@@ -208,7 +208,7 @@ def test_a_pipe_that_ends_before_the_cursor_is_data_loss() -> None:
 
 def test_standard_input() -> None:
     program = (
-        "from stream_trainer.settings.source import *; from stream_trainer.sources import open_source\n"
+        "from stream_trainer.settings.sections.source import *; from stream_trainer.sources import open_source\n"
         "source = open_source(SourceSettings(kind='jsonl', jsonl=JsonlSettings(path='-')))\n"
         "source.start({}, {}, {})\n"
         "while not source.exhausted:\n"

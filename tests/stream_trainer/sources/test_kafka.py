@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from stream_trainer.demo.broker import free_port
 from stream_trainer.errors import CheckpointError, DataLossError, SettingsError, SourceError
 from stream_trainer.records import Partition, Record
-from stream_trainer.settings.source import KafkaSettings, SourceSettings
+from stream_trainer.settings.sections.source import KafkaSettings, SourceSettings
 from stream_trainer.sources import connection as kafka_connection
 from stream_trainer.sources import open_source
 from stream_trainer.sources.connection import probe

@@ -16,7 +16,7 @@ from stream_trainer.demo.broker import free_port
 from stream_trainer.errors import DataLossError, FencedError, SourceAwayError, SourceError
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.records import Outcome, Partition
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources import kafka as kafka_source
 from stream_trainer.sources.connection import Topic, require_topic
 from stream_trainer.sources.kafka import KafkaSource

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from stream_trainer.cli import main
 from stream_trainer.errors import SettingsError
 from stream_trainer.settings.secrets import MAX_SECRET_BYTES
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.connection import probe
 from stream_trainer.sources.security import security_options
 

@@ -13,7 +13,7 @@ import pytest
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.monitoring.metrics import Metrics
-from stream_trainer.settings.publish import TrackingSettings
+from stream_trainer.settings.sections.publish import TrackingSettings
 from stream_trainer.tracking.attach import track
 from stream_trainer.tracking.otlp import OtlpReporter
 from stream_trainer.tracking.reporting import Reporter

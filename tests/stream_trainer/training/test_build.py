@@ -11,7 +11,7 @@ from gradient_selectors.weigh.selector import Selector
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.ingest.buffer import Buffer
-from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.sections.selection import SelectionSettings
 from stream_trainer.training.build import Generators, make_route, make_scoring, make_selector
 from stream_trainer.training.draw.pools import LossSampler, SequentialSampler, UniformSampler
 from stream_trainer.training.draw.sampling import make_sampler

@@ -11,7 +11,7 @@ from torch import nn
 from stream_trainer.errors import SettingsError
 from stream_trainer.models.loading import load_model
 from stream_trainer.settings.schema import OptimizerSettings, Settings
-from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.sections.selection import SelectionSettings
 from stream_trainer.training.optimizer import NamedAdamW, make_optimizer
 from tests.helpers.tiny_models import settings_of
 

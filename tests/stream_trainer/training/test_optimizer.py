@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from stream_trainer.errors import SettingsError
 from stream_trainer.models.loading import load_model
 from stream_trainer.settings.schema import OptimizerSettings
-from stream_trainer.settings.selection import SelectionSettings
+from stream_trainer.settings.sections.selection import SelectionSettings
 from stream_trainer.training.optimizer import NamedAdamW, learning_rate, make_optimizer, start_from
 from tests.helpers.tiny_models import settings_of
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from stream_trainer.ingest.letter import DeadLetter, from_message, read_dead_letters
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from stream_trainer.sources.kafka import KafkaSource
 from tests.helpers.crashes import Place, fork
 

@@ -20,7 +20,7 @@ from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.samples.decoder import Decoder
 from stream_trainer.samples.schemas.registry import MAX_BACKOFF_S, UNKNOWN_FOR_S, Registry
 from stream_trainer.settings.schema import SampleSettings
-from stream_trainer.settings.source import KafkaSettings
+from stream_trainer.settings.sections.source import KafkaSettings
 from tests.stream_trainer.samples.schemas.server import SmallRegistry, serving
 from tests.stream_trainer.samples.schemas.writing import (
     AVRO,

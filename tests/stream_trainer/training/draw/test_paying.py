@@ -7,7 +7,7 @@ import pytest
 import torch
 from gradient_selectors.views.advantage import Comparison
 
-from stream_trainer.settings.advantage import AdvantageSettings
+from stream_trainer.settings.sections.advantage import AdvantageSettings
 from stream_trainer.training.draw.paying import Paying, Shadows, by_roles
 from stream_trainer.training.draw.shadow import Effect
 from stream_trainer.training.draw.sides import Sides

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from stream_trainer.settings.advantage import AdvantageSettings
 from stream_trainer.settings.base import Count, NonNegative, Positive, Section, Share
+from stream_trainer.settings.sections.advantage import AdvantageSettings
 
 
 class ClusterUcbSettings(Section):

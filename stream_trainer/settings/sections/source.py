@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, model_validator
 
 from stream_trainer.settings.base import Positive, Section
-from stream_trainer.settings.registry import RegistrySettings
+from stream_trainer.settings.sections.registry import RegistrySettings
 
 DIRECTORY = "{directory}"
 
