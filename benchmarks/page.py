@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.common.reporting import OneLineParser, say, writable_file
 from benchmarks.learning.methods import REFERENCE
 from benchmarks.learning.summary import Curve, case_of, ratio
+from benchmarks.telemetry import section as telemetry
 from stream_trainer.errors import SettingsError, StreamTrainerError
 
 Row = Sequence[str]
@@ -286,6 +287,10 @@ def _ingest(results: Sequence[Result]) -> str:
     return _table(["figure", "value"], rows)
 
 
+def _telemetry(results: Sequence[Result]) -> str:
+    return _table(telemetry.HEADER, [row for result in results for row in telemetry.rows(result.content)])
+
+
 QUESTIONS = (
     Question(
         "What does a step cost?",
@@ -340,6 +345,12 @@ over pools of 16. The rank correlation is that of the utilities; K is the redund
         "`make bench-ingest`: records of 1 KB from a broker, 1 % of them malformed, on one core.",
         _has_rows_of("figure", "unit"),
         _ingest,
+    ),
+    Question(
+        "What does watching cost?",
+        "`make bench-telemetry`: share of a step's processor time for metrics, page, ledger, progress and logs.",
+        lambda content: "telemetry" in content,
+        _telemetry,
     ),
 )
 

@@ -2,10 +2,12 @@
 
     python -m benchmarks.telemetry --json telemetry.json [--rounds 60]
 
-Three services train the demo's small model on the same stream, each in a process of its own: `off` writes no metric,
+Three services train a model on the demo's stream, each in a process of its own: `off` writes no metric,
 no ledger and no log and has no page; `ledger` has the ledger alone; `all` has metrics, the page's history, the ledger,
 progress and logs. They take turns, five steps each, and make the same steps. Compared are seconds of the processor, in
-whatever thread, for the wall's are also those of other work on the machine. A checkpoint every 50 steps is among them.
+whatever thread, for the wall's are also those of other work on the machine. So it is for two models: the demo's, whose
+steps are so short that watching them shows most, and one of two million parameters. A checkpoint every
+50 steps is among them.
 
 Then `all` trains on without a pause, with series of 100 partitions, and is scraped: milliseconds of each GET /metrics.
 Exit codes: 0 done, 2 a mistake in the options.
@@ -30,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.reporting import OneLineParser, at_least_one, duration, say, table, writable_file, write_result
-from benchmarks.telemetry.worker import VARIANTS
+from benchmarks.telemetry.worker import MODELS, VARIANTS
 from stream_trainer.demo.broker import free_port
 
 TURN_STEPS = 5
@@ -80,12 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=at_least_one, default=60, metavar="R", help="turns of each service (60)")
     parser.add_argument("--scrapes", type=at_least_one, default=SCRAPES, metavar="S", help=f"scrapes ({SCRAPES})")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="telemetry-") as folder, ExitStack() as up:
+    with tempfile.TemporaryDirectory(prefix="telemetry-") as folder:
         steps = (options.rounds + WARM_UP) * TURN_STEPS + 400 + 20 * options.scrapes
-        services = {name: up.enter_context(started(name, Path(folder), steps)) for name in VARIANTS}
-        rounds = measure(services, options.rounds)
-        scrapes = scrape(services["all"], options.scrapes)
-    summary = [summarise(name, rounds) for name in VARIANTS if name != "off"]
+        summary = []
+        for model in MODELS:
+            with ExitStack() as up:
+                own = Path(folder) / model
+                services = {name: up.enter_context(started(name, model, own, steps)) for name in VARIANTS}
+                rounds = measure(services, options.rounds)
+                scrapes = scrape(services["all"], options.scrapes)
+            summary += [{"model": model, **summarise(name, rounds)} for name in VARIANTS if name != "off"]
     versions = {"python": python_version(), **{name: version(name) for name in ("torch", "prometheus-client")}}
     write_result(options.json, {"versions": versions, "telemetry": summary, "scrapes": scrapes})
     print(report(summary, scrapes))
@@ -93,12 +99,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def started(variant: str, folder: Path, steps: int) -> Iterator[Service]:
+def started(variant: str, model: str, folder: Path, steps: int) -> Iterator[Service]:
     """A service that has made its first step."""
-    say(f"starting {variant}")
+    say(f"{model}: starting {variant}")
     own, port = folder / variant, free_port()
-    own.mkdir()
-    job = {"variant": variant, "folder": str(own), "steps": steps, "port": port, "partitions": PARTITIONS}
+    own.mkdir(parents=True)
+    job = {
+        "variant": variant,
+        "model": model,
+        "folder": str(own),
+        "steps": steps,
+        "port": port,
+        "partitions": PARTITIONS,
+    }
     command = [sys.executable, "-m", "benchmarks.telemetry.worker", json.dumps(job)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -165,7 +178,7 @@ def report(summary: Sequence[Mapping[str, Any]], scrapes: Mapping[str, float]) -
     names = ("off_ms", "cost_ms", "share", "share_low", "share_high", "share_of_sums", "median_of_turns")
     rows = [
         (
-            row["variant"],
+            f"{row['model']}, {row['variant']}",
             f"{row['steps']}",
             *(f"{row[name]:.2f}" if name.endswith("_ms") else f"{row[name]:.2%}" for name in names),
         )

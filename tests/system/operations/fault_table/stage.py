@@ -78,7 +78,7 @@ def stage(folder: Path, checkpoint_dir: Path) -> Iterator[Stage]:
         broker_process = broker.enter_context(running(kafka))
         config = _settings(folder, kafka, checkpoint_dir)
         _fill(kafka, config["source"]["kafka"]["topic"])
-        port, waits = free_port(), _write_rules(folder)
+        port, waits = free_port(), write_rules(folder)
         trainer = up.enter_context(_trainer(folder, config))
         scraped = f"127.0.0.1:{config['server']['port']}"
         arguments = (f"--config.file={_prometheus(folder, scraped)}", f"--storage.tsdb.path={folder / 'prometheus'}")
@@ -137,7 +137,7 @@ def _prometheus(folder: Path, scraped: str) -> Path:
     return write_yaml(folder / "prometheus.yml", config)
 
 
-def _write_rules(folder: Path) -> dict[str, float]:
+def write_rules(folder: Path) -> dict[str, float]:
     """The rules with shorter waits; returns the waits as they are deployed, in seconds."""
     rules, waits = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text()), {}
     for group in rules["groups"]:
