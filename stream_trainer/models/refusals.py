@@ -38,7 +38,10 @@ def loading(setting: str, remedy: str, extra: str = "") -> Iterator[None]:
         said = first_line(error)
         raise SettingsError(f"{setting} needs a package that is missing ({said}); {_install(error, extra)}") from error
     except Exception as error:
-        raise SettingsError(f"{setting} cannot be loaded ({first_line(error)}); {remedy}") from error
+        said = first_line(error)
+        if any(package in said.lower() for package in ("sentencepiece", "tiktoken")):  # often named one for the other
+            remedy = f"pip install 'stream-trainer[tokenizers]', or {remedy}"
+        raise SettingsError(f"{setting} cannot be loaded ({said}); {remedy}") from error
 
 
 def install(package: str) -> str:

@@ -116,6 +116,7 @@ def test_adapter_on_another_base_model_is_noticed(tmp_path: Path) -> None:
         check_base(other, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft reads it
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_adapters_are_beside_the_merged_model_as_peft_has_them(kind: str, tmp_path: Path) -> None:
     loaded = load_model(settings_of(kind, lora=LoraSettings(rank=2)), seed=1)

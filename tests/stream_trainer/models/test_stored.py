@@ -117,6 +117,15 @@ def test_a_package_that_is_missing_is_named_with_what_brings_it(said: str, remed
         raise ImportError(said)
 
 
+def test_either_package_for_tokenizers_is_brought_by_one_extra() -> None:
+    """transformers asks for tiktoken where sentencepiece is what it needs, and in other words than for others."""
+    with (
+        pytest.raises(SettingsError, match=r"stream-trainer\[tokenizers\]', or set it"),
+        refusals.loading("m", "set it"),
+    ):
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file")
+
+
 def test_a_limit_by_any_name_is_known() -> None:
     assert longest_text(MptConfig(max_seq_len=64)) == 64
     assert longest_text(AutoConfig.for_model("gpt2", n_positions=77)) == 77
