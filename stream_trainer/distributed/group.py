@@ -52,7 +52,7 @@ def joined(settings: Settings) -> Iterator[World]:
 @contextmanager
 def _group(settings: Settings) -> Iterator[World]:
     import torch.distributed as dist
-    from gradient_selectors.world.ranks import Ranks
+    from gradient_selectors.world.ranks import Ranks, plain_words
 
     device = torch.device("cpu")
     if settings.model.device.startswith("cuda"):
@@ -63,7 +63,7 @@ def _group(settings: Settings) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timedelta(seconds=settings.distributed.timeout_s))
         world = Ranks(device, CONTROL_TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise LostError(str(error).partition("\n")[0]) from error
+        raise LostError(plain_words(error)) from error
     logger.info("rank %d of %d", world.rank, world.size)
     yield world
     world.facts([0])  # nobody leaves while another may still wait for him

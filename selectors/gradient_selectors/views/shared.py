@@ -28,50 +28,21 @@ NOTHING, PLAIN, MATRIX, TOKENS, LOOKUPS = range(5)  # what a parameter's factors
 
 
 @dataclass(frozen=True)
-class SharedPool(PoolGradients):
-    """The per-sample gradients of all ranks' samples.
+class Holdings:
+    """What the ranks hold of a pool, and what they tell one another of it.
 
     Attributes:
-        local: those of this rank's samples; of a sample that counts for nothing where it has none.
+        local: gradients of this rank's samples; of a sample that counts for nothing where it has none.
         shares: whose samples are whose.
-        by_index: names of tables of which only some rows have gradients.
     """
 
     local: PoolGradients
     shares: Shares
-    by_index: frozenset[str]
-
-    @torch.no_grad()
-    def dots(self, direction: Gradient) -> dict[str, Tensor]:
-        found = self.local.dots(direction)
-        return {name: self.spread(found.get(name)) for name in self.factors}
-
-    @property
-    def second(self) -> SecondPass | None:
-        """How this rank's samples are run again."""
-        return second_pass_of(self.local)
-
-    @torch.no_grad()
-    def utilities_of(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
-        has_any = name in self.local.factors
-        return self.spread(self.local.utilities_of(name, target, preconditioner) if has_any else None)
-
-    @torch.no_grad()
-    def weighted_gradient_of(self, name: str, coefficients: Tensor) -> Tensor:
-        own_n = torch.zeros(*coefficients.shape[:-1], self.local.num_samples, dtype=coefficients.dtype)
-        own_n[..., : len(self.shares.own)] = coefficients[..., list(self.shares.own)].to(own_n)
-        return self.shares.world.sum(self.local.weighted_gradient_of(name, own_n))
-
-    @torch.no_grad()
-    def gram_of(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
-        rows = self.tokens(name, samples) if name in self.by_index else None
-        diagonal = at_rows(preconditioner, name, rows)
-        return self.gram_at(name, samples, rows, None if diagonal is None else diagonal.sqrt())
 
     def spread(self, own: Tensor | None) -> Tensor:
         """Numbers of all samples, (N,) float32, from those of this rank's; None stands for zeros."""
         count = len(self.shares.own)
-        own_n = self.losses_N.new_zeros(count) if own is None else own[:count]
+        own_n = self.local.losses_N.new_zeros(count) if own is None else own[:count]
         return self.shares.spread(own_n)
 
     def tokens(self, name: str, samples: Sequence[int]) -> Tensor:
@@ -79,17 +50,17 @@ class SharedPool(PoolGradients):
         own = self._own(samples)
         factors = self.local.factors.get(name, ()) if own else ()
         found = [factor.tokens(own) for factor in factors if isinstance(factor, TokenRows)]
-        nothing = torch.zeros(0, dtype=torch.int64, device=self.losses_N.device)
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.local.losses_N.device)
         return union(self.shares.world, torch.cat([nothing, *found]))
 
     @torch.no_grad()
     def gram_at(self, name: str, samples: Sequence[int], rows: Tensor | None, root: Tensor | None) -> Tensor:
         """K of some samples within one parameter, at some rows (int64, sorted) or all, scaled by `root`; float64."""
-        world, shape = self.shares.world, self.shapes[name]
+        world, shape = self.shares.world, self.local.shapes[name]
         places, own = self.shares.among(samples), self._own(samples)
         num_rows = shape[0] if rows is None else len(rows)
-        order = torch.tensor([p for of_rank in places for p in of_rank], device=self.losses_N.device).argsort()
-        gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.losses_N.device)
+        order = torch.tensor([p for of_rank in places for p in of_rank], device=self.local.losses_N.device).argsort()
+        gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.local.losses_N.device)
         for spans in _spans(num_rows, world.size, len(samples), shape[1:].numel()):
             parts = [self._written(name, own, rows, lo, hi) for lo, hi in spans]
             lo, hi = spans[world.rank]
@@ -109,7 +80,7 @@ class SharedPool(PoolGradients):
         """Gradients of this rank's samples at rows `lo:hi`, or at those of `rows`, (n, hi - lo, ...) float32."""
         factors = self.local.factors.get(name, ())
         if not own or not factors or hi == lo:
-            return self.losses_N.new_zeros(len(own), hi - lo, *self.shapes[name][1:])
+            return self.local.losses_N.new_zeros(len(own), hi - lo, *self.local.shapes[name][1:])
         if rows is None:
             return self.local.written(name, own, lo, hi)
         found = [factor.at_rows(own, rows[lo:hi]) for factor in factors if isinstance(factor, MatrixFactor)]
@@ -117,10 +88,51 @@ class SharedPool(PoolGradients):
 
 
 @dataclass(frozen=True)
+class SharedPool(PoolGradients):
+    """The per-sample gradients of all ranks' samples.
+
+    Attributes:
+        held: what the ranks hold.
+        by_index: names of tables of which only some rows have gradients.
+    """
+
+    held: Holdings
+    by_index: frozenset[str]
+
+    @property
+    def second(self) -> SecondPass | None:
+        """How this rank's samples are run again."""
+        return second_pass_of(self.held.local)
+
+    @torch.no_grad()
+    def dots(self, direction: Gradient) -> dict[str, Tensor]:
+        found = self.held.local.dots(direction)
+        return {name: self.held.spread(found.get(name)) for name in self.factors}
+
+    @torch.no_grad()
+    def utilities_of(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
+        local = self.held.local
+        return self.held.spread(local.utilities_of(name, target, preconditioner) if name in local.factors else None)
+
+    @torch.no_grad()
+    def weighted_gradient_of(self, name: str, coefficients: Tensor) -> Tensor:
+        local, shares = self.held.local, self.held.shares
+        own_n = torch.zeros(*coefficients.shape[:-1], local.num_samples, dtype=coefficients.dtype)
+        own_n[..., : len(shares.own)] = coefficients[..., list(shares.own)].to(own_n)
+        return shares.world.sum(local.weighted_gradient_of(name, own_n))
+
+    @torch.no_grad()
+    def gram_of(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        rows = self.held.tokens(name, samples) if name in self.by_index else None
+        diagonal = at_rows(preconditioner, name, rows)
+        return self.held.gram_at(name, samples, rows, None if diagonal is None else diagonal.sqrt())
+
+
+@dataclass(frozen=True)
 class SharedFactor:
     """All that the ranks have of one parameter's gradients. What a pool answers itself is not answered here."""
 
-    pool: SharedPool
+    held: Holdings
     name: str
 
     def dot(self, u: Tensor) -> Tensor:
@@ -138,16 +150,16 @@ class SharedMatrix(SharedFactor):
     """The same of a matrix."""
 
     def along(self, direction: LowRank) -> Tensor:
-        factors = [f for f in self.pool.local.factors.get(self.name, ()) if isinstance(f, MatrixFactor)]
+        factors = [f for f in self.held.local.factors.get(self.name, ()) if isinstance(f, MatrixFactor)]
         own = torch.stack([factor.along(direction) for factor in factors]).sum(0) if factors else None
-        return self.pool.spread(own)
+        return self.held.spread(own)
 
     def at_rows(self, samples: Sequence[int], rows: Tensor) -> Tensor:
         raise NotImplementedError("no rank has the gradients of all samples")
 
     def gram_at_rows(self, samples: Sequence[int], rows: Tensor, root: Tensor) -> Tensor:
         """Products of some samples' gradients at some rows, scaled by `root`, (n, n) float64."""
-        return self.pool.gram_at(self.name, samples, rows, root)
+        return self.held.gram_at(self.name, samples, rows, root)
 
 
 @dataclass(frozen=True)
@@ -156,7 +168,7 @@ class SharedTable(SharedMatrix):
 
     def tokens(self, samples: Sequence[int]) -> Tensor:
         """Rows that stand out in some samples' gradients, sorted, int64."""
-        return self.pool.tokens(self.name, samples)
+        return self.held.tokens(self.name, samples)
 
 
 def score_together(
@@ -177,13 +189,11 @@ def score_together(
     with together(world):
         local = score_pool(capture, own, scoring, target, preconditioner, budget, num_tokens)
     kinds = _agreed_kinds(world, local)
-    losses_N = shares.spread(local.losses_N[: len(shares.own)])
-    factors: dict[str, Sequence[Factor]] = {}
-    by_index = frozenset(name for name, kind in kinds.items() if kind == LOOKUPS)
-    pool = SharedPool(losses_N, factors, local.shapes, local, shares, by_index)
+    held = Holdings(local, shares)  # and not the pool: one that holds itself would outlive its step
     made = {PLAIN: SharedFactor, MATRIX: SharedMatrix, TOKENS: SharedTable, LOOKUPS: SharedFactor}
-    factors |= {name: [made[kind](pool, name)] for name, kind in kinds.items() if kind != NOTHING}
-    return pool
+    factors = {name: [made[kind](held, name)] for name, kind in kinds.items() if kind != NOTHING}
+    by_index = frozenset(name for name, kind in kinds.items() if kind == LOOKUPS)
+    return SharedPool(held.spread(local.losses_N), factors, local.shapes, held, by_index)
 
 
 def _agreed_kinds(world: World, local: PoolGradients) -> Mapping[str, int]:

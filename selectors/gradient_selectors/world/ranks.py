@@ -4,6 +4,7 @@ Tensors go by the default group (NCCL on GPUs), facts and JSON by a gloo group o
 others there occupies no device.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,4 +82,14 @@ def _noticing() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # whatever a backend raises: a closed connection, a timeout
-        raise LostError(str(error).partition("\n")[0]) from error
+        raise LostError(plain_words(error)) from error
+
+
+def plain_words(error: Exception) -> str:
+    """The first sentence of what a backend says, without the place in its source.
+
+    Examples:
+        >>> plain_words(RuntimeError("[/gloo/pair.cc:537] Read error: Connection reset by peer. Check the logs"))
+        'Read error: Connection reset by peer'
+    """
+    return re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition("\n")[0].partition(". ")[0]
