@@ -46,7 +46,7 @@ def observe_step(
     metrics.target_refusals.inc(int(report.target_refused))
     _observe_ages(metrics, (*pool, *undrawn))
     _observe_decision(metrics, report)
-    if torch.cuda.is_initialized():  # unlike is_available, at no cost
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # unlike is_available, at no cost
         metrics.gpu_memory.labels("allocated").set(torch.cuda.memory_allocated())
         metrics.gpu_memory.labels("reserved").set(torch.cuda.memory_reserved())
 
