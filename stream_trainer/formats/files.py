@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.formats.array import FormError, elements
@@ -96,12 +97,12 @@ def records_in(path: Path, label: str, start: int = 0) -> Iterator[bytes]:
             yield from rows_of_dataset(path, start)
             return
         # Looked at without going back, for it may be a pipe.
-        with path.open("rb", buffering=_LOOKED_AT) as file:
+        with io.BufferedReader(io.FileIO(path), _LOOKED_AT) as file:
             head = file.peek(_LOOKED_AT)
             if form_of_bytes(head) == PARQUET:
                 yield from rows_of_parquet(path, start)
             elif head.startswith(_GZIP):
-                with io.BufferedReader(gzip.GzipFile(fileobj=file), _LOOKED_AT) as unpacked:  # type: ignore[type-var]
+                with io.BufferedReader(gzip.GzipFile(fileobj=file), _LOOKED_AT) as unpacked:
                     yield from after(_records(unpacked), start)
             else:
                 yield from after(_records(file), start)
@@ -120,7 +121,7 @@ def main_file(path: Path) -> Path:
     return path / STATE if path.is_dir() else path
 
 
-def _records(file: io.BufferedReader) -> Iterator[bytes]:
+def _records(file: Any) -> Iterator[bytes]:
     head = file.peek(_LOOKED_AT)
     encoding = _encoding(head)
     text = head if encoding is None else head.decode(encoding, "ignore").encode(errors="ignore")

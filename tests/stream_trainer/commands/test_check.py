@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from stream_trainer.commands import check as checks
-from stream_trainer.commands.check import Check, check_all, check_offline, require
+from stream_trainer.commands.check import check_all, check_offline, require
+from stream_trainer.commands.checking.result import Check
 from stream_trainer.errors import SettingsError
 from stream_trainer.settings.loading import load_settings
 from stream_trainer.settings.schema import LoraSettings, Settings
