@@ -97,7 +97,7 @@ def records_in(path: Path, label: str, start: int = 0) -> Iterator[bytes]:
             yield from rows_of_dataset(path, start)
             return
         # Looked at without going back, for it may be a pipe.
-        with io.BufferedReader(path.open("rb", buffering=0), _LOOKED_AT) as file:
+        with io.BufferedReader(io.FileIO(path), _LOOKED_AT) as file:
             head = file.peek(_LOOKED_AT)
             if form_of_bytes(head) == PARQUET:
                 yield from rows_of_parquet(path, start)
@@ -121,7 +121,7 @@ def main_file(path: Path) -> Path:
     return path / STATE if path.is_dir() else path
 
 
-def _records(file: "io.BufferedReader[Any]") -> Iterator[bytes]:
+def _records(file: Any) -> Iterator[bytes]:
     head = file.peek(_LOOKED_AT)
     encoding = _encoding(head)
     text = head if encoding is None else head.decode(encoding, "ignore").encode(errors="ignore")
