@@ -54,14 +54,13 @@ def _group(settings: Settings) -> Iterator[World]:
     import torch.distributed as dist
     from gradient_selectors.world.ranks import Ranks, plain_words
 
-    device = torch.device("cpu")
+    backend = "gloo"
     if settings.model.device.startswith("cuda"):
+        backend = "nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        device = torch.device("cuda")
     try:
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=settings.distributed.timeout_s))
-        world = Ranks(device, CONTROL_TIMEOUT)
+        world = Ranks(CONTROL_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise LostError(plain_words(error)) from error
     logger.info("rank %d of %d", world.rank, world.size)

@@ -18,18 +18,14 @@ from gradient_selectors.world.base import LostError
 
 
 class Ranks:
-    """`World` over the default process group, which must be there already and is the caller's to destroy.
+    """`World` over the default process group, which must be there already and is the caller's to destroy."""
 
-    Attributes:
-        device: where tensors must lie.
-    """
-
-    def __init__(self, device: torch.device, control_timeout: timedelta) -> None:
+    def __init__(self, control_timeout: timedelta) -> None:
         """`control_timeout`: how long a rank may keep the others waiting between two steps.
 
         A process that dies is noticed at once all the same, since its connections close.
         """
-        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.sent = Counter[str]()
         self._control = dist.new_group(backend="gloo", timeout=control_timeout)
 

@@ -10,8 +10,8 @@ class DistributedSettings(Section):
     """One run on several processes, which `torchrun` starts. Without it the run has one process."""
 
     mode: Literal["none", "replicated"] = "none"
-    """`replicated`: every process has the whole model, scores its share of each pool and reads its own partitions.
-    `none`: one process."""
+    """How processes share a run. `replicated`: every process has the whole model, scores its share of each pool and
+    reads its own partitions. `none`: one process."""
     timeout_s: Positive = 600.0
     """Seconds that a process waits for the others within a step. Then all end, and no checkpoint is written."""
 
@@ -30,6 +30,10 @@ def why_not_shared(settings: Any) -> str | None:
         "publish.dir": (None,),
         "checkpoint.upload": (None,),
     }
+    if ":" in settings.model.device:
+        return (
+            f"model.device={settings.model.device} is for one process only; set it to cuda, or distributed.mode to none"
+        )
     own = next((name for name in settings.selection.learned.features if ":" in name), None)
     if own is not None:
         return (

@@ -18,7 +18,7 @@ from gradient_selectors.world.deal import Shares
 from gradient_selectors.world.ranks import Ranks
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-world = Ranks(torch.device("cpu"), timedelta(seconds=60))
+world = Ranks(timedelta(seconds=60))
 rank = world.rank
 given = [torch.tensor([10.0 * rank]), torch.ones(2) * rank]
 found = {

@@ -14,6 +14,7 @@ from tests.stream_trainer.distributed.test_cursor import Rank
 REFUSED: list[dict[str, dict[str, Any]]] = [
     {"selection": {"draw": "learned", "learned": {"features": ["likeness", "tests.somewhere:features"]}}},
     {"selection": {"scoring": "rank_one"}},
+    {"model": {"device": "cuda:1"}},
     {"ledger": {"enabled": True}},
     {"control": {"enabled": True, "token": "0123456789abcdef"}},
     {"target": {"watch": True}},
