@@ -221,6 +221,7 @@ def serve_all(values: Sequence[bytes], folder: Path) -> dict[str, int]:
     cheap = {"profile": "plain", "draw": "uniform", "pool_size": 256, "batch_size": 2}
     samples = {"max_tokens": 64, "max_bytes": MAX_BYTES}
     config = configuration(folder, jsonl(folder / "fuzz.jsonl"), samples=samples)
+    config["dead_letters"] |= {"max_ratio": None, "max_in_a_row": None}  # most of it is meant to be no sample
     summary = serve(Settings(**config | {"selection": cheap}), threading.Event())
     starts = [0]
     for value in values:
