@@ -1,4 +1,7 @@
-"""Processes that torchrun starts: told to stop, killed, and started again in another number."""
+"""Processes that torchrun starts: told to stop, killed, and started again in another number.
+
+STREAM_TRAINER_KILLS=30 kills as often as that, at points that STREAM_TRAINER_SEED draws.
+"""
 
 import os
 import random
@@ -22,6 +25,8 @@ from tests.system.ranks.test_ranks import PARTITIONS, publish_to_all, settings
 RECORDS = 400
 KILLS = int(os.environ.get("STREAM_TRAINER_KILLS", "2"))
 
+OURS = ("STREAM_TRAINER_KILLS", "STREAM_TRAINER_SEED")  # which a run would take for settings
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(LONG_S * (2 + KILLS))]
 
 
@@ -35,9 +40,10 @@ def torchrun(
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *options]
     arguments = [*launcher, "-m", "stream_trainer", "run", f"--config={file}"]
+    inherited = {name: value for name, value in os.environ.items() if name not in OURS}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            arguments, env={**os.environ, **paths, **variables}, stdin=subprocess.DEVNULL, stderr=log
+            arguments, env={**inherited, **paths, **variables}, stdin=subprocess.DEVNULL, stderr=log
         )
     try:
         yield process
