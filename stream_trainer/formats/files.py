@@ -142,18 +142,21 @@ def _encoding(head: bytes) -> str | None:
 
 
 def _is_array(head: bytes) -> bool:
-    """Whether this begins one array of everything, and not lines the first of which is an array."""
+    """Whether this begins one array of samples, and not lines the first of which is an array, or was to be one."""
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    if not text.startswith(b"["):
+    if not text.startswith(b"[") or text[1:].lstrip()[:1] not in (b"", b"{", b"]"):
         return False
     first, _, rest = text.partition(b"\n")
-    if not rest.strip():
-        return True
+    second = rest.lstrip().partition(b"\n")[0]
+    return not second or not (_is_json(first) or (first.strip() != b"[" and _is_json(second)))
+
+
+def _is_json(text: bytes) -> bool:
     try:
-        json.loads(first)
+        json.loads(text)
     except (ValueError, RecursionError):
-        return True
-    return False
+        return False
+    return True
 
 
 def _form_of_folder(path: Path) -> str:

@@ -32,6 +32,8 @@ HINTS = {
     "lone_surrogate": "write whole characters",
     "bad_messages": "correct the roles and contents of the messages",
     "chat_template": "set the tokenizer of the model that the messages are for",
+    "unread_field": "map the field by samples.fields, or name it in samples.ignore",
+    "formatted_text": "send messages in place of text that a template wrote, or set samples.formatted_text",
     "no_loss_tokens": "shorten the prompts, or raise samples.max_tokens",
     "tokenizer": "remove odd characters",
     "undecodable": "see what the producer writes as headers",

@@ -43,6 +43,7 @@ PHASES = (
 )
 READING = ("wait", "decode", "hold", "commit", "other")
 GPU_MEMORY = ("allocated", "reserved")
+SAMPLE_NOTES = ("turn_without_loss", "control_tokens", "formatted_text")
 UNSELECTED = ("undrawn", "low_scored", "filtered", "duplicate")
 EVENTS = (
     *("checkpoint_failed", "evaluation_failed", "paused", "resumed", "target_refused", "target_replaced", "rollback"),
@@ -168,6 +169,8 @@ class Metrics:
         self.sample_notes = self._counter(
             "sample_notes_total", "Samples of which something is to be noted, and turns without loss.", ("note",)
         )
+        for note in SAMPLE_NOTES:
+            self.sample_notes.labels(note)
         self.dead_letters_held = self._gauge(
             "dead_letters_held", "Dead letters that could not be kept yet; their records are undecided."
         )

@@ -189,7 +189,7 @@ def test_several_mistakes_are_as_many_lines(capsys: pytest.CaptureFixture[str]) 
 def test_check_says_what_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "check"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "ok: target.path: target.jsonl" in out
+    assert "ok: target.path: target.jsonl, 1 samples" in out
     assert all(line.startswith("ok: ") for line in out)
 
 

@@ -26,6 +26,7 @@ class Shares:
 
         Examples:
             >>> from gradient_selectors.world.base import Alone
+            >>> from gradient_selectors.world.deal import Shares
             >>> Shares.of(Alone(), [5, 3]).own
             (0, 1)
         """

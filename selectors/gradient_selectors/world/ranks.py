@@ -85,6 +85,7 @@ def plain_words(error: Exception) -> str:
     """The first sentence of what a backend says, without the place in its source.
 
     Examples:
+        >>> from gradient_selectors.world.ranks import plain_words
         >>> plain_words(RuntimeError("[/gloo/pair.cc:537] Read error: Connection reset by peer. Check the logs"))
         'Read error: Connection reset by peer'
     """

@@ -87,7 +87,8 @@ def checkpoint_bytes(settings: Settings, sizes: Sizes) -> int:
     model = FLOAT32_BYTES * sizes.base
     if lora is not None:
         alone = lora.base != "float32"
-        model = FLOAT32_BYTES * sizes.num_trained * (2 if alone else 1) + (0 if alone else model)
+        # Adapters twice: by our names, and as PEFT has them.
+        model = 2 * FLOAT32_BYTES * sizes.num_trained + (0 if alone else model)
     kept = 2 if settings.selection.mask == "dual_sft" else 1  # the target's gradient, and the mask's mean gradient
     return model + _moments(settings, sizes) + kept * FLOAT32_BYTES * sizes.num_trained
 

@@ -145,3 +145,15 @@ def test_a_pipe_is_read_once(form: str, tmp_path: Path) -> None:
     writer.start()
     assert [json.loads(value) for value in records_in(pipe, "x")] == ROWS
     writer.join()
+
+
+@pytest.mark.parametrize("first", [b"[1, 2]", b"[1, 2", b'[{"text": "a"}]', b'[{"text": "a"', b"[", b"[]"])
+def test_a_first_line_that_begins_like_an_array_costs_no_other_line(first: bytes, tmp_path: Path) -> None:
+    """Unless it is the bracket alone, all else that follows is one JSON object a line."""
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(first + b'\n{"text": "b"}\n{"text": "c"}\n')
+    if first == b"[":
+        with pytest.raises(SettingsError, match="JSON array"):
+            list(records_in(path, "--pool=samples.jsonl"))
+    else:
+        assert list(records_in(path, "--pool=samples.jsonl")) == [first, b'{"text": "b"}', b'{"text": "c"}']

@@ -49,7 +49,7 @@ def test_a_rollback_moves_counts_and_no_position() -> None:
     assert cursor.discard(before) == 3
     assert cursor.discard(before) == 0
     assert cursor.positions() == {LOG: 7}
-    assert [cursor.counts[outcome] for outcome in Outcome] == [1, 1, 1, 1, 3]
+    assert [cursor.counts[outcome] for outcome in Outcome] == [1, 1, 1, 0, 1, 3]
     assert Cursor.restore(cursor.state_dict()).counts == cursor.counts
     assert Cursor.restore({"partitions": {}, "counts": {"trained": 2}}).counts[Outcome.DISCARDED] == 0  # an older one
 

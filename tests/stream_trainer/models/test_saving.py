@@ -128,4 +128,5 @@ def test_adapters_are_beside_the_merged_model_as_peft_has_them(kind: str, tmp_pa
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "generation_config.json",
     }

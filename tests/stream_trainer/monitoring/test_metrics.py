@@ -7,8 +7,9 @@ import subprocess
 import pytest
 from prometheus_client import generate_latest
 
-from stream_trainer.monitoring.metrics import PREFIX, Metrics
+from stream_trainer.monitoring.metrics import PREFIX, SAMPLE_NOTES, Metrics
 from stream_trainer.records import Outcome
+from stream_trainer.samples.decoder import NOTES
 
 
 def families() -> list[tuple[str, str, list[str]]]:
@@ -32,6 +33,7 @@ def test_names_have_base_units_and_counters_end_in_total() -> None:
 
 def test_every_counter_is_there_before_anything_is_counted() -> None:
     assert [name for name, kind, samples in families() if kind == "counter" and not samples] == []
+    assert list(NOTES) == list(SAMPLE_NOTES)
 
 
 def test_every_outcome_and_reason_has_its_series() -> None:

@@ -345,6 +345,7 @@ def test_records_that_were_fetched_before_an_outage_do_not_end_it(caplog: pytest
         return answer
 
     source._next_discovery = math.inf
+    source._partitions = [Partition("samples", 0)]
     source._consumer = SimpleNamespace(poll=lambda **_: {TopicPartition("samples", 0): []})
     source._log = cast(TopicLog, SimpleNamespace(ends=ends))
     source._note_outage("the brokers are away")
