@@ -266,6 +266,7 @@ def test_what_was_measured_before_a_failure_is_kept(
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: filter_then_weight/exact differs")
 
 
+@pytest.mark.slow
 def test_scaling_measures_every_factor(tmp_path: Path) -> None:
     path = tmp_path / "scaling.json"
     threads = torch.get_num_threads()

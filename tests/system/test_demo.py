@@ -234,9 +234,8 @@ def test_a_stream_that_the_mock_cluster_would_forget_is_read_from_a_file(
         assert demo._publish(setup, None, console, stack).kind == "jsonl"
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_to_the_whole_group_ends_the_demo_in_order(number: signal.Signals, code: int, tmp_path: Path) -> None:
     log, checkpoints = tmp_path / "service.log", tmp_path / "selection" / "checkpoints"
     with start("--steps=100", f"--dir={tmp_path}") as process:

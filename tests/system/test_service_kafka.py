@@ -95,7 +95,7 @@ def test_however_often_it_is_stopped_every_record_is_decided_once(broker: str, t
         assert sum(counts(config).values()) == 150
 
 
-@pytest.mark.parametrize("selection", [{}, ALL_ON], ids=["sequential", "waiting"])
+@pytest.mark.parametrize("selection", [pytest.param({}, marks=pytest.mark.slow), ALL_ON], ids=["sequential", "waiting"])
 def test_a_run_over_three_partitions_that_is_stopped_equals_one_that_was_not(
     selection: dict[str, Any], broker: str, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -451,7 +451,7 @@ def test_tls_and_sasl_pass_with_the_right_password(apache_kafka: ApacheKafka, to
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"sasl_password": "wrong-password"}, "SaslAuthenticationFailed"),
+        pytest.param({"sasl_password": "wrong-password"}, "SaslAuthenticationFailed", marks=pytest.mark.slow),
         ({"ssl_cafile": None}, "CERTIFICATE_VERIFY_FAILED"),
     ],
 )

@@ -132,7 +132,7 @@ def test_resumed_runs_make_the_same_next_ten_decisions(
     assert sum(step.result == "applied" for step in whole[11:]) == 10
 
 
-@pytest.mark.parametrize("draw", ["cluster_ucb", "uniform"])
+@pytest.mark.parametrize("draw", ["cluster_ucb", pytest.param("uniform", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("mask", "sketch_width"), [("dual_sft", 16), pytest.param("none", 16, marks=pytest.mark.slow), ("none", 4)]
 )

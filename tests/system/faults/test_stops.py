@@ -72,7 +72,8 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not(selection: di
     assert counts(whole)["dead_lettered"] == BAD
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_ended_loses_nothing_and_repeats_nothing(number: signal.Signals, place: Path) -> None:
     """The end state, cursor included, is that of a run that was left alone."""
     write_lines(place / "samples.jsonl", goods(800))
