@@ -6,6 +6,7 @@ kafka-python ships without type information, so its clients are `Any` here and i
 import difflib
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.codec import has_lz4, has_snappy, has_zstd
-from kafka.errors import KafkaError, for_code
+from kafka.errors import KafkaConnectionError, KafkaError, for_code
 from kafka.net.compat import KafkaNetClient
 
 from stream_trainer.errors import SettingsError, SourceAwayError, SourceError
@@ -74,6 +75,8 @@ def connect(client: Callable[..., Any], settings: KafkaSettings, client_id: str,
 
     with _last_error() as heard:
         try:
+            if settings.api_version:
+                _require_answer(settings)
             connected = client(kafka_client=open_network, **options)
         except (KafkaError, ValueError) as error:
             for network in networks:
@@ -123,6 +126,26 @@ def connection_options(settings: KafkaSettings, client_id: str) -> dict[str, Any
         "api_version": tuple(map(int, settings.api_version.split("."))) if settings.api_version else None,
         **security_options(settings),
     }
+
+
+def _require_answer(settings: KafkaSettings) -> None:
+    """Raise KafkaConnectionError unless an address can be reached in time.
+
+    A client that is told the brokers' version asks nothing at its start, and its first question then waits for ever.
+    """
+    deadline, why = time.monotonic() + settings.bootstrap_timeout_s, "no address"
+    while True:
+        for address in settings.bootstrap_servers.split(","):
+            host, _, port = address.strip().rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=ADDRESS_TIMEOUT_S).close()
+            except OSError as error:
+                why = _one_line(error)
+            else:
+                return
+        if time.monotonic() > deadline:
+            raise KafkaConnectionError(why)
+        time.sleep(0.1)
 
 
 def _require_advertised(network: Any, settings: KafkaSettings) -> None:
