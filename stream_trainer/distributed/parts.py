@@ -3,7 +3,6 @@
 Rank 0 writes, and says to all how it went. What a rank reads it decides by itself; the rest is the same everywhere.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradient_selectors.world.base import World, first, gathered
+from gradient_selectors.world.base import World, first, gathered, is_same
 
 from stream_trainer import errors
 from stream_trainer.checkpoints.ownership import Owner, claim
@@ -106,9 +105,7 @@ class SharedPlan(Plan):
     def next(self, sampler: PoolSampler, step: int, saved: int | None, stopped: Callable[[], bool]) -> list[Sample]:  # noqa: ARG002
         pool = sampler.next(stopped)
         drawn = [(sample.partition.number, sample.offset) for sample in pool]
-        said = json.dumps([drawn, sampler.scores]).encode()
-        digests = self.world.facts([int.from_bytes(hashlib.sha256(said).digest()[:7])])
-        if any(digest != digests[0] for digest in digests):
+        if not all(is_same(self.world, json.dumps([drawn, sampler.scores]).encode())):
             raise TrainingError(
                 f"selection.draw: the ranks drew other samples for step {step} from the same ones; start again, on "
                 "machines of one kind"

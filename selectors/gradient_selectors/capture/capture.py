@@ -30,17 +30,8 @@ from gradient_selectors.capture.parts.experts import Experts, recognise_experts
 from gradient_selectors.capture.parts.rotary import by_length, sample_by_sample
 from gradient_selectors.capture.parts.uses import UsesWithin, kinds_of_use
 from gradient_selectors.capture.passes import Passes, checked
-from gradient_selectors.capture.places import (
-    MissingFactorError,
-    Places,
-    UnsupportedParameterError,
-)
-from gradient_selectors.capture.verification import (
-    has_plain_head,
-    mistake_of,
-    probe_batch,
-    replaced,
-)
+from gradient_selectors.capture.places import MissingFactorError, Places, UnsupportedParameterError
+from gradient_selectors.capture.verification import has_plain_head, mistake_of, probe_batch, replaced
 
 Keep = Callable[[str, Factor], Factor | None]
 """Takes (parameter's name, factor) as the backward pass leaves it; returns what is kept of it, or None."""
@@ -115,15 +106,16 @@ class GradientCapture:
         self.passes.by_length = bool(varying)
         self._handles = [module.register_forward_hook(sample_by_sample, with_kwargs=True) for module in varying]
         try:
-            check_apart(self._model, self.passes.inputs, self._probe())
+            probe = probe_batch(self._model.get_input_embeddings().weight.shape[0]).to(self.device)
+            check_apart(self._model, self.passes.inputs, probe)
             output = self._model.get_output_embeddings()
-            self.passes.head = output if has_plain_head(self._model, self.passes) else None
+            self.passes.head = output if has_plain_head(self._model, self.passes, probe) else None
             self._head_name = None if self.passes.head is None else self._name_of(output)
             found = (recognise_rms_norm(name, module) for name, module in self._model.named_modules())
             self._norms = {norm.name: norm for norm in found if norm is not None}
-            self._attach_all()
+            self._attach_all(probe)
             self._loras = list(self._lora_layers())
-            mistake = mistake_of(self, self._model)
+            mistake = mistake_of(self, self._model, probe)
             if mistake is not None:
                 raise self._unsupported(*mistake)
             self._expected = frozenset(self._collected)
@@ -267,7 +259,7 @@ class GradientCapture:
             if layer.down in self._sites and layer.up in self._sites:
                 yield layer
 
-    def _attach_all(self) -> None:
+    def _attach_all(self, probe: Batch) -> None:
         unknown: dict[str, nn.Module] = {}
         for name, module in self._owners():
             experts = recognise_experts(name, module)
@@ -279,7 +271,7 @@ class GradientCapture:
             else:
                 self._sites[name] = (module, make_factors)
                 self._handles.append(module.register_forward_hook(partial(self._hook, name), with_kwargs=True))
-        used = kinds_of_use(self._model, unknown, self.passes.inputs(self._probe())) if unknown else {}
+        used = kinds_of_use(self._model, unknown, self.passes.inputs(probe)) if unknown else {}
         for name, module in unknown.items():
             if name not in used:
                 parameter = next(iter(self._places.trained[name].values()))
@@ -381,9 +373,6 @@ class GradientCapture:
         finally:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(True)
-
-    def _probe(self) -> Batch:
-        return probe_batch(self._model.get_input_embeddings().weight.shape[0]).to(self.device)
 
     def _unsupported(self, name: str, reason: str) -> UnsupportedParameterError:
         return UnsupportedParameterError(

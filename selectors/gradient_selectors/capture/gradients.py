@@ -123,10 +123,7 @@ class PoolGradients:
 
     def written(self, name: str, samples: Sequence[int], lo: int, hi: int) -> Tensor:
         """Rows `lo:hi` of some samples' gradients of a parameter that has factors, (n, hi - lo, ...) float32."""
-        total, *others = (factor.per_sample(samples, lo, hi) for factor in self.factors[name])
-        for other in others:
-            total += other
-        return total
+        return summed([factor.per_sample(samples, lo, hi) for factor in self.factors[name]])
 
     @torch.no_grad()
     def squared_length(self, coefficients: Tensor, preconditioner: Preconditioner) -> float:
@@ -188,11 +185,17 @@ def gram_at_rows(factors: Sequence[MatrixFactor], samples: Sequence[int], rows: 
     return gram
 
 
-def scaled_products(written: Sequence[Tensor], root: Tensor | None) -> Tensor:
-    """Inner products of the sum of what factors wrote out; the first of them is overwritten."""
+def summed(written: Sequence[Tensor]) -> Tensor:
+    """The sum of what factors wrote out, in the place of the first."""
     total, *others = written
     for other in others:
         total += other
+    return total
+
+
+def scaled_products(written: Sequence[Tensor], root: Tensor | None) -> Tensor:
+    """Inner products of the sum of what factors wrote out; the first of them is overwritten."""
+    total = summed(written)
     if root is not None:
         total *= root
     return _products(total.flatten(1))

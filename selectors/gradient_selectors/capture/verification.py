@@ -73,7 +73,7 @@ def is_rounded(model: nn.Module) -> bool:
     return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
 
 
-def has_plain_head(model: Any, passes: Passes) -> bool:
+def has_plain_head(model: Any, passes: Passes, probe: Batch) -> bool:
     """Whether the logits are just `hidden W^T + b`, found out by comparing the two.
 
     The head's weight is scaled up for the probe: soft capping is invisible on the small logits of a fresh model.
@@ -81,28 +81,26 @@ def has_plain_head(model: Any, passes: Passes) -> bool:
     module = model.get_output_embeddings()
     if type(module) is not nn.Linear:
         return False
-    batch = probe_batch(model.get_input_embeddings().weight.shape[0]).to(module.weight.device)
     scaled = module.weight.detach() * HEAD_PROBE_SCALE
     name = next(name for name, other in model.named_modules() if other is module)
     with torch.no_grad():
-        output = functional_call(model, {f"{name}.weight": scaled}, kwargs=passes.inputs(batch), tie_weights=False)
-        expected = F.linear(passes.hidden(batch), scaled, module.bias)
+        output = functional_call(model, {f"{name}.weight": scaled}, kwargs=passes.inputs(probe), tie_weights=False)
+        expected = F.linear(passes.hidden(probe), scaled, module.bias)
     return bool((output.logits - expected).norm() <= RECOGNISED * expected.norm())
 
 
-def mistake_of(capture: "GradientCapture", model: Any) -> tuple[str, str] | None:
+def mistake_of(capture: "GradientCapture", model: Any, probe: Batch) -> tuple[str, str] | None:
     """Compare every parameter's weighted gradient with autograd's; unequal weights tell samples apart."""
-    batch = probe_batch(model.get_input_embeddings().weight.shape[0]).to(capture.device)
     weights_N = torch.tensor([0.3, 1.7])
     # The formulas are checked in the weights' own precision.
     autocast, capture.passes.autocast = capture.passes.autocast, None
     try:
         with moved(capture.parameters), without_dropout(model):
-            found, wanted = capture.run(batch), _autograd(capture, model, batch, weights_N)
+            found, wanted = capture.run(probe), _autograd(capture, model, probe, weights_N)
             again = wanted
             if is_rounded(model):
                 with moved(capture.parameters, ROUNDING):
-                    again = _autograd(capture, model, batch, weights_N)
+                    again = _autograd(capture, model, probe, weights_N)
             return find_mistake(found, wanted, weights_N, again)  # the head's factors read its weights again
     finally:
         capture.passes.autocast = autocast

@@ -16,7 +16,7 @@ from gradient_selectors.capture import gradients as written
 from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.factors import Factor, Lookup, LowRank, MatrixFactor, TokenRows
-from gradient_selectors.capture.gradients import Gradient, PoolGradients, scaled_products
+from gradient_selectors.capture.gradients import Gradient, PoolGradients, scaled_products, summed
 from gradient_selectors.preconditioner import Preconditioner, at_rows
 from gradient_selectors.views.again import SecondPass, second_pass_of
 from gradient_selectors.views.pieces import Budget, score_pool
@@ -83,8 +83,7 @@ class Holdings:
             return self.local.losses_N.new_zeros(len(own), hi - lo, *self.local.shapes[name][1:])
         if rows is None:
             return self.local.written(name, own, lo, hi)
-        found = [factor.at_rows(own, rows[lo:hi]) for factor in factors if isinstance(factor, MatrixFactor)]
-        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+        return summed([factor.at_rows(own, rows[lo:hi]) for factor in factors if isinstance(factor, MatrixFactor)])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """One decision for all ranks. All decide from the same numbers, yet a solver's answer may differ on two machines."""
 
-import hashlib
 import json
 import logging
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradient_selectors.weigh.selector import Decision, SolverReport
-from gradient_selectors.world.base import World, first
+from gradient_selectors.world.base import World, first, is_same
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +18,10 @@ def agreed(world: World, decision: Decision) -> Decision:
     if world.size == 1:
         return decision
     own = _told(decision)
-    digests = world.facts([int.from_bytes(hashlib.sha256(own.encode()).digest()[:7])])
-    if all(digest == digests[0] for digest in digests):
+    same = is_same(world, own.encode())
+    if all(same):
         return decision
-    if digests[world.rank] != digests[0]:
+    if not same[world.rank]:
         logger.warning("rank %d decided otherwise than rank 0, whose decision holds", world.rank)
     return _understood(json.loads(first(world, own)), decision)
 

@@ -4,6 +4,7 @@ Every rank makes the same calls in the same order. A call that only some make ha
 rank knows may decide whether a call is made: what only one knows is first told to all.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,12 @@ def gathered(world: World, value: Any) -> list[Any]:
 def first(world: World, value: Any) -> Any:
     """Rank 0's JSON value; what the others give is left out."""
     return json.loads(world.gather(json.dumps(value if world.rank == 0 else None).encode())[0])
+
+
+def is_same(world: World, said: bytes) -> list[bool]:
+    """Of each rank, whether it says the same as rank 0; of what is said a digest of 7 bytes is exchanged."""
+    digests = world.facts([int.from_bytes(hashlib.sha256(said).digest()[:7])])
+    return [digest == digests[0] for digest in digests]
 
 
 @contextmanager

@@ -52,7 +52,8 @@ class Shares:
 
     def among(self, samples: Sequence[int]) -> list[list[int]]:
         """Of each rank: the places among `samples` of those that are its own."""
-        return [[place for place, i in enumerate(samples) if i in set(share)] for share in self.of_ranks]
+        owned = [frozenset(share) for share in self.of_ranks]
+        return [[place for place, i in enumerate(samples) if i in share] for share in owned]
 
 
 def agreed_names(world: World, present: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -21,7 +21,6 @@ SAME, SAME_ROUNDED = 2e-3, 0.05  # relative differences of a token's logits that
 Trace = dict[str, tuple[list[Tensor], list[Tensor]]]
 """Inputs and outputs of modules by name, in the order in which they are done."""
 
-
 Inputs = Callable[[Batch], Mapping[str, Any]]
 """How a model is called on a batch."""
 
