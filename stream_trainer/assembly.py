@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from gradient_selectors import MaskedAdamW, SelectionEngine
 from gradient_selectors.world.base import Alone, World
@@ -18,6 +19,7 @@ from stream_trainer.checkpoints.plan import PlanFile
 from stream_trainer.checkpoints.provenance import provenance_of, read_provenance, report_changes
 from stream_trainer.distributed.buffer import SharedBuffer
 from stream_trainer.distributed.control import Control
+from stream_trainer.distributed.cursor import owns
 from stream_trainer.distributed.parts import SharedIngest, SharedOwner, SharedPlan
 from stream_trainer.distributed.resume import make_cursor, make_saver, own_state, require_same
 from stream_trainer.ingest.buffer import Buffer
@@ -183,7 +185,7 @@ def _reading(run: Run, learner: _Learner, owner: Owner, buffer: Buffer, state: T
     metrics.count_outcomes(lambda: cursor.counts)
     dead_letters = open_dead_letters(settings, owner.confirm)
     run.stack.callback(dead_letters.close)
-    source = open_source(settings.source, owner.confirm, lambda number: number % run.world.size == run.world.rank)
+    source = open_source(settings.source, owner.confirm, partial(owns, run.world))
     kafka = settings.source.kafka
     registry = Registry(kafka) if settings.source.kind == "kafka" and kafka.format != "json" else None
     decoder = learner.decoder if registry is None else replace(learner.decoder, unpack=registry.to_json)

@@ -42,6 +42,7 @@ class SharedBuffer(Buffer):
         self._last, self._idle = -1 if last is None else last.number, idle
 
     def take(self, n: int, wait_s: float, stopped: Callable[[], bool], *, or_none: bool = False) -> list[Sample]:
+        """As `Buffer.take`, from all ranks: the same samples on each. Raises what any rank's stream failed with."""
         waiting = _Waiting(wait_s)
         while not stopped():
             facts = self._control.round(**self._known(n))
@@ -78,8 +79,11 @@ class SharedBuffer(Buffer):
     def _raise_failure(self, facts: list[Fact]) -> None:
         for rank, fact in enumerate(facts):
             if fact.failure is not None:
+                kind, words = fact.failure
                 own = self._error or self._ended_by
-                raise own if rank == self._control.world.rank and own is not None else understood(rank, *fact.failure)
+                if own is not None and rank == self._control.world.rank:
+                    raise own
+                raise understood(kind, f"rank {rank}: {words}")
 
     def _take_in(self, order: list[int]) -> list[Sample]:
         """What the ranks of `order` give, in this order."""

@@ -87,9 +87,16 @@ def told(error: BaseException) -> tuple[str, str]:
     return type(error).__name__, str(error)
 
 
-def understood(rank: int, kind: str, words: str) -> StreamTrainerError:
-    """The error of another rank; of a kind that the exit code of the run follows from."""
+def understood(kind: str, words: str) -> StreamTrainerError:
+    """The error that was told; of a kind that the exit code of the run follows from."""
     found = getattr(errors, kind, None)
     if isinstance(found, type) and issubclass(found, StreamTrainerError):
-        return found(f"rank {rank}: {words}")
-    return StreamTrainerError(f"rank {rank}: {words}")
+        return found(words)
+    return StreamTrainerError(words)
+
+
+def agree_on(world: World, failure: tuple[str, str] | None) -> None:
+    """Raise on every rank what any failed with, if one did."""
+    for found in gathered(world, failure):
+        if found is not None:
+            raise understood(*found)

@@ -17,9 +17,9 @@ from stream_trainer.records import Outcome, Partition
 ALONE = (Outcome.FILTERED, Outcome.DEAD_LETTERED)  # outcomes that a rank decides by itself
 
 
-def owns(world: World, partition: Partition) -> bool:
-    """Whether a partition is this rank's to read: a new one moves no other."""
-    return partition.number % world.size == world.rank
+def owns(world: World, number: int) -> bool:
+    """Whether the partition of this number is this rank's to read: a new one moves no other."""
+    return number % world.size == world.rank
 
 
 class SharedCursor(Cursor):
@@ -41,7 +41,7 @@ class SharedCursor(Cursor):
         return cursor
 
     def resolve(self, partition: Partition, offset: int, outcome: Outcome, **others: Any) -> None:
-        if owns(self.control.world, partition):
+        if owns(self.control.world, partition.number):
             super().resolve(partition, offset, outcome, **others)
             return
         with self._lock:
@@ -61,7 +61,7 @@ class SharedCursor(Cursor):
 
 def own_part(world: World, snapshot: Mapping[str, Any]) -> dict[str, Any]:
     """What a rank restores its cursor from."""
-    names = [name for name in snapshot["partitions"] if owns(world, Partition.parse(name))]
+    names = [name for name in snapshot["partitions"] if owns(world, Partition.parse(name).number)]
     mine: dict[str, Any] = {"partitions": {name: snapshot["partitions"][name] for name in names}}
     alone = {outcome.value for outcome in ALONE} if world.rank else set()
     mine["counts"] = {name: 0 if name in alone else count for name, count in snapshot["counts"].items()}

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from gradient_selectors.world.base import World, first, gathered, is_same
 
-from stream_trainer import errors
 from stream_trainer.checkpoints.ownership import Owner, claim
 from stream_trainer.distributed.buffer import SharedBuffer
-from stream_trainer.distributed.control import Control, told
+from stream_trainer.distributed.control import Control, agree_on, told
 from stream_trainer.distributed.cursor import merged, owns
-from stream_trainer.errors import CheckpointError, SourceError, StreamTrainerError, TrainingError
+from stream_trainer.errors import SourceError, StreamTrainerError, TrainingError
 from stream_trainer.ingest.judge import Snapshot
 from stream_trainer.ingest.letter import DeadLetter
 from stream_trainer.ingest.thread import Ingest
 from stream_trainer.records import Outcome, Partition, Sample
 from stream_trainer.training.draw.pools import PoolSampler
 from stream_trainer.training.faults.culprits import Failure
+from stream_trainer.training.faults.moved import sums_of_bits
 from stream_trainer.training.planning import Plan
 from stream_trainer.training.saver import Saver
 from stream_trainer.training.step import StepReport
@@ -88,7 +88,7 @@ class SharedIngest(Ingest):
         super().start({**self.everywhere, **positions}, identity)
 
     def dead_letter(self, letter: DeadLetter) -> None:
-        if owns(self.world, letter.record.partition):
+        if owns(self.world, letter.record.partition.number):
             super().dead_letter(letter)
 
 
@@ -131,6 +131,10 @@ class SharedSaver(Saver):
         return self.control.any(super().has_news(step) or self.dead_letters.held > 0)
 
     def save(self, step: int, parts: Mapping[str, Any]) -> None:
+        """As `Saver.save`, on all ranks together.
+
+        Raises on each what rank 0, or the letters of any, failed with, and TrainingError if weights are not the same.
+        """
         world, own = self.control.world, self.ingest.snapshot()
         trouble = None
         try:
@@ -172,20 +176,6 @@ class SharedSaver(Saver):
         return Snapshot(cursor, counts, {**parts[0], "poison": poison, ELSEWHERE: elsewhere})
 
 
-def agree_on(world: World, failure: tuple[str, str] | None) -> None:
-    """Raise on every rank what any failed with, if one did."""
-    for found in gathered(world, failure):
-        if found is not None:
-            kind = getattr(errors, found[0], CheckpointError)
-            raise kind(found[1])
-
-
 def fingerprint(model: torch.nn.Module) -> list[int]:
-    """What tells weights apart that differ in any bit: sums of their bits as whole numbers, by parameter."""
-    sums = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            flat = parameter.detach().contiguous().flatten().view(torch.uint8)
-            words = flat[: flat.numel() // 4 * 4].view(torch.int32)
-            sums.append(int(words.sum(dtype=torch.int64)))
-    return sums
+    """What tells weights apart that differ in any bit."""
+    return sums_of_bits(p for p in model.parameters() if p.requires_grad)

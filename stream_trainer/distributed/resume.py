@@ -55,7 +55,7 @@ def own_state(world: World, settings: Settings, state: TrainerState) -> TrainerS
         if int(rank) >= world.size:
             _cut_back(settings, int(rank), mark)
     letters = parts.get("dead_letters", {}) if world.rank == 0 else elsewhere.get(str(world.rank), {})
-    poison = {name: part for name, part in parts.get("poison", {}).items() if owns(world, Partition.parse(name))}
+    poison = {name: part for name, part in parts.get("poison", {}).items() if owns(world, Partition.parse(name).number)}
     return replace(state, parts={**parts, "dead_letters": letters, "poison": poison})
 
 

@@ -4,7 +4,7 @@ Between two looks a tensor has moved if the sum of its bits is another one: that
 in billions, and keeps no copy. What share of its weights moved is estimated from some of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ class Moved:
     @torch.no_grad()
     def look(self) -> MovedShare | None:
         """What moved since the last look; None at the first one."""
-        sums = torch.stack([_sum_of_bits(values) for values in self._parameters.values()]).tolist()
+        sums = sums_of_bits(self._parameters.values())
         sampled = {name: _sample(values) for name, values in self._parameters.items()}
         before, self._sums = self._sums, sums
         old, self._sampled = self._sampled, sampled
@@ -53,8 +53,12 @@ class Moved:
         return MovedShare(1 - len(still) / len(sums), weights, tuple(still))
 
 
-def _sum_of_bits(values: Tensor) -> Tensor:
-    return values.detach().contiguous().view(BITS[values.element_size()]).sum(dtype=torch.int64)
+def sums_of_bits(tensors: Iterable[Tensor]) -> list[int]:
+    """Of each, its bits added up as whole numbers: if any bit differs, so does the sum, all but surely."""
+    bits = (values.detach().contiguous().view(BITS[values.element_size()]) for values in tensors)
+    sums = [values.sum(dtype=torch.int64) for values in bits]
+    found: list[int] = torch.stack(sums).tolist() if sums else []
+    return found
 
 
 def _sample(values: Tensor) -> Tensor:
