@@ -1,6 +1,5 @@
 """Whether what the settings name is there: looked at before anything is loaded, and by `config check`."""
 
-import math
 import os
 import re
 import shutil
@@ -9,19 +8,15 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from stream_trainer.checkpoints.trouble import try_out
 from stream_trainer.commands.checking.contents import on_the_hub, samples_in, stream_file, weights_in
 from stream_trainer.commands.checking.result import Check
-from stream_trainer.commands.checking.space import space
+from stream_trainer.commands.checking.space import nearest, room, space
 from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.monitoring.server import listen_problem
 from stream_trainer.settings.schema import ModelSettings, Settings
 from stream_trainer.settings.sections.selection import SelectionSettings
 from stream_trainer.settings.sections.source import KafkaSettings
-
-FLOAT32_BYTES = 4
 
 # What the hub accepts, and no path on disk that a user would mean: `name` or `owner/name`.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -77,7 +72,7 @@ def _files(settings: Settings) -> Iterator[Check]:
             yield stream_file(path)
         else:
             limit = limits.get(name, settings.evaluation.max_samples)
-            yield samples_in(name, path, limit, settings.samples.max_bytes)
+            yield samples_in(name, path, limit, settings.samples)
 
 
 def _security(settings: Settings) -> Iterator[Check]:
@@ -128,7 +123,7 @@ def _directories(settings: Settings) -> Iterator[Check]:
     writable = _writable("checkpoint.dir", directory, directory)
     yield writable
     if writable.ok:
-        yield _room(settings)
+        yield room(settings)
         yield _mount(directory)
     if (published := settings.publish.dir) is not None:
         yield _writable("publish.dir", published, published)
@@ -152,11 +147,11 @@ def _command(word: str) -> Check:
 
 def _writable(name: str, path: Path, directory: Path) -> Check:
     """Whether files can be made in `directory`, which itself is made later if its nearest parent allows that."""
-    nearest = _nearest(directory)
-    if not nearest.is_dir():
-        return Check(name, False, f"{name}={path} cannot be made, {nearest} is no directory; name another place")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        return Check(name, False, f"{name}={path} cannot be written, {nearest} is read-only for us; name another place")
+    parent = nearest(directory)
+    if not parent.is_dir():
+        return Check(name, False, f"{name}={path} cannot be made, {parent} is no directory; name another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return Check(name, False, f"{name}={path} cannot be written, {parent} is read-only for us; name another place")
     return Check(name, True, str(path))
 
 
@@ -167,32 +162,6 @@ def _mount(directory: Path) -> Check:
         return Check("checkpoint mount", False, str(error))
     detail = "renames directories" + ("" if flushes else ", but cannot flush them: a power cut may undo a checkpoint")
     return Check("checkpoint mount", True, detail)
-
-
-def _nearest(path: Path) -> Path:
-    """`path`, or its nearest ancestor that exists."""
-    return next((place for place in (path, *path.absolute().parents) if place.exists()), Path("/"))
-
-
-def _room(settings: Settings) -> Check:
-    """Room for one more checkpoint: weights and two moments of the same shape. Adapters take next to nothing."""
-    directory, model = settings.checkpoint.dir, settings.model
-    weights = [] if model.lora or model.name is None else Path(model.name).glob("*.safetensors")
-    free, needed = shutil.disk_usage(_nearest(directory)).free, 3 * FLOAT32_BYTES * sum(map(_num_weights, weights))
-    text = f"{free / 2**30:.1f} GiB free"
-    if free < needed:
-        remedy = f"one checkpoint takes {needed / 2**30:.1f} GiB or more; free some or name another disk"
-        return Check("checkpoint room", False, f"checkpoint.dir={directory} has {text}, {remedy}")
-    return Check("checkpoint room", True, text)
-
-
-def _num_weights(file: Path) -> int:
-    """How many a safetensors file holds, of whatever dtype; checkpoints hold them in float32."""
-    try:
-        with safe_open(file, "np") as tensors:
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return 0  # loading it will say what is wrong
 
 
 def _model(model: ModelSettings) -> Iterator[Check]:

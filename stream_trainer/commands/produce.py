@@ -1,9 +1,8 @@
 """Publish JSON lines to a topic, mixed as asked: for demos, load tests and backfills.
 
 Each line becomes a record with its original bytes, no key and the current time. Files of other formats are read as
-`formats.files` says. Records go to the partitions in turn,
-so the same arguments give the same topic. A run that was interrupted is gone on with when the same command is given
-again: no line is published twice, and none is left out.
+`formats.files` says. Records go to the partitions in turn, so the same arguments give the same topic. A run that was
+interrupted is gone on with when the same command is given again: no line is published twice, and none is left out.
 """
 
 import argparse

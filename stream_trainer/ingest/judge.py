@@ -88,6 +88,8 @@ class Judge:
             if isinstance(result, SampleError):
                 self._dead_letter(record, result)
                 continue
+            if isinstance(result, Sample):
+                self._count_notes(result)
             if isinstance(result, Sample) and not self._is_duplicate(result):
                 samples.append(result)
             elif is_fresh:
@@ -121,9 +123,11 @@ class Judge:
                 self._metrics.dead_letters.labels(letter.reason).inc()
         self._metrics.dead_letters_held.set(self._dead_letters.held)
 
-    def _is_duplicate(self, sample: Sample) -> bool:
+    def _count_notes(self, sample: Sample) -> None:
         for note in sample.notes:
             self._metrics.sample_notes.labels(note).inc()
+
+    def _is_duplicate(self, sample: Sample) -> bool:
         with self._lock:  # a snapshot must not come between
             return self._duplicates.is_one(sample)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ def config_text(model: Any) -> str:
     return json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"
 
 
-def write_adapter(directory: Path, config: str, weights: bytes) -> None:
-    """Write both files. `weights`: a checkpoint's `adapter.safetensors`, by parameter name. Raises OSError."""
+def write_adapter(directory: Path, config: str, weights: Mapping[str, Any]) -> None:
+    """Write both files. `weights`: those of the adapters as numpy's arrays, by parameter name. Raises OSError."""
     (directory / CONFIG).write_text(config)
-    named = {_peft_name(name): tensor for name, tensor in safetensors.numpy.load(weights).items()}
+    named = {_peft_name(name): tensor for name, tensor in weights.items()}
     safetensors.numpy.save_file(named, directory / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 
 from stream_trainer.errors import CheckpointError
 from stream_trainer.models.adapters import ADAPTER
@@ -131,7 +131,8 @@ def _written(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _save_as_peft(model: Any, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    write_adapter(directory, config_text(model), save(_written(_adapters(model))))
+    weights = {name: weight.cpu().numpy() for name, weight in _written(_adapters(model)).items()}
+    write_adapter(directory, config_text(model), weights)
     model.generation_config.save_pretrained(directory)  # where a turn ends
 
 

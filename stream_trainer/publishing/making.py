@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load
+
 from stream_trainer import __version__
 from stream_trainer.checkpoints.manifest import MANIFEST, DamagedError
 from stream_trainer.checkpoints.trouble import sync, sync_directory
@@ -110,7 +112,7 @@ def _write_model(temporary: Path, files: HeldFiles, origin: Origin) -> None:
             raise DamagedError(f"{name} of the checkpoint has other contents than were written")
     if origin.adapter_config is not None and _ADAPTER in files.names and _is_whole(files.names):
         (temporary / ADAPTER_DIRECTORY).mkdir()
-        write_adapter(temporary / ADAPTER_DIRECTORY, origin.adapter_config, files.read(_ADAPTER))
+        write_adapter(temporary / ADAPTER_DIRECTORY, origin.adapter_config, load(files.read(_ADAPTER)))
 
 
 def _is_whole(names: list[str]) -> bool:

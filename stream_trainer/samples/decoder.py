@@ -177,7 +177,8 @@ class Decoder:
             marked, weight, notes = self._chats.read(fields.form)
             draft = _Draft(record, fields, marked, weight, notes=notes)
         else:
-            draft = _Draft(record, fields, *self._framing.read(fields.form))
+            framed = self._framing.read(fields.form)
+            draft = _Draft(record, fields, framed.marked, frame=framed.frame, notes=framed.notes)
         for note in draft.notes:
             self._note(note)
         return draft

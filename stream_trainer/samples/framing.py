@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stream_trainer.errors import SampleError
 from stream_trainer.samples.fields import text_of
@@ -14,6 +14,14 @@ from stream_trainer.samples.tokens.whole import Marked
 logger = logging.getLogger(__name__)
 
 FORMATTED = "formatted_text"
+
+
+class Framed(NamedTuple):
+    """A text, the tokens before and after it, and what is to be noted of it."""
+
+    marked: Marked
+    frame: tuple[list[int], list[int]]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,8 @@ class Framing:
     end_of_response: list[int]
     formatted: str
 
-    def read(self, form: Mapping[str, Any]) -> tuple[Marked, float, tuple[list[int], list[int]], tuple[str, ...]]:
-        """The text of a form, its weight, the tokens around it, and what is to be noted. Raises SampleError."""
+    def read(self, form: Mapping[str, Any]) -> Framed:
+        """The text of a form. Raises SampleError."""
         texts = [text_of(name, value) for name, value in form.items()]
         before, said = ("", texts[0]) if "text" in form else (texts[0] + "\n", texts[1])
         whole = before + said
@@ -42,23 +50,26 @@ class Framing:
             raise SampleError("tokenizer", "the text has a control token between Unicode noncharacters")
         end = self.end if "text" in form else self.end_of_response
         if not self.markers.wrote(whole):
-            return Marked(whole, ((len(before), len(whole)),)), 1.0, (self.start, end), ()
+            return Framed(_marked(before, said), (self.start, end))
         if self.formatted == "dead_letter":
             raise SampleError(FORMATTED, "the text carries the markers of a chat template; send messages")
         if self.formatted == "text":
-            return Marked(whole, ((len(before), len(whole)),)), 1.0, (self.start, end), (FORMATTED,)
+            return Framed(_marked(before, said), (self.start, end), (FORMATTED,))
         return self._as_tokens(before, said, end)
 
-    def _as_tokens(
-        self, before: str, said: str, end: list[int]
-    ) -> tuple[Marked, float, tuple[list[int], list[int]], tuple[str, ...]]:
+    def _as_tokens(self, before: str, said: str, end: list[int]) -> Framed:
         """With its control tokens meant; those at its ends are not put there twice."""
         found = [self.controls.ids[token] for token in self.controls.pattern.findall(before + said)]
         first = self.controls.pattern.match(before + said)
         ended = found and found[-1] in (*self.end, *self.end_of_response) and _ends(before + said, self.controls)
         frame = ([] if first and found[:1] == self.start else self.start, [] if ended else end)
-        before, whole = self.controls.fence(before), self.controls.fence(before) + self.controls.fence(said)
-        return Marked(whole, ((len(before), len(whole)),)), 1.0, frame, (FORMATTED,)
+        return Framed(_marked(self.controls.fence(before), self.controls.fence(said)), frame, (FORMATTED,))
+
+
+def _marked(before: str, said: str) -> Marked:
+    """A text in which what is said carries loss."""
+    whole = before + said
+    return Marked(whole, ((len(before), len(whole)),))
 
 
 def _ends(text: str, controls: Controls) -> bool:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import BaseModel, SecretStr
+
 from stream_trainer.errors import SettingsError
 
 MASK = "**********"
@@ -68,6 +70,15 @@ def read_secret(setting: str, path: Path) -> str:
         problem = "is empty" if not text else f"is larger than {MAX_SECRET_BYTES} bytes"
         raise SettingsError(f"{setting}={shown} {problem}; write the secret alone into it")
     return text
+
+
+def secret_of(section: BaseModel, where: str, name: str) -> str | None:
+    """The secret of a setting, from itself or from the file of `{name}_file`; `where` names the section in errors."""
+    given: SecretStr | None = getattr(section, name)
+    if given is not None:
+        return given.get_secret_value()
+    path: Path | None = getattr(section, f"{name}_file")
+    return None if path is None else read_secret(f"{where}.{name}_file", path)
 
 
 def is_sensitive(argument: str) -> bool:

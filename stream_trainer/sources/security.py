@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kafka.net.sasl.oauth import AbstractTokenProvider
-from pydantic import SecretStr
 
 from stream_trainer.errors import SettingsError
-from stream_trainer.settings.secrets import read_secret
+from stream_trainer.settings.secrets import read_secret, secret_of
 from stream_trainer.settings.sections.source import KafkaSettings
 
 
@@ -20,7 +19,7 @@ def security_options(settings: KafkaSettings) -> dict[str, Any]:
 
     Raises SettingsError, naming setting, file and remedy, for a file that is missing or does not fit.
     """
-    key_password = _secret(settings, "ssl_password")
+    key_password = secret_of(settings, "source.kafka", "ssl_password")
     for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
         path = getattr(settings, name)
         if path is not None and not path.is_file():
@@ -37,7 +36,7 @@ def security_options(settings: KafkaSettings) -> dict[str, Any]:
         "ssl_check_hostname": settings.ssl_check_hostname,
         "sasl_mechanism": settings.sasl_mechanism,
         "sasl_plain_username": settings.sasl_username,
-        "sasl_plain_password": _secret(settings, "sasl_password"),
+        "sasl_plain_password": secret_of(settings, "source.kafka", "sasl_password"),
     }
     if settings.sasl_token_file is not None:
         provider = TokenFile(settings.sasl_token_file)
@@ -62,15 +61,6 @@ class TokenFile(AbstractTokenProvider):  # type: ignore[misc]
                 "lack; write the token alone into it"
             )
         return token
-
-
-def _secret(settings: KafkaSettings, name: str) -> str | None:
-    """The secret itself, from its own setting or from the file."""
-    given: SecretStr | None = getattr(settings, name)
-    if given is not None:
-        return given.get_secret_value()
-    path: Path | None = getattr(settings, f"{name}_file")
-    return None if path is None else read_secret(f"source.kafka.{name}_file", path)
 
 
 def _check_authorities(path: Path | None) -> None:

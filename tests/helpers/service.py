@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from stream_trainer import assembly
 from stream_trainer.checkpoints.directory import checkpoints_in
 from stream_trainer.cli import main
 from stream_trainer.demo.broker import free_port
@@ -27,6 +28,7 @@ from stream_trainer.records import Sample
 from stream_trainer.service import Summary, run, serve
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.step import StepReport
+from stream_trainer.training.trainer import Trainer
 from stream_trainer.training.watchers import Watcher
 from tests.helpers.brokers import how_to_reach
 
@@ -345,3 +347,16 @@ def fifo(path: Path) -> Iterator[Callable[[bytes], None]]:
     finally:
         with suppress(OSError):  # a reader that is still held up sees an empty file
             os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+
+
+def note_trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """Those that the service puts together from now on, as it does so."""
+    made: list[Trainer] = []
+
+    class Noted(Trainer):
+        def __init__(self, *arguments: Any, **parts: Any) -> None:
+            super().__init__(*arguments, **parts)
+            made.append(self)
+
+    monkeypatch.setattr(assembly, "Trainer", Noted)
+    return made

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 
-from stream_trainer import assembly
 from stream_trainer.demo import stream as demo
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
-from stream_trainer.training.trainer import Trainer
 from stream_trainer.training.watchers import Watcher
-from tests.helpers.service import MODEL, configuration, jsonl
+from tests.helpers.service import MODEL, configuration, jsonl, note_trainers
 
 STEPS, POOL = 100, 16
 ONLY_THE_TARGETS_KIND = {**dict.fromkeys(demo.SHARES, 0.0), demo.TARGET: 1.0}
@@ -55,14 +53,7 @@ def shuffled(target: Path) -> None:
 
 def trained(folder: Path, records: Path, steps: int, monkeypatch: pytest.MonkeyPatch, **advantage: Any) -> Found:
     """A run that compares and measures every second step."""
-    made: list[Trainer] = []
-
-    class Noted(Trainer):
-        def __init__(self, *arguments: Any, **parts: Any) -> None:
-            super().__init__(*arguments, **parts)
-            made.append(self)
-
-    monkeypatch.setattr(assembly, "Trainer", Noted)
+    made = note_trainers(monkeypatch)
     found = Found()
 
     def on_step(_step: int, _pool: Sequence[Any], _report: Any) -> None:

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 from gradient_selectors import FilterThenWeight, Sketched
 
-from stream_trainer import assembly
 from stream_trainer.checkpoints.directory import checkpoints_in
 from stream_trainer.training.draw.waiting import LearnedSampler
 from stream_trainer.training.trainer import Trainer
-from tests.helpers.service import MODEL, goods, hashes, jsonl, serve_until, write_lines
+from tests.helpers.service import MODEL, goods, hashes, jsonl, note_trainers, serve_until, write_lines
 
 RECORDS = 600
 
@@ -33,15 +32,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
     """Those that the service puts together, as it does so."""
-    made: list[Trainer] = []
-
-    class Noted(Trainer):
-        def __init__(self, *arguments: Any, **parts: Any) -> None:
-            super().__init__(*arguments, **parts)
-            made.append(self)
-
-    monkeypatch.setattr(assembly, "Trainer", Noted)
-    return made
+    return note_trainers(monkeypatch)
 
 
 def test_what_is_learned_draws_and_sketches_score_the_probes(

@@ -10,16 +10,17 @@ from stream_trainer.commands.checking.result import Check
 from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.formats.files import look, records_in
 from stream_trainer.samples.fields import parse_fields
-from stream_trainer.settings.schema import ModelSettings
+from stream_trainer.samples.others import Others, others_of
+from stream_trainer.settings.schema import ModelSettings, SampleSettings
 
 HUB_TIMEOUT_S = 10.0
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def samples_in(name: str, path: Path, limit: int, max_bytes: int) -> Check:
+def samples_in(name: str, path: Path, limit: int, settings: SampleSettings) -> Check:
     """Whether the first `limit` records of a file that the user keeps are samples, for all that needs no tokenizer."""
-    label, found = f"{name}={path}", 0
+    label, found, others = f"{name}={path}", 0, others_of(settings.fields, settings.ignore)
     try:
         for number, value in enumerate(records_in(path, label), start=1):
             if found == limit:
@@ -27,7 +28,7 @@ def samples_in(name: str, path: Path, limit: int, max_bytes: int) -> Check:
             if not value.strip():
                 continue
             found += 1
-            if problem := _problem(value, max_bytes):
+            if problem := _problem(value, settings.max_bytes, others):
                 return Check(name, False, f"{label} line {number} is not a sample ({problem}); correct or remove it")
     except SettingsError as error:
         return Check(name, False, str(error))
@@ -36,9 +37,9 @@ def samples_in(name: str, path: Path, limit: int, max_bytes: int) -> Check:
     return Check(name, True, f"{path}, {found} samples")
 
 
-def _problem(value: bytes, max_bytes: int) -> str:
+def _problem(value: bytes, max_bytes: int, others: Others) -> str:
     try:
-        parse_fields(value, max_bytes)
+        parse_fields(value, max_bytes, others=others)
     except SampleError as error:
         return f"{error.reason}: {error}"
     return ""

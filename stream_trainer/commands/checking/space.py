@@ -4,6 +4,7 @@ The model is made without its weights, so that all of it is counted as the servi
 samples (activations, logits) is not counted: so what is refused here could never run.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from stream_trainer.commands.checking.result import Check
+from stream_trainer.monitoring.allocator import memory_limit
 from stream_trainer.settings.schema import Settings
 
 FLOAT32_BYTES = 4
@@ -123,6 +127,35 @@ def _factors(settings: Settings, sizes: Sizes) -> int:
     return min(full, int((limit or 0) * 1e9)) if bounded else full
 
 
+def nearest(path: Path) -> Path:
+    """`path`, or its nearest ancestor that exists."""
+    return next((place for place in (path, *path.absolute().parents) if place.exists()), Path("/"))
+
+
+def room(settings: Settings) -> Check:
+    """Room for one more checkpoint, known at once: two moments and weights of the shape of those that are there.
+
+    Adapters take next to nothing. `space` counts exactly, and has to make the model for it.
+    """
+    directory, model = settings.checkpoint.dir, settings.model
+    weights = [] if model.lora or model.name is None else Path(model.name).glob("*.safetensors")
+    free, needed = shutil.disk_usage(nearest(directory)).free, 3 * FLOAT32_BYTES * sum(map(_num_weights, weights))
+    text = f"{free / GIB:.1f} GiB free"
+    if free < needed:
+        remedy = f"one checkpoint takes {needed / GIB:.1f} GiB or more; free some or name another disk"
+        return Check("checkpoint room", False, f"checkpoint.dir={directory} has {text}, {remedy}")
+    return Check("checkpoint room", True, text)
+
+
+def _num_weights(file: Path) -> int:
+    """How many a safetensors file holds, of whatever dtype; checkpoints hold them in float32."""
+    try:
+        with safe_open(file, "np") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return 0  # loading it will say what is wrong
+
+
 def space(settings: Settings) -> Iterator[Check]:
     """Memory and disk against what there is."""
     sizes = sizes_of(settings)
@@ -150,8 +183,8 @@ def _free_memory(device: str) -> int | None:
 
         return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
     found = [_number_in(Path("/proc/meminfo"), "MemAvailable:", 1024)]
-    limit, used = (_number_in(Path("/sys/fs/cgroup") / name, "", 1) for name in ("memory.max", "memory.current"))
-    found.append(None if limit is None else limit - (used or 0))
+    limit, used = int(memory_limit()), _number_in(Path("/sys/fs/cgroup/memory.current"), "", 1) or 0
+    found.append(limit - used if limit else None)
     return min((size for size in found if size is not None), default=None)
 
 
@@ -166,9 +199,8 @@ def _number_in(path: Path, name: str, unit: int) -> int | None:
 def _disk(settings: Settings, size: int) -> Check:
     """Room for all checkpoints that are kept and one that is written, less those that are there."""
     directory, keep = settings.checkpoint.dir, settings.checkpoint.keep
-    nearest = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     there = sum(entry.name.startswith("step-") for entry in os.scandir(directory)) if directory.is_dir() else 0
-    needed, free = max(1, keep + 1 - there) * size, shutil.disk_usage(nearest).free
+    needed, free = max(1, keep + 1 - there) * size, shutil.disk_usage(nearest(directory)).free
     told = f"{keep} checkpoints and one that is written, of {_gib(size)} each"
     if needed > free:
         remedy = "free some, lower checkpoint.keep or name another disk"

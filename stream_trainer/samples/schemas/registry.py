@@ -17,11 +17,11 @@ from typing import Any
 from stream_trainer.errors import SampleError, SettingsError, SourceAwayError, SourceError
 from stream_trainer.records import Record
 from stream_trainer.samples.schemas.readers import Reader, Schema, UnfitError, avro_reader, json_reader
-from stream_trainer.settings.secrets import read_secret
+from stream_trainer.settings.secrets import secret_of
 from stream_trainer.settings.sections.registry import RegistrySettings
 from stream_trainer.settings.sections.source import KafkaSettings
 
-HEADER = "__value_schema_id"
+WHERE, HEADER = "source.kafka.schema_registry", "__value_schema_id"
 NO_SCHEMA_ID, UNKNOWN_SCHEMA, SCHEMA_MISMATCH = "no_schema_id", "unknown_schema", "schema_mismatch"
 NOT_FOUND = (40401, 40402, 40403)  # no such subject, version or schema; a 404 without one is another server's
 REFUSED = (401, 403)
@@ -125,7 +125,7 @@ class Registry:
         """The answer, None if there is no such schema. Raises SourceAwayError, and SourceError if we are refused."""
         from confluent_kafka.schema_registry.error import SchemaRegistryError
 
-        where = f"source.kafka.schema_registry.url={self._url}"
+        where = f"{WHERE}.url={self._url}"
         try:
             return question()
         except SchemaRegistryError as error:
@@ -133,9 +133,7 @@ class Registry:
                 return None
             what = f"answers with HTTP status {error.http_status_code}"
             if error.http_status_code in REFUSED:
-                raise SourceError(
-                    f"{where} {what}; correct source.kafka.schema_registry.username and its password"
-                ) from None
+                raise SourceError(f"{where} {what}; correct {WHERE}.username and its password") from None
             raise SourceAwayError(f"{where} {what}; check the registry") from None
         except Exception as error:  # of the connection, or an answer that is no registry's
             raise SourceAwayError(
@@ -192,12 +190,10 @@ def _client(settings: RegistrySettings) -> Any:
     try:
         from confluent_kafka.schema_registry import SchemaRegistryClient
     except ImportError as error:
-        raise SettingsError(
-            f"source.kafka.schema_registry needs the module {error.name}; pip install 'stream-trainer[schema]'"
-        ) from None
+        raise SettingsError(f"{WHERE} needs the module {error.name}; pip install 'stream-trainer[schema]'") from None
     options: dict[str, Any] = {"url": settings.url, "timeout": settings.timeout_s, "max.retries": 0}
     if settings.username is not None:
-        options["basic.auth.user.info"] = f"{settings.username}:{_secret(settings, 'password')}"
+        options["basic.auth.user.info"] = f"{settings.username}:{secret_of(settings, WHERE, 'password')}"
     files = {
         "ssl.ca.location": "ssl_cafile",
         "ssl.certificate.location": "ssl_certfile",
@@ -208,21 +204,11 @@ def _client(settings: RegistrySettings) -> Any:
         if path is None:
             continue
         if not path.is_file():
-            raise SettingsError(f"source.kafka.schema_registry.{name}={path} is no file; correct the path")
+            raise SettingsError(f"{WHERE}.{name}={path} is no file; correct the path")
         options[option] = str(path)
-    if (password := _secret(settings, "ssl_password")) is not None:
+    if (password := secret_of(settings, WHERE, "ssl_password")) is not None:
         options["ssl.key.password"] = password
     try:
         return SchemaRegistryClient(options)
     except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"source.kafka.schema_registry: its files for TLS do not fit ({type(error).__name__}); correct them"
-        ) from None
-
-
-def _secret(settings: RegistrySettings, name: str) -> str | None:
-    given = getattr(settings, name)
-    if given is not None:
-        return str(given.get_secret_value())
-    path = getattr(settings, f"{name}_file")
-    return None if path is None else read_secret(f"source.kafka.schema_registry.{name}_file", path)
+        raise SettingsError(f"{WHERE}: its files for TLS do not fit ({type(error).__name__}); correct them") from None

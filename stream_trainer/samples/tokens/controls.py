@@ -107,9 +107,8 @@ def fenced_backend(tokenizer: Any, controls: Controls) -> Tokenizer:
 
     It gives every other text the ids that the tokenizer gives it. Raises SettingsError if that cannot be had.
     """
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described = _described(tokenizer)
     names = {text: f"{OPEN}{text}{CLOSE}" for text in controls.ids}
-    described |= {"post_processor": None, "padding": None, "truncation": None}  # the first would move offsets
     for token in described["added_tokens"]:
         if token["content"] in names:
             token |= {"content": names[token["content"]], "single_word": False}
@@ -123,6 +122,12 @@ def fenced_backend(tokenizer: Any, controls: Controls) -> Tokenizer:
                 "name another tokenizer"
             )
     return backend
+
+
+def _described(tokenizer: Any) -> dict[str, Any]:
+    """The backend as JSON, without what adds tokens, pads or cuts: that would move offsets."""
+    described: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return described | {"post_processor": None, "padding": None, "truncation": None}
 
 
 def _renamed(model: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -145,9 +150,8 @@ def _score(piece: str, score: float) -> float:
 
 def plain_backend(tokenizer: Any, controls: Controls) -> Tokenizer:
     """A copy of the backend without any control token."""
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = [token for token in described["added_tokens"] if token["content"] not in controls.ids]
-    described |= {"added_tokens": added, "post_processor": None, "padding": None, "truncation": None}
+    described = _described(tokenizer)
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] not in controls.ids]
     backend = Tokenizer.from_str(json.dumps(described))
     backend.encode_special_tokens = True
     return backend

@@ -27,6 +27,7 @@ def why_not_shared(settings: Any) -> str | None:
         "target.topic": (None,),
         "selection.advantage.shadow_every": (None,),
         "source.kafka.format": ("json",),
+        "samples.duplicates": ("keep",),
         "publish.dir": (None,),
         "checkpoint.upload": (None,),
     }

@@ -18,6 +18,7 @@ from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.gradients import Gradient
 from gradient_selectors.draw.uniform import draw_uniform
 from gradient_selectors.target import mean_gradient, mean_loss
+from gradient_selectors.weigh.selector import equal_coefficients
 from gradient_selectors.weigh.stated import restated_coefficients
 from torch import Tensor, nn
 
@@ -157,7 +158,7 @@ def _gradient_of(engine: SelectionEngine, batch: Batch) -> dict[str, Tensor]:
     parameters = engine.capture.parameters
     for parameter in parameters.values():
         parameter.grad = None
-    equal_N = torch.full((len(batch),), 1.0 / len(batch))
+    equal_N = equal_coefficients(len(batch), range(len(batch)))
     engine.capture.train(batch, restated_coefficients(equal_N, batch.weights_N))
     return {name: p.grad for name, p in parameters.items() if p.grad is not None}
 

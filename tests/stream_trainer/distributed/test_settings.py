@@ -18,6 +18,7 @@ REFUSED: list[dict[str, dict[str, Any]]] = [
     {"ledger": {"enabled": True}},
     {"control": {"enabled": True, "token": "0123456789abcdef"}},
     {"target": {"watch": True}},
+    {"samples": {"duplicates": "id"}},
     {"publish": {"dir": "models"}},
     {"checkpoint": {"upload": "memory://somewhere"}},
 ]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from stream_trainer import assembly
 from stream_trainer.errors import SettingsError
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
@@ -24,6 +23,7 @@ from tests.helpers.service import (
     goods,
     jsonl,
     metrics,
+    note_trainers,
     on_free_port,
     write_lines,
 )
@@ -41,14 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def trained(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Trainer, dict[str, float]]:
     """A run of `STEPS` steps, and its time by phase."""
-    made: list[Trainer] = []
-
-    class Noted(Trainer):
-        def __init__(self, *arguments: Any, **parts: Any) -> None:
-            super().__init__(*arguments, **parts)
-            made.append(self)
-
-    monkeypatch.setattr(assembly, "Trainer", Noted)
+    made = note_trainers(monkeypatch)
     seconds: dict[str, float] = {}
 
     def on_step(_step: int, _pool: Any, report: Any) -> None:

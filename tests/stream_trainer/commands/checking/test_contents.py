@@ -12,16 +12,26 @@ import pytest
 
 from stream_trainer.commands.checking.contents import on_the_hub, samples_in, stream_file, weights_in
 from stream_trainer.commands.checking.result import Check
-from stream_trainer.settings.schema import ModelSettings
+from stream_trainer.settings.schema import ModelSettings, SampleSettings
 from tests.stream_trainer.formats.writing import FORMS, REFUSED, write
 
 ROWS = [{"text": f"stone {number}"} for number in range(5)]
+SMALL = SampleSettings(max_bytes=1000)
+
+
+def test_samples_by_the_producers_names_are_samples(tmp_path: Path) -> None:
+    """As the run itself reads them: it makes this check at its start, and would refuse its own target."""
+    path = tmp_path / "target.jsonl"
+    path.write_text('{"instruction": "Say a.", "output": "a", "label": 1}\n')
+    mapped = SampleSettings(fields={"prompt": "instruction", "response": "output"}, ignore=("label",))
+    assert samples_in("target.path", path, 64, mapped).ok
+    assert not samples_in("target.path", path, 64, SampleSettings()).ok
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_samples_in_any_format(form: str, tmp_path: Path) -> None:
     path = write(form, tmp_path, ROWS)
-    assert samples_in("target.path", path, 3, 1000) == Check("target.path", True, f"{path}, 3 samples")
+    assert samples_in("target.path", path, 3, SMALL) == Check("target.path", True, f"{path}, 3 samples")
     assert stream_file(path).ok
 
 
@@ -38,7 +48,7 @@ def test_samples_in_any_format(form: str, tmp_path: Path) -> None:
 def test_a_target_that_run_would_refuse(content: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "target.jsonl"
     path.write_bytes(content)
-    found = samples_in("target.path", path, 64, 1000)
+    found = samples_in("target.path", path, 64, SMALL)
     assert not found.ok
     assert found.detail.startswith(f"target.path={path} ")
     assert words in found.detail
