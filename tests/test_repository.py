@@ -224,8 +224,8 @@ def test_only_the_modules_that_talk_to_brokers_import_kafka() -> None:
     assert importers("kafka", SERVICE + LIBRARY) <= KAFKA
 
 
-def test_only_the_coefficient_solver_imports_cvxpy() -> None:
-    assert importers("cvxpy", SERVICE + LIBRARY) <= {"selectors/gradient_selectors/weigh/coefficients.py"}
+def test_only_the_interior_point_imports_cvxpy() -> None:
+    assert importers("cvxpy", SERVICE + LIBRARY) <= {"selectors/gradient_selectors/weigh/interior_point.py"}
 
 
 def test_only_metrics_makes_metrics() -> None:

@@ -19,15 +19,17 @@ solution.
 """
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import cvxpy as cp
 import numpy as np
 
 from gradient_selectors.weigh.fallback import solve_without_solver
 from gradient_selectors.weigh.program import Matrix, Program, Vector, project, residual, scaled, shortest, step
+
+if TYPE_CHECKING:
+    from gradient_selectors.weigh.interior_point import InteriorPoint
 
 RESIDUAL_TOLERANCE = 1e-9  # of the scaled problem, whose numbers are of order 1
 ACTIVE_SET_ITERATIONS = 20
@@ -53,19 +55,8 @@ class Solution:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """One parameterised problem of a fixed size."""
-
-    problem: cp.Problem
-    variable: cp.Variable
-    root: cp.Parameter
-    linear: cp.Parameter
-    upper: cp.Parameter | None
-
-
 class CoefficientSolver:
-    """Solves the program for any number of candidates; keeps a compiled problem for each size that cvxpy had to solve.
+    """Solves the program for any number of candidates; keeps what cvxpy compiled for each size that it had to solve.
 
     Examples:
         >>> import numpy as np
@@ -77,7 +68,7 @@ class CoefficientSolver:
     def __init__(self, max_iterations: int = 100) -> None:
         """`max_iterations`: of the interior point, which takes 10 to 30; after these the fallback runs."""
         self._max_iterations = max_iterations
-        self._problems: dict[tuple[int, bool], _Problem] = {}
+        self._interior: InteriorPoint | None = None
 
     def solve(self, gram: Matrix, linear: Vector, ridge: float = 0.0, cap: float | None = None) -> Solution:
         """Coefficients for `K = gram` (n, n) and `c = linear` (n,).
@@ -116,37 +107,17 @@ class CoefficientSolver:
 
     def _interior_point(self, program: Program, upper_n: Vector) -> tuple[Vector | None, str]:
         """The solution of cvxpy, made exact, or None; and the status."""
-        problem = self._problem(len(upper_n), bool(np.isfinite(upper_n).all()))
-        try:
-            problem.root.value = _root(program.hessian_nn)
-            problem.linear.value = program.linear_n
-            if problem.upper is not None:
-                problem.upper.value = upper_n
-            with warnings.catch_warnings():
-                # cvxpy warns of what we check ourselves: the limit and the residual.
-                warnings.filterwarnings("ignore", "Solution may be inaccurate")
-                problem.problem.solve(solver=cp.CLARABEL, max_iter=self._max_iterations)
-        except Exception:  # whatever it is: the third way has the answer
-            return None, "fallback_failed"
-        if problem.problem.status == cp.USER_LIMIT:
-            return None, "fallback_iterations"
-        if problem.variable.value is None:
-            return None, "fallback_failed"
-        # It is right to 1e-5 only and never exactly zero, but near enough for a guess of what is free.
-        found_n = _active_set(program, project(problem.variable.value, upper_n), upper_n, shortest)
-        return found_n, "fallback_failed" if found_n is None else "optimal"
+        if self._interior is None:
+            # cvxpy takes over a second to load, and most runs never need it.
+            from gradient_selectors.weigh.interior_point import InteriorPoint
 
-    def _problem(self, size: int, capped: bool) -> _Problem:
-        key = (size, capped)
-        if key not in self._problems:
-            variable = cp.Variable(size, nonneg=True)
-            root, linear = cp.Parameter(size * (size + 1) // 2), cp.Parameter(size)
-            upper = cp.Parameter(size, nonneg=True) if capped else None
-            objective = cp.Minimize(0.5 * cp.sum_squares(cp.vec_to_upper_tri(root) @ variable) - linear @ variable)
-            problem = cp.Problem(objective, [] if upper is None else [variable <= upper])
-            assert problem.is_dcp(dpp=True)
-            self._problems[key] = _Problem(problem, variable, root, linear, upper)
-        return self._problems[key]
+            self._interior = InteriorPoint(self._max_iterations)
+        near_n, status = self._interior.solve(program, upper_n)
+        if near_n is None:
+            return None, status
+        # It is right to 1e-5 only and never exactly zero, but near enough for a guess of what is free.
+        found_n = _active_set(program, project(near_n, upper_n), upper_n, shortest)
+        return found_n, "fallback_failed" if found_n is None else "optimal"
 
 
 def _are_distinct(hessian_nn: Matrix) -> bool:
@@ -156,13 +127,6 @@ def _are_distinct(hessian_nn: Matrix) -> bool:
         return bool(np.diag(np.linalg.cholesky(hessian_nn)).min() > DISTINCT)
     except np.linalg.LinAlgError:
         return False
-
-
-def _root(hessian_nn: Matrix) -> Vector:
-    """The upper triangle, by rows, of R with `R^T R = H`, also where rounding made it slightly indefinite."""
-    values_n, vectors_nn = np.linalg.eigh(hessian_nn)
-    root_nn: Matrix = np.linalg.qr(np.sqrt(np.clip(values_n, 0.0, None))[:, None] * vectors_nn.T).R
-    return root_nn[np.triu_indices(len(root_nn))]
 
 
 def _active_set(

@@ -1,6 +1,8 @@
 """The quadratic program against brute force over all supports, and against scipy's active sets."""
 
 import itertools
+import subprocess
+import sys
 
 import cvxpy as cp
 import numpy as np
@@ -297,3 +299,19 @@ def test_is_not_least_squares_on_the_normal_equations() -> None:
 def test_unusable_input_is_refused(gram: Matrix, linear: Vector) -> None:
     with pytest.raises(ValueError, match="K"):
         CoefficientSolver().solve(gram, linear)
+
+
+def test_cvxpy_is_loaded_only_where_a_program_needs_it() -> None:
+    """It takes longer to load than most of the service does."""
+    script = """
+import sys
+import numpy as np
+from gradient_selectors import *
+from gradient_selectors.weigh.coefficients import CoefficientSolver
+solver = CoefficientSolver()
+solver.solve(np.diag([1.0, 4.0]), np.array([3.0, 2.0]))
+assert "cvxpy" not in sys.modules
+solver.solve(np.ones((2, 2)), np.ones(2))
+assert "cvxpy" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
