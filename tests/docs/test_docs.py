@@ -57,12 +57,7 @@ def run_generator(folder: Path, *arguments: str) -> "subprocess.CompletedProcess
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_generated_pages_are_those_of_the_code() -> None:
-    found = run_generator(DOCS, "--check")
-    assert found.returncode == 0, found.stderr
-
-
-def test_a_stale_page_is_named_and_mended(tmp_path: Path) -> None:
+def test_generated_pages_are_those_of_the_code_and_a_stale_one_is_named_and_mended(tmp_path: Path) -> None:
     shutil.copy(DOCS / "generate.py", tmp_path)
     shutil.copytree(DOCS / "reference", tmp_path / "reference")
     stale = tmp_path / "reference" / "metrics.md"
@@ -72,7 +67,9 @@ def test_a_stale_page_is_named_and_mended(tmp_path: Path) -> None:
     assert checked.stderr.splitlines() == [f"{stale} is stale; run python docs/generate.py"]
     assert stale.read_text() == "old"
     assert run_generator(tmp_path).returncode == 0
-    assert stale.read_text() == (DOCS / "reference" / "metrics.md").read_text()
+    assert [
+        page.name for page in GENERATED if (tmp_path / "reference" / page.name).read_text() != page.read_text()
+    ] == []
 
 
 def test_every_setting_is_in_the_reference() -> None:

@@ -157,6 +157,7 @@ def options(directory: Path, file: Path, *others: str) -> list[str]:
     return [f"--data={directory}", f"--json={file}", "--seeds=1", "--quick", *others]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("logging_as_before")
 def test_every_claim_from_the_warm_up_to_the_table(
     directory: Path, tmp_path: Path, capsys: Any, served: list[tuple[Settings, int]]

@@ -67,6 +67,7 @@ def test_without_a_group_there_is_nothing_to_know_or_to_commit(monkeypatch: pyte
     group.close()
 
 
+@pytest.mark.slow
 def test_without_the_groups_coordinator_reading_goes_on(tmp_path: Path, topic: str) -> None:
     """Three replicas of the group's offsets, which a lone broker cannot give: the coordinator is never there."""
     if reason := why_no_apache_kafka():

@@ -194,7 +194,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "auto": {"draw": "auto"},
     "middle loss": {"draw": "middle_loss"},
 }
-QUICK = {("thorough", "memory of a GPU"), ("middle loss", "memory of a CPU")}
+QUICK = {("middle loss", "memory of a CPU")}
 
 
 @pytest.mark.parametrize(
