@@ -213,10 +213,10 @@ def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(
 
 
 def produce_unevenly(servers: str, topic: str, stop: threading.Event, seed: int = 0) -> None:
-    """A few samples now for one partition, now for another, with pauses."""
+    """A few samples now for one partition, now for another, with pauses, of which some are longer than any step."""
     chance, number = random.Random(seed), 0
     producer = KafkaProducer(bootstrap_servers=servers, linger_ms=0)
-    while not stop.wait(chance.choice((0, 0.01, 0.05))):
+    while not stop.wait(chance.choice((*(0, 0.01, 0.05) * 15, 2.0))):
         partition = chance.choice((0, 0, 0, 1, 1, 2))
         for _ in range(chance.randint(1, 8)):
             producer.send(topic, b"{" if number % 40 == 9 else good(number), partition=partition)
@@ -249,7 +249,7 @@ def test_a_live_run_on_three_uneven_partitions_is_replayed_to_the_bit(
 ) -> None:
     servers = apache_kafka.bootstrap_servers
     with live(servers, topic) as source:
-        config = of_all_parts(tmp_path, source, buffer={"wait_s": 0.05})
+        config = of_all_parts(tmp_path, source, buffer={"wait_s": 0.05, "max_records": 32})
         serve_until(config, 40)
         names = [path.name for path in checkpoints(config)]
         entries = planned_of(config).values()
@@ -268,7 +268,7 @@ def test_steps_of_a_live_run_that_was_killed_are_made_of_the_same_again(
     apache_kafka: ApacheKafka, topic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with live(apache_kafka.bootstrap_servers, topic) as source:
-        config = of_all_parts(tmp_path, source, buffer={"wait_s": 0.05})
+        config = of_all_parts(tmp_path, source, buffer={"wait_s": 0.05, "max_records": 32})
         config["checkpoint"]["every_steps"] = 20
         with command(tmp_path, config) as process:
             wait_for(lambda: max(planned_of(config), default=0) >= 31 or process.poll() is not None)

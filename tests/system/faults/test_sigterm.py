@@ -18,7 +18,7 @@ from gradient_selectors.weigh.coefficients import CoefficientSolver
 
 from stream_trainer.service import run
 from stream_trainer.settings.schema import Settings
-from stream_trainer.training import trainer
+from stream_trainer.training import evaluations
 from stream_trainer.training.faults.steps import Steps
 from tests.helpers.brokers import ApacheKafka, create_topic, prepare_kafka, publish, running, why_no_apache_kafka
 from tests.helpers.service import (
@@ -64,7 +64,6 @@ class Alarm:
         patch.setattr(owner, name, called)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "n", "after"),
     [
@@ -75,8 +74,8 @@ class Alarm:
         (os, "fsync", 4, 3),  # the checkpoint that comes after the third step
         (os, "rename", 1, 3),
         (os, "unlink", 1, 6),  # when the one after the ninth is made, that before the first goes
-        (trainer, "mean_loss", 1, 0),  # the evaluation before the first step
-        (trainer, "mean_loss", 1, 4),  # and that after the fourth
+        (evaluations, "mean_loss", 1, 0),  # the evaluation before the first step
+        (evaluations, "mean_loss", 1, 4),  # and that after the fourth
     ],
     ids=[
         "scoring",
