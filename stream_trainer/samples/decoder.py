@@ -5,7 +5,7 @@ A record's value is one JSON object in UTF-8 with exactly one form:
 - `text`: every token carries loss;
 - `prompt` and `response`: tokenised as `prompt + "\n" + response`, loss on the response;
 - `messages`: a conversation, written by the tokenizer's chat template, loss on the assistant's turns. `system`, `tools`
-  and `chat_template_kwargs` may stand beside them.
+  and `chat_template_kwargs` may stand beside them. `prompt` and `response` may be the two parts of a conversation.
 
 Optional: `id` (string or integer), `weight` (a finite number above 0), `timestamp` (seconds since the epoch, or
 ISO 8601, UTC unless it says otherwise) and `domain` (string). Other fields are ignored, but for those that look as if
@@ -27,7 +27,7 @@ from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.formats.files import records_in
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.samples.chat.written import CONTROL_IN_MESSAGE, LOST_TURN, Chats
-from stream_trainer.samples.fields import Fields, parse_fields
+from stream_trainer.samples.fields import Fields, is_talk, parse_fields
 from stream_trainer.samples.framing import FORMATTED, Framing, framing_of
 from stream_trainer.samples.others import Others, others_of
 from stream_trainer.samples.tokens.controls import Controls, controls_of
@@ -173,7 +173,7 @@ class Decoder:
             return None
         value = self.unpack(record) if self.unpack and record.value else record.value
         fields = parse_fields(value, self.settings.max_bytes, self.field_names, self._others)
-        if "messages" in fields.form:
+        if is_talk(fields.form):
             marked, weight, notes = self._chats.read(fields.form)
             draft = _Draft(record, fields, marked, weight, notes=notes)
         else:

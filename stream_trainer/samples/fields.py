@@ -2,19 +2,20 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from stream_trainer.errors import SampleError
-from stream_trainer.samples.others import ELSEWHERE, MEANINGS, NO_OTHERS, Others
+from stream_trainer.samples.others import ELSEWHERE, NO_OTHERS, Others
 from stream_trainer.samples.wire_formats import hint
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_TIMESTAMP = 253_402_300_800.0  # the year 10000: anything later is a mistake in the unit, such as milliseconds
 FORMS = (("text",), ("prompt", "response"), ("messages",))
 BESIDE_MESSAGES = ("system", "tools", "chat_template_kwargs")
+OPTIONAL = {"id", "weight", "timestamp", "domain"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Fields:
     """What a record says.
 
     Attributes:
-        form: `{"text"}`, `{"prompt", "response"}` or `{"messages"}`, and what goes with messages, unchecked.
+        form: `{"text"}`, `{"prompt", "response"}` or `{"messages"}`, unchecked. What goes with messages is in it where
+            there are some.
         timestamp: seconds since the epoch, or None if the record does not say.
         named: names and values of the fields that were asked for.
     """
@@ -43,9 +45,9 @@ def parse_fields(value: bytes, max_bytes: int, names: Sequence[str] = (), others
     """
     given = _json_object(value, max_bytes)
     fields = others.renamed(given)
-    form = _only_form(fields)
-    if not MEANINGS.isdisjoint(fields):
-        others.check_meaning(fields.keys() - form.keys() - set(names))
+    form = _only_form(fields, others.ignored)
+    if unread := fields.keys() - form.keys() - OPTIONAL - set(names):
+        others.check_meaning({name: fields[name] for name in unread})
     return Fields(
         form=form,
         weight=_weight(fields.get("weight")),
@@ -105,16 +107,22 @@ def _no_constant(name: str) -> None:
 _JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-def _only_form(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the one form that is given."""
-    begun = [form for form in FORMS if not fields.keys().isdisjoint(form)]
+def _only_form(fields: dict[str, Any], ignored: Set[str]) -> dict[str, Any]:
+    """The fields of the one form that is given, but for those that are `ignored`."""
+    begun = [form for form in FORMS if not (fields.keys() - ignored).isdisjoint(form)]
     if len(begun) > 1:
         names = ", ".join(name for form in begun for name in form if name in fields)
-        raise SampleError("ambiguous_fields", f"{names} exclude each other")
+        raise SampleError("ambiguous_fields", f"{names} exclude each other; see samples.ignore")
     if not begun or not all(name in fields for name in begun[0]):
         raise SampleError("missing_fields", f"needs text, or prompt and response, or messages{_looks_like(fields)}")
-    wanted = begun[0] if "messages" not in fields else (*begun[0], *BESIDE_MESSAGES)
-    return {name: fields[name] for name in wanted if name in fields}
+    form = {name: fields[name] for name in begun[0]}
+    beside = BESIDE_MESSAGES if is_talk(form) else ()
+    return form | {name: fields[name] for name in beside if name in fields}
+
+
+def is_talk(form: Mapping[str, Any]) -> bool:
+    """Whether a form is of messages; a prompt and a response may be lists of them too."""
+    return "messages" in form or any(isinstance(form.get(name), list) for name in ("prompt", "response"))
 
 
 def _looks_like(fields: dict[str, Any]) -> str:

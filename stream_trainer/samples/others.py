@@ -1,12 +1,13 @@
 """Fields by other names than ours, and fields that we do not read though they look as if they meant something."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stream_trainer.errors import SampleError
 
 OF_MESSAGES = ("role", "content")
+OF_TALKS = ("messages", "prompt", "response")  # fields that may be lists of messages
 SPEAKERS = {  # as ShareGPT calls them
     "human": "user",
     "gpt": "assistant",
@@ -23,14 +24,32 @@ ELSEWHERE = {
     ("prompt", "chosen"): "{response: chosen}",
     ("chosen",): "{messages: chosen}",
 }
-# How a record is to be trained on, or more of it than we read. Not one of them is ever dropped without a word.
+# How a record is to be trained on, or more of it than we read, in small letters. Not one of them is ever dropped
+# without a word.
 MEANINGS = frozenset(
     (
         *("label", "labels", "chosen", "rejected", "completion", "instruction", "input", "output", "conversations"),
-        *("system", "tools", "functions", "function_call", "tool_calls", "reasoning_content"),
-        *("chat_template_kwargs", "enable_thinking", "image", "images", "audio", "video"),
-        *("train", "trainable", "training", "loss", "loss_mask", "mask"),
-        *("weights", "loss_weight", "sample_weight"),
+        *("preferredoutput", "nonpreferredoutput", "reward", "rewards", "advantage", "advantages"),
+        *("system", "systemprompt", "systemmessage", "systeminstruction", "instructions"),
+        *("context", "contexts", "documents", "history", "prefix", "suffix"),
+        *("tools", "functions", "functioncall", "toolcalls", "toolchoice"),
+        *("reasoningcontent", "reasoning", "thinking", "thought", "thoughts", "rationale", "cot", "chainofthought"),
+        *("chattemplate", "chattemplatekwargs", "enablethinking", "addgenerationprompt", "continuefinalmessage"),
+        *("image", "images", "imageurl", "imagepath", "audio", "audios", "video", "videos", "attachments"),
+        *(
+            "train",
+            "trainable",
+            "training",
+            "trainoninput",
+            "trainoninputs",
+            "trainonprompt",
+            "maskinput",
+            "maskinputs",
+        ),
+        *("loss", "mask", "masks", "masked", "maskprompt", "lossmask", "lossmasks", "completionmask", "assistantmasks"),
+        *("weight", "weights", "lossweight", "lossweights", "sampleweight", "tokenweights", "messageweights"),
+        *("promptweight", "completionweight", "responseweight"),
+        *("inputids", "tokenids", "pixelvalues"),
     )
 )
 
@@ -60,8 +79,9 @@ class Others:
             fields[name] = value
         if "chosen" in given and "chosen" not in fields:  # the side that was not chosen goes with it
             fields.pop("rejected", None)
-        if self.names.keys() & set(OF_MESSAGES) and isinstance(fields.get("messages"), list):
-            fields["messages"] = [self._message(message) for message in fields["messages"]]
+        if self.names.keys() & set(OF_MESSAGES):
+            lists = (name for name in OF_TALKS if isinstance(fields.get(name), list))
+            fields |= {name: [self._message(message) for message in fields[name]] for name in lists}
         return fields
 
     def _message(self, message: object) -> object:
@@ -76,12 +96,18 @@ class Others:
             fields["role"] = SPEAKERS.get(fields["role"], fields["role"])
         return fields
 
-    def check_meaning(self, unread: Collection[str]) -> None:
+    def check_meaning(self, unread: Mapping[str, Any]) -> None:
         """Raises SampleError if one of these fields, which nothing reads, says how a record is to be trained on."""
-        for name in sorted(MEANINGS.intersection(unread) - self.ignored):
+        said = (name for name, value in unread.items() if value not in ("", [], {}) and name not in self.ignored)
+        for name in sorted(name for name in said if plain(name) in MEANINGS):
             raise SampleError(
-                "unread_field", f"{name} is not read in a record of this form; see samples.fields, ignore"
+                "unread_field", f"{name[:40]} is not read in a record of this form; see samples.fields, ignore"
             )
+
+
+def plain(name: str) -> str:
+    """A field's name in small letters alone: `lossMask` and `loss_mask` mean the same."""
+    return name.lower().replace("_", "").replace("-", "")
 
 
 NO_OTHERS = Others({}, frozenset())

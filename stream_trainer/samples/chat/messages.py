@@ -13,6 +13,7 @@ from stream_trainer.settings.sections.samples import GIVEN_BY_US
 ROLES = ("system", "developer", "user", "assistant", "tool")  # closed: templates build control tokens from the role
 MAX_MESSAGES = 256  # every assistant turn renders the messages before it, so cost is quadratic
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+CARRIED = ("tools", "functions", "documents", "context")  # of which some templates write what stands in a message
 # What a message may carry that says how it is to be trained on, or more than it has words for. Some of it we read
 # under another name; none of it is ever dropped without a word.
 MEANINGS = {
@@ -21,15 +22,30 @@ MEANINGS = {
     "trainable": "say weight: 0 or 1",
     "loss": "say weight: 0 or 1",
     "mask": "say weight: 0 or 1",
+    "masked": "say weight: 0 or 1",
+    "loss_mask": "say weight: 0 or 1",
+    "loss_weight": "say weight",
     "training": "say weight: 0 or 1",
+    "train_on": "say weight: 0 or 1",
+    "train_detail": "say weight: 0 or 1",
+    "training_detail": "say weight: 0 or 1",
     "label": "drop it",
     "refusal": "say it in content",
     "prefix": "drop it",
     "images": "only texts can be used",
     "image": "only texts can be used",
+    "image_url": "only texts can be used",
     "audio": "only texts can be used",
+    "input_audio": "only texts can be used",
     "video": "only texts can be used",
+    "videos": "only texts can be used",
+    "attachments": "only texts can be used",
 }
+# Kinds of parts of a content that are told by their names.
+KINDS = (
+    *("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file"),
+    *("tool_use", "tool_result", "thinking", "refusal", "input_text", "output_text"),
+)
 
 
 def conversation_of(
@@ -37,20 +53,43 @@ def conversation_of(
 ) -> Conversation:
     """What `messages`, and `system`, `tools` and `chat_template_kwargs` beside them, say.
 
+    A `prompt` and a `response` in their place are the two parts of it, of which the first is not trained on.
     `arguments` are those of the settings; the record's own come first. Raises SampleError, by the name of the field.
     """
-    given = form["messages"]
-    if not isinstance(given, list):
-        raise SampleError("wrong_type", f"messages is a {type(given).__name__}, not a list")
+    given, prompted = _given(form)
     if not 0 < len(given) <= MAX_MESSAGES:
         raise SampleError("bad_messages", f"there are {len(given)} messages; 1 to {MAX_MESSAGES} can be used")
     messages = [_message(number, message, takes_parts, ignored) for number, message in enumerate(given)]
-    weights = [_weight(number, message) for number, message in enumerate(given)]
+    weights = [_weight(number, message, number >= prompted) for number, message in enumerate(given)]
     if "system" in form:
         messages, weights = [_system(form["system"], messages), *messages], [0.0, *weights]
     talk = Conversation(messages, weights, _tools(form.get("tools")), {**arguments, **_arguments(form)})
     _check_texts([list(talk.messages), talk.tools, dict(talk.arguments)])
     return talk
+
+
+def _given(form: Mapping[str, Any]) -> tuple[list[Any], int]:
+    """All messages, and how many of them are the prompt."""
+    if "messages" in form:
+        return _list_of("messages", form["messages"]), 0
+    prompt, response = _list_of("prompt", form["prompt"]), form["response"]
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+    response = _list_of("response", response)
+    if not prompt or not response:
+        raise SampleError("empty", f"{'response' if prompt else 'prompt'} has no messages")
+    if response[: len(prompt)] == prompt:
+        raise SampleError(
+            "bad_messages", "response begins with the messages of prompt; map it to messages, ignore prompt"
+        )
+    return [*prompt, *response], len(prompt)
+
+
+def _list_of(name: str, value: object) -> list[Any]:
+    if not isinstance(value, list):
+        inside = "; send the list itself" if isinstance(value, str) and value.lstrip().startswith("[") else ""
+        raise SampleError("wrong_type", f"{name} is a {type(value).__name__}, not a list of messages{inside}")
+    return value
 
 
 def _message(number: int, message: object, takes_parts: bool, ignored: Sequence[str]) -> dict[str, Any]:
@@ -93,7 +132,12 @@ def _check_content(number: int, said: Mapping[str, Any], takes_parts: bool) -> N
 
 def _part(number: int, part: object) -> str:
     if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise SampleError("bad_messages", f"the content of message {number} has a part that is not of type text")
+        kind = part.get("type") if isinstance(part, dict) else None
+        told = f" but {kind}; only texts can be used" if kind in KINDS else ""
+        raise SampleError("bad_messages", f"the content of message {number} has a part that is not of type text{told}")
+    for name in (*MEANINGS, "weight"):
+        if part.get(name) is not None:
+            raise SampleError("bad_messages", f"{name} of a part of message {number} cannot be followed; drop it")
     text: str = part["text"]
     return text
 
@@ -121,16 +165,17 @@ def _call(number: int, call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": whole} if "function" in call else {"type": "function", "function": whole}
 
 
-def _weight(number: int, message: Mapping[str, Any]) -> float:
-    """1 where the assistant speaks, and 0 elsewhere, unless the message says otherwise."""
-    speaks = message["role"] == "assistant"
+def _weight(number: int, message: Mapping[str, Any], trained: bool) -> float:
+    """1 where the assistant speaks and is `trained` on, and 0 elsewhere, unless the message says otherwise."""
+    speaks = message["role"] == "assistant" and trained
     if message.get("weight") is None:
         return float(speaks)
     weight = number_of(f"weight of message {number}", message["weight"])
     if weight < 0:
         raise SampleError("bad_number", f"weight of message {number} is below 0")
     if weight and not speaks:
-        raise SampleError("bad_messages", f"weight of message {number} is not 0, and only the assistant is trained on")
+        why = "only the assistant is" if trained else "the prompt is not"
+        raise SampleError("bad_messages", f"weight of message {number} is not 0, and {why} trained on")
     return weight
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from stream_trainer.errors import SampleError, SettingsError
-from stream_trainer.samples.chat.messages import THOUGHTS, conversation_of
+from stream_trainer.samples.chat.messages import CARRIED, THOUGHTS, conversation_of
 from stream_trainer.samples.chat.spans import turn_spans
 from stream_trainer.samples.chat.template import Conversation, Template
 from stream_trainer.samples.tokens.controls import CLOSE, OPEN, Controls
@@ -45,9 +45,9 @@ class Chats:
         talk = self._as_it_takes_calls(talk)
         text, turns = turn_spans(self.template, talk)
         _check_all_is_written(self.template, talk, text, self._ignored)
-        spans, weight = _weighed(talk, turns)
+        spans, weight, lost = _weighed(talk, turns)
         marks, in_messages = _meant(self.template, talk, text, self._controls)
-        notes = (LOST_TURN,) * turns.count(None) + (CONTROL_IN_MESSAGE,) * in_messages
+        notes = (LOST_TURN,) * lost + (CONTROL_IN_MESSAGE,) * in_messages
         return _fenced(text, spans, marks), weight, notes
 
     def _as_it_takes_calls(self, talk: Conversation) -> Conversation:
@@ -76,8 +76,8 @@ def _with_texts(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def _weighed(talk: Conversation, turns: Sequence[Span | None]) -> tuple[list[Span], float]:
-    """The parts that carry loss, and the one weight that all of them have."""
+def _weighed(talk: Conversation, turns: Sequence[Span | None]) -> tuple[list[Span], float, int]:
+    """The parts that carry loss, the one weight that all of them have, and how many are lost."""
     weights = [w for message, w in zip(talk.messages, talk.weights, strict=True) if message["role"] == "assistant"]
     wanted = {weight for weight in weights if weight}
     if not wanted:
@@ -87,7 +87,7 @@ def _weighed(talk: Conversation, turns: Sequence[Span | None]) -> tuple[list[Spa
     spans = [span for span, weight in zip(turns, weights, strict=True) if span is not None and weight]
     if not spans:
         raise SampleError("chat_template", "the template does not show where the assistant's turns are")
-    return spans, wanted.pop()
+    return spans, wanted.pop(), sum(weight > 0 for weight in weights) - len(spans)
 
 
 def _check_all_is_written(template: Template, talk: Conversation, text: str, ignored: Sequence[str]) -> None:
@@ -113,11 +113,11 @@ def _extras(message: Mapping[str, Any]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = [("tool_calls",)] if message.get("tool_calls") else []
     if found and message.get("content") and str(message["content"]).strip():
         found.append(("content",))
-    if "name" in message and message["role"] != "tool":
+    if message.get("name") and message["role"] != "tool":
         found.append(("name",))
-    if any(name in message for name in THOUGHTS):
+    if any(message.get(name) for name in THOUGHTS):
         found.append(THOUGHTS)
-    return found
+    return found + [(name,) for name in CARRIED if message.get(name)]
 
 
 def _check_changes(template: Template, without: Conversation, text: str, name: str) -> None:
