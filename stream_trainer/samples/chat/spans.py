@@ -44,7 +44,7 @@ def _by_prefix(template: Template, talk: Conversation, number: int, text: str) -
     """Where a turn stands if the template writes what comes before it, and it, as it does in the whole."""
     try:
         before = template.render(talk.to(number), prompt=True)
-        until = template.render(talk.to(number + 1))
+        until = template.render(talk.to(number + 1)) if number + 1 < len(talk.messages) else text
     except SampleError:  # the template refuses a part of what it accepts as a whole
         return None
     return (len(before), len(until)) if until.startswith(before) and text.startswith(until) else None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -43,15 +43,22 @@ class Conversation:
         return replace(self, messages=[*self.messages[:number], message, *self.messages[number + 1 :]])
 
 
+class _Source(NamedTuple):
+    """A template's text, whether it marks what is generated, and the special tokens that it may read."""
+
+    text: str
+    marked: bool
+    tokens: Mapping[str, Any]
+
+
 class Template:
     """Renders conversations. Every failure of a template, which is a program of its own, is a SampleError."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._tokens = dict(tokenizer.special_tokens_map)
-        self._sources: dict[bool, str] = {}
+        self._sources: dict[bool, _Source] = {}
 
-    def source(self, with_tools: bool) -> str:
+    def source(self, with_tools: bool) -> "_Source":
         """The template's text. Raises SampleError if there is none."""
         if with_tools not in self._sources:
             if self._tokenizer.chat_template is None:
@@ -60,7 +67,9 @@ class Template:
                 found = self._tokenizer.get_chat_template(None, [{}] if with_tools else None)
             except ValueError as error:
                 raise SampleError("chat_template", "the tokenizer has no default among its templates") from error
-            self._sources[with_tools] = found
+            # transformers copies all tokens for every rendering; most templates read one or two.
+            tokens = {name: token for name, token in self._tokenizer.special_tokens_map.items() if name in found}
+            self._sources[with_tools] = _Source(found, bool(MARKERS.search(found)), tokens)
         return self._sources[with_tools]
 
     def render(self, talk: Conversation, prompt: bool = False) -> str:
@@ -69,7 +78,7 @@ class Template:
 
     def render_marked(self, talk: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the parts that the template itself marks as generated; none if it marks nothing."""
-        if not MARKERS.search(self.source(talk.tools is not None)):
+        if not self.source(talk.tools is not None).marked:
             return self.render(talk), []
         return self._render(talk, prompt=False, marked=True)
 
@@ -79,13 +88,15 @@ class Template:
             texts, spans = render_jinja_template(
                 conversations=[list(talk.messages)],
                 tools=talk.tools,
-                chat_template=source,
+                chat_template=source.text,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=marked,
-                **{**self._tokens, **talk.arguments},
+                **{**source.tokens, **talk.arguments},
             )
         except Exception as error:
-            raise SampleError("chat_template", f"the template refuses the messages ({_why(error, source)})") from error
+            raise SampleError(
+                "chat_template", f"the template refuses the messages ({_why(error, source.text)})"
+            ) from error
         return texts[0], [(start, end) for start, end in spans[0]] if marked else []
 
     @cached_property
