@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from stream_trainer.errors import SettingsError
 from stream_trainer.models.adapters import add_adapters, base_dtype, quantisation
+from stream_trainer.models.continued import continued, without_adapter
 from stream_trainer.models.ends import end_as_learnt, name_end
 from stream_trainer.models.freezing import freeze
 from stream_trainer.models.limits import check_vocabulary, longest_text, package_of
@@ -25,7 +26,6 @@ from stream_trainer.models.refusals import first_line, install, loading
 from stream_trainer.models.stored import (
     becomes_plain,
     check_format,
-    check_no_adapter,
     forget_format,
     is_packed,
     reading,
@@ -71,6 +71,10 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     """
     device = _device(settings.device)
     autocast = _autocast(settings, device)
+    adapter = continued(settings)
+    if adapter is not None:
+        adapter.check(settings)
+        settings = adapter.below(settings)
     config = _load_config(settings)
     tokenizer = _load_tokenizer(settings, config)
     if settings.config is not None:
@@ -84,6 +88,8 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
         check_vocabulary(settings, tokenizer, model)
         if settings.lora is not None:
             model = add_adapters(model, settings)
+            if adapter is not None:
+                adapter.copy_into(model, settings)
     freeze(model, settings.freeze)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
@@ -194,7 +200,6 @@ def _load_config(settings: ModelSettings) -> Any:
     _check_directory("model.name", name)
     if settings.gguf_file is not None and Path(name).is_dir() and not (Path(name) / settings.gguf_file).is_file():
         raise SettingsError(f"model.gguf_file={settings.gguf_file} is not in model.name={name}; correct the name")
-    check_no_adapter(settings)
     with loading(f"model.name={name}", _name_remedy(settings)):
         config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **_origin(settings))
     check_format(settings, config)
@@ -255,9 +260,10 @@ def _build(settings: ModelSettings, config: Any, device: torch.device, dtype: to
         with loading("model.config", "correct its fields"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     is_plain, how = settings.gguf_file is None and not becomes_plain(config), _held(settings, config, device, dtype)
-    with loading(f"model.name={settings.name}", _name_remedy(settings)):
+    name = str(settings.name)
+    with loading(f"model.name={name}", _name_remedy(settings)), without_adapter(name) as alone:
         model, report = AutoModelForCausalLM.from_pretrained(
-            settings.name,
+            alone,
             config=config,
             dtype=dtype,
             trust_remote_code=settings.trust_remote_code,

@@ -25,10 +25,10 @@ def config_text(model: Any) -> str:
 def write_adapter(directory: Path, config: str, weights: Mapping[str, Any]) -> None:
     """Write both files. `weights`: those of the adapters as numpy's arrays, by parameter name. Raises OSError."""
     (directory / CONFIG).write_text(config)
-    named = {_peft_name(name): tensor for name, tensor in weights.items()}
+    named = {peft_name(name): tensor for name, tensor in weights.items()}
     safetensors.numpy.save_file(named, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-def _peft_name(name: str) -> str:
+def peft_name(name: str) -> str:
     """PEFT leaves out the adapter's name: `q_proj.lora_A.default.weight` is `q_proj.lora_A.weight`."""
     return "base_model.model." + _ADAPTERS_NAME.sub(r"\1", name)

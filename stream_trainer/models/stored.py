@@ -1,34 +1,19 @@
-"""What lies in a model directory beside plain weights: adapters, and weights held in fewer bits.
+"""Weights of a model directory that are held in fewer bits.
 
-transformers would load either without a word. An adapter would then be trained over, or lost. What was quantised would
-be trained as if it were exact, or not at all.
+transformers would load them without a word. What was quantised would be trained as if it were exact, or not at all.
 """
 
 from typing import Any
 
 from transformers import FineGrainedFP8Config, Mxfp4Config
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from stream_trainer.errors import SettingsError
-from stream_trainer.models.refusals import loading
 from stream_trainer.settings.schema import ModelSettings
 
 # Formats that are read back as plain weights, by which the model can be trained like any other.
 DEQUANTISED: dict[str, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 BITS = "bitsandbytes"
 ANOTHER = "name the model it was made from"
-
-
-def check_no_adapter(settings: ModelSettings) -> None:
-    """Refuse a model that comes with an adapter. Raises SettingsError."""
-    assert settings.name is not None
-    with loading(f"model.name={settings.name}", "check its files and the network"):
-        found = find_adapter_config_file(settings.name, revision=settings.revision or "main")
-    if found is not None:
-        raise SettingsError(
-            f"model.name={settings.name} holds an adapter (adapter_config.json); name the model below it, or one that "
-            "it is merged into"
-        )
 
 
 def format_of(config: Any) -> str | None:

@@ -1,5 +1,6 @@
 """Everything that goes out of a run, as watchers of it."""
 
+import json
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -18,10 +19,12 @@ def attach(settings: Settings, loaded: LoadedModel, metrics: Metrics, watchers: 
     """Publish and upload whatever the settings say, until `stack` ends. Raises SettingsError."""
     publish = settings.publish
     if publish.dir is not None:
+        adapter = config_text(loaded.model) if loaded.lora else None
         origin = Origin(
-            base_model=settings.model.name,
+            # An adapter that is gone on with has another base than itself.
+            base_model=json.loads(adapter)["base_model_name_or_path"] if adapter else settings.model.name,
             target=settings.target.path.name,
-            adapter_config=config_text(loaded.model) if loaded.lora else None,
+            adapter_config=adapter,
             merged=publish.merged or not loaded.lora,
         )
         publisher = Publisher(publish.dir.absolute(), publish, origin, make_hooks(publish), metrics)

@@ -29,11 +29,10 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings()])
-def test_an_adapter_beside_the_model_is_refused(lora: LoraSettings | None, directory: Path) -> None:
+def test_an_adapter_beside_the_model_is_refused_unless_it_is_gone_on_with(directory: Path) -> None:
     save_for_peft(load_model(settings_of("llama", lora=LoraSettings()), seed=1), directory)
     with pytest.raises(SettingsError, match=r"^model.name=.* holds an adapter \(adapter_config.json\); name the model"):
-        load_model(ModelSettings(name=str(directory), lora=lora), seed=1)
+        load_model(ModelSettings(name=str(directory)), seed=1)
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings.model_validate({"base": "nf4"})])
