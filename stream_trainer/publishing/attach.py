@@ -19,12 +19,12 @@ def attach(settings: Settings, loaded: LoadedModel, metrics: Metrics, watchers: 
     """Publish and upload whatever the settings say, until `stack` ends. Raises SettingsError."""
     publish = settings.publish
     if publish.dir is not None:
-        adapter = config_text(loaded.model) if loaded.lora else None
+        adapter = json.loads(config_text(loaded.model)) if loaded.lora else None
         origin = Origin(
             # An adapter that is gone on with has another base than itself.
-            base_model=json.loads(adapter)["base_model_name_or_path"] if adapter else settings.model.name,
+            base_model=adapter["base_model_name_or_path"] if adapter else settings.model.name,
             target=settings.target.path.name,
-            adapter_config=adapter,
+            adapter=loaded.lora,
             merged=publish.merged or not loaded.lora,
         )
         publisher = Publisher(publish.dir.absolute(), publish, origin, make_hooks(publish), metrics)

@@ -11,12 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load
-
 from stream_trainer import __version__
 from stream_trainer.checkpoints.manifest import MANIFEST, DamagedError
 from stream_trainer.checkpoints.trouble import sync, sync_directory
-from stream_trainer.models.peft_format import write_adapter
+from stream_trainer.models.peft_format import CONFIG, WEIGHTS
 from stream_trainer.publishing.card import card_text
 from stream_trainer.publishing.gate import forgetting
 from stream_trainer.publishing.held import HeldFiles
@@ -25,7 +23,8 @@ from stream_trainer.publishing.versions import ABOUT, CARD, NEW, about_text
 FILE_MODE, DIRECTORY_MODE = 0o640, 0o750
 ADAPTER_DIRECTORY = "adapter"
 
-_MODEL, _ADAPTER, _TRAINER = "model/", "adapter.safetensors", "trainer.json"
+_MODEL, _TRAINER = "model/", "trainer.json"
+_ADAPTER = (f"{ADAPTER_DIRECTORY}/{CONFIG}", f"{ADAPTER_DIRECTORY}/{WEIGHTS}")
 _BASE = "base.safetensors"  # by which a resume knows the base again; no server needs it
 # What the fingerprint holds beside settings.
 _NOT_SET = ("processor", "versions", "model.parameters", "source.jsonl.contents")
@@ -33,7 +32,7 @@ _NOT_SET = ("processor", "versions", "model.parameters", "source.jsonl.contents"
 
 def is_published(name: str) -> bool:
     """Whether a version is made from this file of a checkpoint."""
-    return name.startswith(_MODEL) or name in (_ADAPTER, _TRAINER, MANIFEST)
+    return name.startswith(_MODEL) or name in (*_ADAPTER, _TRAINER, MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,13 @@ class Origin:
     Attributes:
         base_model: name of the model that training began with; None if it began with random parameters.
         target: name of the file that says what to get better at.
-        adapter_config: PEFT's configuration as JSON, where adapters are trained.
+        adapter: whether adapters are trained.
         merged: whether the whole model is published.
     """
 
     base_model: str | None
     target: str
-    adapter_config: str | None
+    adapter: bool
     merged: bool
 
 
@@ -110,9 +109,6 @@ def _write_model(temporary: Path, files: HeldFiles, origin: Origin) -> None:
         to.parent.mkdir(parents=True, exist_ok=True)
         if files.copy_file(name, to) != expected[name]["sha256"]:
             raise DamagedError(f"{name} of the checkpoint has other contents than were written")
-    if origin.adapter_config is not None and _ADAPTER in files.names and _is_whole(files.names):
-        (temporary / ADAPTER_DIRECTORY).mkdir()
-        write_adapter(temporary / ADAPTER_DIRECTORY, origin.adapter_config, load(files.read(_ADAPTER)))
 
 
 def _is_whole(names: list[str]) -> bool:
@@ -124,6 +120,8 @@ def _places(names: list[str], origin: Origin) -> Iterator[tuple[str, str]]:
     """Files of the checkpoint's model, and where they go: the whole model on top, adapters below `adapter/`."""
     whole = _is_whole(names)
     for name in names:
+        if name in _ADAPTER:
+            yield name, name
         inner = name.removeprefix(_MODEL)
         if inner == name or inner in (_BASE, CARD):
             continue
@@ -146,7 +144,7 @@ def _about(name: str, candidate: Candidate, origin: Origin, start_losses: Mappin
         "base_model": origin.base_model,
         "target": origin.target,
         "merged": origin.merged and _is_whole(candidate.files.names),
-        "adapter": origin.adapter_config is not None,
+        "adapter": origin.adapter,
         "settings": settings_hash(trainer.get("fingerprint", {})),
         "positions": {partition: log["next"] for partition, log in cursor["partitions"].items()},
         "records": cursor["counts"],

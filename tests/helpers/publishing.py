@@ -16,7 +16,7 @@ from stream_trainer.settings.sections.publish import PublishSettings
 from stream_trainer.training.watchers import Watcher
 from tests.helpers.service import wait_for
 
-ORIGIN = Origin(base_model="tiny/base", target="target.jsonl", adapter_config=None, merged=True)
+ORIGIN = Origin(base_model="tiny/base", target="target.jsonl", adapter=False, merged=True)
 
 
 def write_checkpoint(folder: Path, step: int, size: int = 20_000) -> Path:

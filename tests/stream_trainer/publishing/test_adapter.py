@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stream_trainer.checkpoints.manifest import write_manifest
 from stream_trainer.models.loading import load_model
-from stream_trainer.models.peft_format import config_text
-from stream_trainer.models.saving import save_adapter, save_model
+from stream_trainer.models.saving import save_adapter, save_for_peft, save_model
 from stream_trainer.publishing.held import HeldFiles
 from stream_trainer.publishing.making import Candidate, Origin, make_version, put_in_place
 from stream_trainer.settings.schema import LoraSettings
@@ -28,10 +27,11 @@ def publish(folder: Path, kind: str, merged: bool = True, dtype: Any = "float32"
     checkpoint.mkdir()
     save_model(loaded, checkpoint / "model")
     save_adapter(loaded, checkpoint / "adapter.safetensors")
+    save_for_peft(loaded, checkpoint / "adapter")
     trainer: dict[str, Any] = {"cursor": {"partitions": {}, "counts": {}}}
     (checkpoint / "trainer.json").write_text(json.dumps(trainer))
     write_manifest(checkpoint, 1)
-    origin = Origin(None, "target.jsonl", config_text(loaded.model), merged)
+    origin = Origin(None, "target.jsonl", True, merged)
     published = folder / "published"
     published.mkdir()
     with HeldFiles(checkpoint) as files:
