@@ -92,7 +92,7 @@ class GradientCapture:
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
         self._sites: dict[str, tuple[nn.Module, MakeFactors]] = {}
-        self._experts: list[Experts] = []
+        self.experts: list[Experts] = []
         self._within: list[str] = []  # modules that use their parameters in the midst of what they compute
         self._rows: Rows | None = None
         self._factors: dict[str, list[Factor]] = defaultdict(list)
@@ -265,7 +265,7 @@ class GradientCapture:
             experts = recognise_experts(name, module)
             make_factors = None if experts else recognise(module)
             if experts is not None:
-                self._experts.append(experts)
+                self.experts.append(experts)
             elif make_factors is None:
                 unknown[name] = module
             else:
@@ -297,7 +297,7 @@ class GradientCapture:
         for lora in self._loras:
             if lora.is_plain and "forward" not in vars(lora.module):
                 forwards[lora.module] = partial(self._through_lora, lora)
-        forwards |= {experts.module: partial(self._through_experts, experts) for experts in self._experts}
+        forwards |= {experts.module: partial(self._through_experts, experts) for experts in self.experts}
         return forwards | {self._sites[name][0]: partial(self._through_uses, name) for name in self._within}
 
     def _through_experts(self, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

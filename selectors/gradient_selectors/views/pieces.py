@@ -40,7 +40,8 @@ class Budget:
 
     Attributes:
         micro_tokens: tokens of a piece, padding included, or None for the whole pool at once.
-        factors_bytes: bytes of factors that are kept between scoring and update, or None for all.
+        factors_bytes: bytes of factors that are kept between scoring and update, or None for all. Those of experts
+            count, and are kept beyond it too.
     """
 
     micro_tokens: int | None = None
@@ -160,13 +161,19 @@ def _reduced_parts(calls: Sequence[Factor]) -> list[Reduced]:
 def _forms(
     capture: GradientCapture, lengths: Sequence[int], pieces: Sequence[tuple[int, ...]], factors_bytes: int | None
 ) -> list[Form]:
-    """What is kept of each piece: the factors of all if they fit, else the smaller form of as many as do."""
+    """What is kept of each piece: the factors of all if they fit, else the smaller form of as many as do.
+
+    Factors of experts are kept of all pieces, and leave that much less to the others.
+    """
     tokens = [sum(lengths[i] for i in samples) for samples in pieces]
     shapes = [capture.parameters[name].shape for name in sorted(capture.matrices)]
     size = (capture.passes.autocast or next(iter(capture.parameters.values())).dtype).itemsize
     head = 0 if capture.head is None else len(capture.parameters[capture.head])
-    if factors_bytes is None or sum(tokens) * (sum(p + d for p, d in shapes) + head) * size <= factors_bytes:
+    of_experts = sum(tokens) * sum(experts.numbers_of_token for experts in capture.experts) * size
+    of_others = sum(tokens) * (sum(p + d for p, d in shapes) + head) * size
+    if factors_bytes is None or of_others + of_experts <= factors_bytes:
         return ["factors"] * len(pieces)
+    factors_bytes = max(0, factors_bytes - of_experts)
     forms: list[Form] = []
     for samples, count in zip(pieces, tokens, strict=True):
         needed = sum(min(count * (p + d) * size, 4 * len(samples) * p * d) for p, d in shapes)

@@ -22,6 +22,7 @@ FLOAT32_BYTES = 4
 INT8_BLOCK = 256  # weights that share a scale, in either moment
 INT8_LEAST = 4096  # parameters of fewer weights keep float32
 BASE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "nf4": 0.55}
+CHOSEN = ("num_experts_per_tok", "moe_top_k", "top_k")  # how configurations call it
 GIB = 2**30
 
 
@@ -33,11 +34,13 @@ class Sizes:
         base: weights without adapters.
         trained: weights of each parameter that is trained.
         factors: numbers that one token leaves in each layer's factors: inputs and gradients of outputs.
+        of_experts: those of them that are kept whatever the limit is.
     """
 
     base: int
     trained: tuple[int, ...]
     factors: int
+    of_experts: int
 
     @property
     def num_trained(self) -> int:
@@ -74,7 +77,8 @@ def _sizes(settings: Settings, model: Any) -> Sizes:
     factors = sum(module.in_features + module.out_features for _, module in linear if module is not head)
     lora = settings.model.lora
     if lora is None:
-        return Sizes(sum(parameters), tuple(parameters), factors)
+        of_experts = _of_experts(model)
+        return Sizes(sum(parameters), tuple(parameters), factors + of_experts, of_experts)
     wanted = lora.target_modules
     adapted = [
         module
@@ -82,7 +86,17 @@ def _sizes(settings: Settings, model: Any) -> Sizes:
         if (module is not head if wanted == "all-linear" else name.rpartition(".")[2] in wanted)
     ]
     adapters = [lora.rank * size for module in adapted for size in (module.in_features, module.out_features)]
-    return Sizes(sum(parameters), tuple(adapters), factors)
+    return Sizes(sum(parameters), tuple(adapters), factors, 0)
+
+
+def _of_experts(model: Any) -> int:
+    """Of experts that lie in one tensor, for as many as a token is sent to."""
+    from stream_trainer.models.adapters import is_experts
+
+    config = model.config.get_text_config()
+    chosen = next((n for name in CHOSEN if isinstance(n := getattr(config, name, None), int)), 1)
+    tensors = (parameter for module in model.modules() if is_experts(module) for parameter in module.parameters(False))
+    return chosen * sum(sum(tensor.shape[1:]) for tensor in tensors if tensor.ndim == 3)
 
 
 def checkpoint_bytes(settings: Settings, sizes: Sizes) -> int:
@@ -121,10 +135,11 @@ def memory_bytes(settings: Settings, sizes: Sizes) -> Mapping[str, int]:
 
 
 def _factors(settings: Settings, sizes: Sizes) -> int:
-    full = FLOAT32_BYTES * sizes.factors * settings.selection.pool_size * settings.samples.max_tokens
+    of_token = FLOAT32_BYTES * settings.selection.pool_size * settings.samples.max_tokens
+    full, experts = of_token * sizes.factors, of_token * sizes.of_experts
     limit = settings.memory.factors_gb
     bounded = limit is not None and settings.selection.scoring != "rank_one"
-    return min(full, int((limit or 0) * 1e9)) if bounded else full
+    return max(experts, min(full, int((limit or 0) * 1e9))) if bounded else full
 
 
 def nearest(path: Path) -> Path:

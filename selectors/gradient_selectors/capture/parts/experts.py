@@ -25,17 +25,25 @@ Collect = Callable[[dict[str, Factor]], None]
 """Takes the factors of one product, by the parameters' names within the module."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Experts:
     """All experts of a layer.
 
     Attributes:
         up: name of the first product's weight.
+        num_chosen: how many experts each token was sent to, in the last pass.
     """
 
     name: str
     module: Any
     up: str
+    num_chosen: int = 1
+
+    @property
+    def numbers_of_token(self) -> int:
+        """How many numbers a token leaves in the factors of both products: inputs, and gradients of outputs."""
+        shapes: list[torch.Size] = [getattr(self.module, name).shape for name in (self.up, DOWN)]
+        return self.num_chosen * sum(rows + columns for _, rows, columns in shapes)
 
     def forward(
         self,
@@ -53,7 +61,7 @@ class Experts:
         `anchor` requires a gradient, so that the first layer has a backward, too. `dtype`: of the products.
         """
         kept_R = rows.keep_R if rows.keep_R is not None else torch.arange(len(hidden_Rd), device=hidden_Rd.device)
-        num_chosen = index_RK.shape[1]
+        self.num_chosen = num_chosen = index_RK.shape[1]
         dispatch, order_S = _sorted(index_RK[kept_R], rows.segments, self.module.num_experts)
         # No row is gathered twice, so that the backward pass adds in one order on every device.
         sent = hidden_Rd[kept_R].unsqueeze(1).expand(-1, num_chosen, -1).flatten(0, 1)[order_S]

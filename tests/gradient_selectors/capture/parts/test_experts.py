@@ -8,7 +8,10 @@ from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.parts.expert_factors import ExpertOuter
 from gradient_selectors.capture.pieces import add_weighted_gradient
 from gradient_selectors.preconditioner import plain
+from gradient_selectors.views import pieces
 from gradient_selectors.views.interaction import Interaction
+from gradient_selectors.views.pieces import Budget, score_pool
+from gradient_selectors.views.scoring import Exact
 from torch import nn
 
 from stream_trainer.models.loading import load_model
@@ -54,6 +57,24 @@ def test_pieces_of_a_pool_add_up(checkpointing: bool) -> None:
     add_weighted_gradient(total, capture, batch, weights, micro_tokens=12)
     oracle = dense(model, batch)
     assert relative_error(oracle.flat(total), oracle.update(weights)) < EXACT
+
+
+def test_factors_of_experts_count_towards_what_may_be_kept() -> None:
+    """A budget that the other matrices would fit lets some of them go, for experts take their part of it."""
+    model = make_model("Qwen 3 MoE")
+    capture, batch = GradientCapture(model), make_batch(LENGTHS)
+    gradients = capture.run(batch)
+    factors = [factor for found in gradients.factors.values() for factor in found]
+    kept = sum(f.left_Sp.nbytes + f.right_Sd.nbytes for f in factors if isinstance(f, ExpertOuter))
+    counted = 4 * sum(LENGTHS) * sum(experts.numbers_of_token for experts in capture.experts)
+    assert kept == counted
+    others = 4 * sum(LENGTHS) * (sum(sum(capture.parameters[n].shape) for n in capture.matrices) + 300)
+    target = random_like(capture, 6)
+    for budget, lets_go in ((kept + others, False), (kept + others - 4, True), (others, True)):
+        pool = score_pool(capture, batch, Exact(), target, plain, Budget(None, budget))
+        forms = pieces._forms(capture, LENGTHS, [(0, 1, 2, 3)], budget)
+        assert (forms != ["factors"]) is lets_go
+        assert relative_error(pool.losses_N, gradients.losses_N) < EXACT
 
 
 def test_a_sample_of_weight_zero_leaves_no_trace() -> None:

@@ -11,6 +11,7 @@ from stream_trainer.commands.checking import space as spaces
 from stream_trainer.commands.checking.space import checkpoint_bytes, memory_bytes, sizes_of, space
 from stream_trainer.commands.checking.unused import without_effect
 from stream_trainer.settings.schema import Settings
+from tests.families.configurations import BY_TITLE
 from tests.helpers.service import MODEL, SELECTION, checkpoints, configuration, good, jsonl, serve_until, write_lines
 
 BIG = {**MODEL, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -50,6 +51,17 @@ def test_memory_is_counted_by_what_holds_it(tmp_path: Path) -> None:
     # Per layer: four projections of attention, of 128 and 64 wide, and three of 128 and 256.
     per_token = 3 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))
     assert parts["factors of a pool, at most"] == 4 * per_token * 8 * settings.samples.max_tokens
+
+
+def test_factors_of_experts_are_counted_and_not_bounded(tmp_path: Path) -> None:
+    model = {"config": BY_TITLE["Mixtral"].config, "tokenizer": "bytes"}
+    settings = Settings(**config_of(tmp_path) | {"model": model, "memory": {"factors_gb": 0}})
+    sizes = sizes_of(settings)
+    assert sizes is not None
+    # In two layers two experts of a token: both products at once, 16 and 64 wide, and then 32 and 16.
+    assert sizes.of_experts == 2 * 2 * (16 + 2 * 32 + 32 + 16)
+    kept = memory_bytes(settings, sizes)["factors of a pool, at most"]
+    assert kept == 4 * sizes.of_experts * settings.selection.pool_size * settings.samples.max_tokens
 
 
 def test_too_little_of_either_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
