@@ -29,6 +29,7 @@ from stream_trainer.models.stored import (
     forget_format,
     is_packed,
     reading,
+    untie,
 )
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.settings.schema import ModelSettings
@@ -99,6 +100,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     if settings.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
     forget_format(config)
+    untie(config, model)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
     model.to(device).train()
@@ -275,6 +277,11 @@ def _build(settings: ModelSettings, config: Any, device: torch.device, dtype: to
             # transformers would give them random values and go on.
             raise SettingsError(
                 f"model.name={settings.name} lacks {min(report['missing_keys'])}; set it to a whole model"
+            )
+        if unread := sorted(report["unexpected_keys"]):
+            effect = "they are neither trained nor saved"
+            logger.warning(
+                "model.name=%s has %d weights that nothing reads (%s): %s", name, len(unread), unread[0], effect
             )
         if is_plain:
             # The weights are mapped from the file, which may be replaced while we train.

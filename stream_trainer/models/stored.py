@@ -67,3 +67,16 @@ def forget_format(config: Any) -> None:
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
+
+
+def untie(config: Any, model: Any) -> None:
+    """Say of a head with weights of its own that it is none of the embedding's, which transformers finds out by itself.
+
+    Servers go by the configuration, and would leave the head that was trained aside.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is embedding.weight:
+        return
+    for part in (config, config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False

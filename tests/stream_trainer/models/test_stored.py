@@ -35,6 +35,21 @@ def test_an_adapter_beside_the_model_is_refused_unless_it_is_gone_on_with(direct
         load_model(ModelSettings(name=str(directory)), seed=1)
 
 
+def test_a_head_of_its_own_is_not_said_to_be_tied(directory: Path) -> None:
+    """Though the configuration said so: a server would leave the head aside."""
+    edit(directory / "config.json", tie_word_embeddings=True)
+    loaded = load_model(ModelSettings(name=str(directory)), seed=1)
+    assert not loaded.config.tie_word_embeddings
+    assert load_model(settings_of("qwen2"), seed=1).config.tie_word_embeddings
+
+
+def test_weights_that_nothing_reads_are_told_of(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = load_file(directory / "model.safetensors") | {"v_head.weight": torch.zeros(3)}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    load_model(ModelSettings(name=str(directory)), seed=1)
+    assert "has 1 weights that nothing reads (v_head.weight)" in caplog.text
+
+
 @pytest.mark.parametrize("lora", [None, LoraSettings.model_validate({"base": "nf4"})])
 @pytest.mark.parametrize(
     "stored",
