@@ -43,7 +43,7 @@ PHASES = (
 )
 READING = ("wait", "decode", "hold", "commit", "other")
 GPU_MEMORY = ("allocated", "reserved")
-SAMPLE_NOTES = ("turn_without_loss", "control_tokens", "formatted_text")
+SAMPLE_NOTES = ("turn_without_loss", "control_tokens", "formatted_text", "truncated")
 UNSELECTED = ("undrawn", "low_scored", "filtered", "duplicate")
 EVENTS = (
     *("checkpoint_failed", "evaluation_failed", "paused", "resumed", "target_refused", "target_replaced", "rollback"),

@@ -28,7 +28,8 @@ from stream_trainer.formats.files import records_in
 from stream_trainer.records import Partition, Record, Sample
 from stream_trainer.samples.chat.written import CONTROL_IN_MESSAGE, LOST_TURN, Chats
 from stream_trainer.samples.fields import Fields, is_talk, parse_fields
-from stream_trainer.samples.framing import FORMATTED, Framing, framing_of
+from stream_trainer.samples.formatted import FORMATTED, Markers
+from stream_trainer.samples.framing import Framing, framing_of
 from stream_trainer.samples.others import Others, others_of
 from stream_trainer.samples.tokens.controls import Controls, controls_of
 from stream_trainer.samples.tokens.slow import slow_encoder
@@ -70,11 +71,13 @@ REASONS = (
     "feature_failed",
 )
 
+TRUNCATED = "truncated"
 # What is counted of samples, and what is said of the first.
 NOTES = {
     LOST_TURN: "the chat template does not show where a turn of the assistant is: that turn carries no loss",
     CONTROL_IN_MESSAGE: "messages spell out control tokens of the tokenizer: they are taken as text",
-    FORMATTED: "texts carry the control tokens of a chat template already: see samples.formatted_text",
+    FORMATTED: "texts or messages carry the control tokens of a chat template already: see samples.formatted_text",
+    TRUNCATED: "samples have more tokens than samples.max_tokens or the model take: what is beyond is cut off",
 }
 NO_LOSS = -100  # the label that torch's cross entropy ignores
 
@@ -129,7 +132,7 @@ class Decoder:
         """Raises SettingsError if the tokenizer cannot be used, or the template does not read an argument."""
         settings = self.settings
         limit = min(settings.max_tokens, self.max_positions or settings.max_tokens)
-        only_first = limit if settings.too_long == "truncate" else None  # else the length counts
+        only_first = limit + 1 if settings.too_long == "truncate" else None  # else the length counts
         controls = controls_of(self.tokenizer)
         object.__setattr__(self, "_controls", controls)
         is_fast = getattr(self.tokenizer, "is_fast", False)
@@ -137,10 +140,11 @@ class Decoder:
             whole_encoder(self.tokenizer, controls, only_first) if is_fast else slow_encoder(self.tokenizer, controls)
         )
         object.__setattr__(self, "_encoder", encoder)
-        chats = Chats(self.tokenizer, controls, settings.template_arguments, settings.ignore)
+        markers = Markers(self.tokenizer, controls)
+        chats = Chats(self.tokenizer, controls, markers, settings.template_arguments, settings.ignore)
         object.__setattr__(self, "_chats", chats)
         object.__setattr__(self, "_others", others_of(settings.fields, settings.ignore))
-        object.__setattr__(self, "_framing", framing_of(self.tokenizer, controls, settings.formatted_text))
+        object.__setattr__(self, "_framing", framing_of(self.tokenizer, controls, markers, settings.formatted_text))
         object.__setattr__(self, "_limit", limit)
 
     def decode(self, record: Record) -> Sample | None:
@@ -202,6 +206,10 @@ class Decoder:
             labels += after
         if len(ids) > limit and self.settings.too_long == "dead_letter":
             raise SampleError("too_long", f"{len(ids)} tokens are more than {limit}")
+        notes = draft.notes
+        if len(ids) > limit:
+            self._note(TRUNCATED)
+            notes += (TRUNCATED,)
         predicted = labels[1:limit]
         if predicted.count(NO_LOSS) == len(predicted):
             raise SampleError("no_loss_tokens", f"none of the first {limit} tokens carries loss")
@@ -217,7 +225,7 @@ class Decoder:
             domain=fields.domain,
             fields=fields.named + _outside(record, self.field_names) if self.field_names else (),
             record=record,
-            notes=draft.notes,
+            notes=notes,
         )
 
 

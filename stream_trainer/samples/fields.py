@@ -54,7 +54,7 @@ def parse_fields(value: bytes, max_bytes: int, names: Sequence[str] = (), others
         timestamp=_timestamp(fields.get("timestamp")),
         id=_id(fields.get("id")),
         domain=_label("domain", fields.get("domain")),
-        named=tuple((name, str(given[name])) for name in names if isinstance(given.get(name), str | int)),
+        named=tuple((name, _named(given[name])) for name in names if isinstance(given.get(name), str | int)),
     )
 
 
@@ -74,7 +74,7 @@ def _json_object(value: bytes, max_bytes: int) -> dict[str, Any]:
     if len(value) > max_bytes:
         raise SampleError("too_large", f"{len(value)} bytes are more than {max_bytes}")
     try:
-        fields = _JSON.decode(str(value.removeprefix(BYTE_ORDER_MARK), "utf-8"))
+        fields = STRICT.decode(str(value.removeprefix(BYTE_ORDER_MARK), "utf-8"))
     except UnicodeDecodeError as error:
         raise SampleError("bad_utf8", f"byte {error.start} is not UTF-8{hint(value)}") from error
     except json.JSONDecodeError as error:
@@ -104,7 +104,7 @@ def _no_constant(name: str) -> None:
     raise SampleError("bad_number", f"{name} is not JSON")
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _only_form(fields: dict[str, Any], ignored: Set[str]) -> dict[str, Any]:
@@ -141,6 +141,11 @@ def check_surrogates(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise SampleError("lone_surrogate", f"character {error.start} of a string is half a surrogate pair") from error
+
+
+def _named(value: str | int) -> str:
+    check_surrogates(str(value))
+    return str(value)
 
 
 def _label(name: str, value: object) -> str | None:

@@ -25,7 +25,10 @@ KNOWN = (
     "<\uff5cUser\uff5c>",
     "<\uff5cAssistant\uff5c>",
 )
+# How a conversation begins that was made a text of.
+MESSAGES = ('[{"role"', "[{'role'", '[{"from"', "[{'from'")
 ENOUGH = 2  # markers: one may be talked about
+FORMATTED = "formatted_text"
 
 
 class Markers:
@@ -35,10 +38,14 @@ class Markers:
         example = _example(tokenizer)
         known = {token for token in controls.ids if token in example} | set(KNOWN)
         self._pattern = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))))
+        self._starts = (*MESSAGES, *filter(None, [tokenizer.bos_token]))
+        self._ends = tuple(filter(None, [tokenizer.eos_token]))
         self._letters = {token[0] for token in known}  # most texts have none of them, which is found out fast
 
     def wrote(self, text: str) -> bool:
-        """Whether a text has more of them than one."""
+        """Whether a text has more of them than one, begins or ends with one that says so, or is a list of messages."""
+        if text.lstrip().startswith(self._starts) or text.rstrip().endswith(self._ends):
+            return True
         return any(map(text.__contains__, self._letters)) and len(self._pattern.findall(text)) >= ENOUGH
 
 

@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 
 from stream_trainer.errors import SampleError
 from stream_trainer.samples.fields import text_of
-from stream_trainer.samples.formatted import Markers, end_of_turn
+from stream_trainer.samples.formatted import FORMATTED, Markers, end_of_turn
 from stream_trainer.samples.tokens.controls import OPEN, Controls
 from stream_trainer.samples.tokens.whole import Marked
 
 logger = logging.getLogger(__name__)
-
-FORMATTED = "formatted_text"
 
 
 class Framed(NamedTuple):
@@ -29,7 +27,7 @@ class Framing:
     """What stands around texts.
 
     Attributes:
-        start: the tokenizer's start token, if it adds one by itself.
+        start: what the tokenizer puts before a text by itself.
         end: of a text, and `end_of_response` of a response.
         formatted: what to do with a text that a chat template has written: `samples.formatted_text`.
     """
@@ -62,7 +60,7 @@ class Framing:
         found = [self.controls.ids[token] for token in self.controls.pattern.findall(before + said)]
         first = self.controls.pattern.match(before + said)
         ended = found and found[-1] in (*self.end, *self.end_of_response) and _ends(before + said, self.controls)
-        frame = ([] if first and found[:1] == self.start else self.start, [] if ended else end)
+        frame = ([] if first and found[: len(self.start)] == self.start else self.start, [] if ended else end)
         return Framed(_marked(self.controls.fence(before), self.controls.fence(said)), frame, (FORMATTED,))
 
 
@@ -78,10 +76,9 @@ def _ends(text: str, controls: Controls) -> bool:
     return not text[last.end() :].strip()
 
 
-def framing_of(tokenizer: Any, controls: Controls, formatted: str) -> Framing:
+def framing_of(tokenizer: Any, controls: Controls, markers: Markers, formatted: str) -> Framing:
     """What a tokenizer puts around texts. A response ends as the template ends a turn, if it has an end for it."""
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    adds_start = start is not None and list(tokenizer("")["input_ids"][:1]) == [start]
+    end = tokenizer.eos_token_id
     of_turn = end_of_turn(tokenizer, controls)
     of_text = of_turn if end is None else end
     of_response = end if of_turn is None else of_turn
@@ -90,5 +87,15 @@ def framing_of(tokenizer: Any, controls: Controls, formatted: str) -> Framing:
             "the tokenizer %s names no end token: nothing is learnt of where an answer ends", tokenizer.name_or_path
         )
     end_of_text, end_of_response = ([] if number is None else [number] for number in (of_text, of_response))
-    own_start = [start] if adds_start else []
-    return Framing(controls, Markers(tokenizer, controls), own_start, end_of_text, end_of_response, formatted)
+    return Framing(controls, markers, _start(tokenizer), end_of_text, end_of_response, formatted)
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: a start token, or several for some families."""
+    try:
+        whole, plain = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
+    except Exception:  # a vocabulary of whole words may lack this one
+        whole = list(tokenizer("")["input_ids"])
+        return whole[:1] if whole[:1] == [tokenizer.bos_token_id] else []
+    places = (at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain)
+    return whole[: next(places, 0)]

@@ -91,6 +91,8 @@ class Others:
         for ours in OF_MESSAGES:
             theirs = self.names.get(ours, ())
             if any(name in fields for name in theirs):
+                if fields.get(ours) is not None and ours not in theirs:
+                    raise SampleError("ambiguous_fields", f"{ours} and {theirs[0]} of a message exclude each other")
                 fields[ours] = _taken(fields, theirs)
         if "role" in self.names and isinstance(fields.get("role"), str):
             fields["role"] = SPEAKERS.get(fields["role"], fields["role"])

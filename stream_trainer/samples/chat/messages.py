@@ -6,7 +6,7 @@ from typing import Any
 
 from stream_trainer.errors import SampleError
 from stream_trainer.samples.chat.template import Conversation
-from stream_trainer.samples.fields import check_surrogates, number_of
+from stream_trainer.samples.fields import STRICT, check_surrogates, number_of
 from stream_trainer.samples.tokens.controls import RESERVED
 from stream_trainer.settings.sections.samples import GIVEN_BY_US
 
@@ -156,7 +156,7 @@ def _call(number: int, call: dict[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = STRICT.decode(arguments or "{}")
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, dict):
@@ -193,7 +193,7 @@ def _tools(tools: object) -> list[dict[str, Any]] | None:
     """As a list of objects; some producers write the list as a text."""
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = STRICT.decode(tools)
         except (ValueError, RecursionError) as error:
             raise SampleError("wrong_type", "tools is a string that is no JSON") from error
     if tools is None or tools == []:
@@ -215,9 +215,11 @@ def _arguments(form: Mapping[str, Any]) -> dict[str, Any]:
 def _check_texts(value: object) -> None:
     """Raises SampleError for what no text may hold, wherever it stands."""
     try:
-        written = json.dumps(value, ensure_ascii=False)
-    except (RecursionError, ValueError) as error:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except RecursionError as error:
         raise SampleError("too_deep", "nested too deeply") from error
+    except ValueError as error:
+        raise SampleError("bad_number", "a number is not finite") from error
     check_surrogates(written)
     if RESERVED.search(written):
         raise SampleError("bad_messages", "a message contains a Unicode noncharacter")

@@ -9,7 +9,8 @@ from stream_trainer.errors import SampleError, SettingsError
 from stream_trainer.samples.chat.messages import CARRIED, THOUGHTS, conversation_of
 from stream_trainer.samples.chat.spans import turn_spans
 from stream_trainer.samples.chat.template import Conversation, Template
-from stream_trainer.samples.tokens.controls import CLOSE, OPEN, Controls
+from stream_trainer.samples.formatted import FORMATTED, Markers
+from stream_trainer.samples.tokens.controls import CLOSE, FILL, OPEN, Controls
 from stream_trainer.samples.tokens.whole import Marked
 
 Span = tuple[int, int]
@@ -22,7 +23,12 @@ class Chats:
     """Conversations of records, by one tokenizer's template."""
 
     def __init__(
-        self, tokenizer: Any, controls: Controls, arguments: Mapping[str, Any], ignored: Sequence[str] = ()
+        self,
+        tokenizer: Any,
+        controls: Controls,
+        markers: Markers,
+        arguments: Mapping[str, Any],
+        ignored: Sequence[str] = (),
     ) -> None:
         """Raises SettingsError if the template does not read one of the `arguments`, which the settings give."""
         self.template = Template(tokenizer)
@@ -31,7 +37,9 @@ class Chats:
                 raise SettingsError(
                     f"samples.template_arguments.{name} is not read by the tokenizer's chat template; leave it out"
                 )
+        self._markers = markers
         self._controls, self._arguments, self._ignored = controls, arguments, ignored
+        self._written: set[tuple[str, bool]] = set()  # roles of which the template is known to write what they say
 
     def read(self, form: Mapping[str, Any]) -> tuple[Marked, float, tuple[str, ...]]:
         """The text of a conversation, what it weighs, and what is to be noted of it.
@@ -45,10 +53,30 @@ class Chats:
         talk = self._as_it_takes_calls(talk)
         text, turns = turn_spans(self.template, talk)
         _check_all_is_written(self.template, talk, text, self._ignored)
+        self._check_messages(talk, text)
         spans, weight, lost = _weighed(talk, turns)
         marks, in_messages = _meant(self.template, talk, text, self._controls)
-        notes = (LOST_TURN,) * lost + (CONTROL_IN_MESSAGE,) * in_messages
+        formatted = any(map(self._markers.wrote, _strings([message.get("content") or "" for message in talk.messages])))
+        notes = (LOST_TURN,) * lost + (CONTROL_IN_MESSAGE,) * in_messages + (FORMATTED,) * formatted
         return _fenced(text, spans, marks), weight, notes
+
+    def _check_messages(self, talk: Conversation, text: str) -> None:
+        """Raises SampleError if the template leaves out what another than the assistant says.
+
+        Of each role it is tried once, for few words may stand somewhere else too. Later what is said has to stand in
+        the text, in order.
+        """
+        at = 0
+        for number, message in enumerate(talk.messages):
+            said, role = message.get("content"), (message["role"], number == 0)
+            found = text.find(said.strip(), at) if isinstance(said, str) else -1
+            at = found + len(said.strip()) if found >= 0 and isinstance(said, str) else at
+            if message["role"] == "assistant" or not said or (found >= 0 and role in self._written):
+                continue
+            other = FILL if isinstance(said, str) else [{"type": "text", "text": FILL}]
+            without = talk.with_message(number, {**message, "content": other})
+            _check_changes(self.template, without, text, f"the content of message {number}", "leave the message out")
+            self._written.add(role)
 
     def _as_it_takes_calls(self, talk: Conversation) -> Conversation:
         """Arguments of calls are objects for most templates, and texts of JSON for some."""
@@ -120,13 +148,19 @@ def _extras(message: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return found + [(name,) for name in CARRIED if message.get(name)]
 
 
-def _check_changes(template: Template, without: Conversation, text: str, name: str) -> None:
+def _check_changes(
+    template: Template,
+    without: Conversation,
+    text: str,
+    name: str,
+    remedy: str = "leave it out, or see samples.ignore",
+) -> None:
     try:
         same = template.render(without) == text
     except SampleError:
         return
     if same:
-        raise SampleError("chat_template", f"the template does not write {name}; leave it out, or see samples.ignore")
+        raise SampleError("chat_template", f"the template does not write {name}; {remedy}")
 
 
 def _meant(template: Template, talk: Conversation, text: str, controls: Controls) -> tuple[list[Span], bool]:
