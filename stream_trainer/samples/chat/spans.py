@@ -25,6 +25,8 @@ def turn_spans(template: Template, talk: Conversation) -> tuple[str, list[Span |
     numbers = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
     if len(marked) == len(numbers):
         return text, [*marked]
+    if template.prompts_unasked:
+        raise SampleError("chat_template", "the template begins an answer unasked; heed add_generation_prompt in it")
     spans = [_by_prefix(template, talk, number, text) for number in numbers]
     if None in spans:
         search = _Search(template, talk, text)

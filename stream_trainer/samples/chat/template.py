@@ -108,6 +108,25 @@ class Template:
         except SampleError:
             return False
 
+    @cached_property
+    def prompts_unasked(self) -> bool:
+        """Whether it ends every conversation with the beginning of an answer, whether or not it is asked to."""
+        said = [{"role": role, "content": FILL + role} for role in ("user", "assistant", "user")]
+        try:
+            texts = [self.render(Conversation(said[:count], (), None, {})) for count in (1, 2, 3)]
+        except SampleError:
+            return False
+        return texts[1].startswith(f"{texts[0]}{FILL}assistant") and not texts[2].startswith(texts[1])
+
+    def leaves_out(self, ends: re.Pattern[str]) -> bool:
+        """Whether a token that ends an answer stands behind what it marks as generated."""
+        said = [{"role": role, "content": FILL + role} for role in ("user", "assistant")]
+        try:
+            text, spans = self.render_marked(Conversation(said, (), None, {}))
+        except SampleError:
+            return False
+        return bool(spans) and ends.search(text[spans[-1][1] :]) is not None
+
     def reads(self, argument: str) -> bool:
         """Whether the name of an argument stands in it, or in one of several."""
         found = self._tokenizer.chat_template

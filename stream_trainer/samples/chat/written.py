@@ -1,6 +1,7 @@
 """A conversation as the template writes it: its text, the parts that carry loss, and which control tokens are meant."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from stream_trainer.samples.chat.template import Conversation, Template
 from stream_trainer.samples.formatted import FORMATTED, Markers
 from stream_trainer.samples.tokens.controls import CLOSE, FILL, OPEN, Controls
 from stream_trainer.samples.tokens.whole import Marked
+
+logger = logging.getLogger(__name__)
 
 Span = tuple[int, int]
 
@@ -37,6 +40,11 @@ class Chats:
                 raise SettingsError(
                     f"samples.template_arguments.{name} is not read by the tokenizer's chat template; leave it out"
                 )
+        if self.template.leaves_out(controls.pattern):
+            logger.warning(
+                "the chat template marks answers as generated without the token that ends them: nothing is learnt of "
+                "where an answer ends"
+            )
         self._markers = markers
         self._controls, self._arguments, self._ignored = controls, arguments, ignored
         self._written: set[tuple[str, bool]] = set()  # roles of which the template is known to write what they say

@@ -61,6 +61,28 @@ def test_messages_that_a_template_changes_are_written_all_the_same() -> None:
     assert decode({"messages": [{**ASK, "content": " one thing\n"}, ANSWER, ASK, ANSWER]}, loud).notes == ()
 
 
+def test_a_template_that_begins_an_answer_unasked_is_named() -> None:
+    """The model would learn to begin one more answer behind each."""
+    unasked = TWO_ROLES.replace("{% if add_generation_prompt %}", "{% if true %}")
+    assert "the template begins an answer unasked" in refusal({"messages": [ASK, ANSWER]}, unasked)
+    after_the_user = TWO_ROLES.replace("add_generation_prompt", "messages[-1].role == 'user'")
+    assert decode({"messages": [ASK, ANSWER, ASK, ANSWER]}, after_the_user).notes == ()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_marks_that_leave_out_the_end_of_an_answer_are_warned_about(
+    inside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    end = (
+        "{{ m.content + eos_token }}{% endgeneration %}"
+        if inside
+        else "{{ m.content }}{% endgeneration %}{{ eos_token }}"
+    )
+    template = "{% for m in messages %}{{ m.role }}{% generation %}" + end + "{% endfor %}"
+    decode({"messages": [ANSWER]}, template)
+    assert ("nothing is learnt of where an answer ends" in caplog.text) is not inside
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [('{"a": 1, "a": 2}', "a key appears twice"), ('{"a": NaN}', "NaN is not JSON"), ("[1]", "no JSON object")],
