@@ -5,7 +5,8 @@ A record's value is one JSON object in UTF-8 with exactly one form:
 - `text`: every token carries loss;
 - `prompt` and `response`: tokenised as `prompt + "\n" + response`, loss on the response;
 - `messages`: a conversation, written by the tokenizer's chat template, loss on the assistant's turns. `system`, `tools`
-  and `chat_template_kwargs` may stand beside them. `prompt` and `response` may be the two parts of a conversation.
+  and `chat_template_kwargs` may stand beside them. Where `samples.fields` maps `prompt` or `response`, both may be the
+  two parts of a conversation.
 
 Optional: `id` (string or integer), `weight` (a finite number above 0), `timestamp` (seconds since the epoch, or
 ISO 8601, UTC unless it says otherwise) and `domain` (string). Other fields are ignored, but for those that look as if

@@ -46,6 +46,8 @@ def parse_fields(value: bytes, max_bytes: int, names: Sequence[str] = (), others
     given = _json_object(value, max_bytes)
     fields = others.renamed(given)
     form = _only_form(fields, others.ignored)
+    if is_talk(form) and "messages" not in form and others.names.keys().isdisjoint(form):
+        raise SampleError("wrong_type", "prompt or response is a list of messages: map it, fields={response: response}")
     if unread := fields.keys() - form.keys() - OPTIONAL - set(names):
         others.check_meaning({name: fields[name] for name in unread})
     return Fields(

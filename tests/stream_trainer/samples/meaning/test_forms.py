@@ -26,6 +26,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 BEFORE = "#system\nBe brief.\n#user\nHi\n#assistant\nOld\n#user\nHi\n#assistant\n"
 
 COMPLETION = {"fields": {"response": "completion"}}
+OURS = {"fields": {"response": "response"}}
 CHOSEN = {"fields": {"response": "chosen"}}
 ALPACA = {"fields": {"prompt": ["instruction", "input"], "response": "output"}}
 SHAREGPT = {"fields": {"messages": "conversations", "role": "from", "content": "value"}}
@@ -58,7 +59,7 @@ TRAINED: list[tuple[str, object, dict[str, Any], str, str]] = [
         BEFORE + "Hello\n",
         "Hello\n",
     ),
-    ("messages and an answer", {"prompt": EARLIER, "response": "Hello"}, {}, BEFORE + "Hello\n", "Hello\n"),
+    ("messages and an answer", {"prompt": EARLIER, "response": "Hello"}, OURS, BEFORE + "Hello\n", "Hello\n"),
     (
         "calls in the completion",
         {"prompt": [ASK], "completion": [CALL, RESULT, ANSWER], "tools": TOOLS, "system": "Brief."},
@@ -70,7 +71,7 @@ TRAINED: list[tuple[str, object, dict[str, Any], str, str]] = [
     (
         "a turn of weight 0 in the completion",
         {"prompt": [ASK], "response": [{**ANSWER, "weight": 0}, ASK, ANSWER]},
-        {},
+        OURS,
         "#user\nHi\n#assistant\nHello\n#user\nHi\n#assistant\nHello\n",
         "Hello\n",
     ),
@@ -160,12 +161,13 @@ def test_it_is_trained_on_as_meant(given: object, settings: dict[str, Any], whol
 
 REFUSED: list[tuple[object, dict[str, Any], str]] = [
     ({"prompt": [ASK], "completion": [ANSWER]}, {}, "missing_fields: .*samples.fields={response: completion}"),
+    ({"prompt": [ASK], "response": [ANSWER]}, {}, "wrong_type: prompt or response is a list of messages"),
     ({"prompt": "Hi", "completion": [ANSWER]}, COMPLETION, "wrong_type: prompt is a str"),
     ({"prompt": [ASK], "completion": []}, COMPLETION, "empty: response has no messages"),
     ({"prompt": [ASK], "chosen": [ASK, ANSWER]}, CHOSEN, "bad_messages: response begins with the messages of prompt"),
     (
         {"prompt": [{**ANSWER, "weight": 1}, ASK], "response": [ANSWER]},
-        {},
+        OURS,
         "weight of message 0 .* the prompt is not trained on",
     ),
     ({"prompt": [ASK], "completion": [ANSWER], "label": False}, COMPLETION, "unread_field: label"),
