@@ -212,11 +212,13 @@ def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(
     assert replayed(tmp_path, made, names[1], names[0], capsys)[0] == 2
 
 
-def produce_unevenly(servers: str, topic: str, stop: threading.Event, seed: int = 0) -> None:
-    """A few samples now for one partition, now for another, with pauses, of which some are longer than any step."""
-    chance, number = random.Random(seed), 0
+def produce_unevenly(servers: str, topic: str, stop: threading.Event, begun: Callable[[], bool]) -> None:
+    """A few samples now for one partition, now for another, with pauses; the first step has to begin with a few."""
+    chance, number = random.Random(0), 0
     producer = KafkaProducer(bootstrap_servers=servers, linger_ms=0)
-    while not stop.wait(chance.choice((*(0, 0.01, 0.05) * 15, 2.0))):
+    while not stop.wait(chance.choice((0, 0.01, 0.05))):
+        if number > 8 and not begun():
+            continue
         partition = chance.choice((0, 0, 0, 1, 1, 2))
         for _ in range(chance.randint(1, 8)):
             producer.send(topic, b"{" if number % 40 == 9 else good(number), partition=partition)
@@ -226,14 +228,15 @@ def produce_unevenly(servers: str, topic: str, stop: threading.Event, seed: int 
 
 
 @contextmanager
-def live(servers: str, topic: str) -> Iterator[dict[str, Any]]:
-    """The source of a topic of three partitions that is filled meanwhile."""
+def live(servers: str, topic: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """The settings of a run in `folder` on a topic of three partitions that is filled meanwhile."""
     create_topic(servers, topic, 3)
     stop = threading.Event()
-    producing = threading.Thread(target=produce_unevenly, args=(servers, topic, stop))
+    config = of_all_parts(folder, kafka(servers, topic, stop_at_end=False), buffer={"wait_s": 0.05})
+    producing = threading.Thread(target=produce_unevenly, args=(servers, topic, stop, lambda: bool(planned_of(config))))
     producing.start()
     try:
-        yield kafka(servers, topic, stop_at_end=False)
+        yield config
     finally:
         stop.set()
         producing.join()
@@ -248,8 +251,7 @@ def test_a_live_run_on_three_uneven_partitions_is_replayed_to_the_bit(
     apache_kafka: ApacheKafka, topic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     servers = apache_kafka.bootstrap_servers
-    with live(servers, topic) as source:
-        config = of_all_parts(tmp_path, source, buffer={"wait_s": 0.05, "max_records": 32})
+    with live(servers, topic, tmp_path) as config:
         serve_until(config, 40)
         names = [path.name for path in checkpoints(config)]
         entries = planned_of(config).values()
@@ -267,8 +269,7 @@ def test_a_live_run_on_three_uneven_partitions_is_replayed_to_the_bit(
 def test_steps_of_a_live_run_that_was_killed_are_made_of_the_same_again(
     apache_kafka: ApacheKafka, topic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with live(apache_kafka.bootstrap_servers, topic) as source:
-        config = of_all_parts(tmp_path, source, buffer={"wait_s": 0.05, "max_records": 32})
+    with live(apache_kafka.bootstrap_servers, topic, tmp_path) as config:
         config["checkpoint"]["every_steps"] = 20
         with command(tmp_path, config) as process:
             wait_for(lambda: max(planned_of(config), default=0) >= 31 or process.poll() is not None)
