@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_trainer import __version__
-from stream_trainer.checkpoints.manifest import MANIFEST, DamagedError
+from stream_trainer.checkpoints.manifest import MADE_WITH, MANIFEST, DamagedError
 from stream_trainer.checkpoints.trouble import sync, sync_directory
 from stream_trainer.models.peft_format import CONFIG, WEIGHTS
 from stream_trainer.publishing.card import card_text
@@ -26,8 +26,6 @@ ADAPTER_DIRECTORY = "adapter"
 _MODEL, _TRAINER = "model/", "trainer.json"
 _ADAPTER = (f"{ADAPTER_DIRECTORY}/{CONFIG}", f"{ADAPTER_DIRECTORY}/{WEIGHTS}")
 _BASE = "base.safetensors"  # by which a resume knows the base again; no server needs it
-# What the fingerprint holds beside settings.
-_NOT_SET = ("processor", "versions", "model.parameters", "source.jsonl.contents")
 
 
 def is_published(name: str) -> bool:
@@ -134,6 +132,7 @@ def _places(names: list[str], origin: Origin) -> Iterator[tuple[str, str]]:
 def _about(name: str, candidate: Candidate, origin: Origin, start_losses: Mapping[str, float]) -> dict[str, Any]:
     trainer = json.loads(candidate.files.read(_TRAINER))
     cursor = trainer["cursor"]
+    made_with = json.loads(candidate.files.read(MANIFEST)).get(MADE_WITH, {})  # older checkpoints do not say
     return {
         "format_version": 1,
         "version": name,
@@ -145,7 +144,7 @@ def _about(name: str, candidate: Candidate, origin: Origin, start_losses: Mappin
         "target": origin.target,
         "merged": origin.merged and _is_whole(candidate.files.names),
         "adapter": origin.adapter,
-        "settings": settings_hash(trainer.get("fingerprint", {})),
+        "settings": made_with.get("settings_hash", "unknown"),
         "positions": {partition: log["next"] for partition, log in cursor["partitions"].items()},
         "records": cursor["counts"],
         "evaluated_step": candidate.evaluated_step,
@@ -153,12 +152,6 @@ def _about(name: str, candidate: Candidate, origin: Origin, start_losses: Mappin
         "start_losses": dict(start_losses),
         "forgetting": forgetting(candidate.losses, start_losses),
     }
-
-
-def settings_hash(fingerprint: Mapping[str, Any]) -> str:
-    """A digest of the settings that decide what is learned, and of the files they name; the same on any machine."""
-    settings = {name: value for name, value in fingerprint.items() if not name.startswith(_NOT_SET)}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _write_about(temporary: Path, about: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def write_checkpoint(folder: Path, step: int, size: int = 20_000) -> Path:
         "fingerprint": {"optimizer.learning_rate": 1e-3, "processor.threads": 1},
     }
     (path / "trainer.json").write_text(json.dumps(trainer))
-    write_manifest(path, step)
+    write_manifest(path, step, {"settings_hash": "0123456789abcdef"})
     return path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from stream_trainer.checkpoints.manifest import verify
+from stream_trainer.checkpoints.provenance import read_provenance
 from stream_trainer.errors import FencedError
 from stream_trainer.publishing.hooks import HookError
 from stream_trainer.publishing.versions import hold, point_at, problems_of, read_about, release
@@ -28,6 +29,7 @@ def test_a_checkpoint_becomes_a_version_that_says_what_it_is(tmp_path: Path) -> 
     assert about["records"] == {"trained": 7}
     assert about["losses"] == {"target": 2.0, "retention": 1.0}
     assert len(about["settings"]) == 16
+    assert about["settings"] == read_provenance(path)["settings_hash"]
     assert sorted(file.name for file in version.iterdir()) == [
         "README.md",
         "config.json",
