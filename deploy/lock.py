@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("lora", "gguf")
+EXTRAS = ("lora", "gguf", "ledger")
 BUILD = "setuptools>=77"  # builds our own two packages in the image
 OF_TORCH = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 HEADER = "# Made by `make lock` from pyproject.toml, for Python 3.11 on Linux. Do not edit.\n"

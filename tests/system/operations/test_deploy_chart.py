@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from deploy.lock import OF_TORCH, split
+from deploy.lock import EXTRAS, OF_TORCH, split
 from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.samples.decoder import REASONS
 from stream_trainer.settings.schema import Settings
@@ -159,7 +159,7 @@ def demanded() -> list[Requirement]:
     own = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     library = tomllib.loads((ROOT / "selectors" / "pyproject.toml").read_text())["project"]
     extras = own["optional-dependencies"]
-    texts = own["dependencies"] + library["dependencies"] + extras["lora"] + extras["gguf"]
+    texts = own["dependencies"] + library["dependencies"] + [text for extra in EXTRAS for text in extras[extra]]
     return [Requirement(text) for text in texts if not text.startswith("gradient-selectors")]
 
 
