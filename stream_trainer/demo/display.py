@@ -97,6 +97,13 @@ class Watch:
             f"{records.get(Outcome.DEAD_LETTERED.value, 0)}",
         )
 
+    def line(self) -> str:
+        """The same on one line, of at most 80 columns until the steps are a thousand."""
+        step, read, pool, target, on_target, dead = self.cells()
+        return (
+            f"{self.method} {step}: read {read}, loss {pool}, target loss {target}, on target {on_target}, dead {dead}"
+        )
+
 
 COLUMNS = ("step", "read", "pool loss", "target loss", "on target", "dead")  # the table fits 80 columns
 
@@ -151,8 +158,7 @@ class Display:
             self._live.update(self._picture(), refresh=True)
         elif step % max(1, watch.steps // PLAIN_LINES) == 0 or step == watch.steps:
             watch.status = self._status()
-            values = ", ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, watch.cells(), strict=True))
-            self._console.print(f"{watch.method}: {values}")
+            self._console.print(watch.line())
 
     def _status(self) -> dict[str, Any]:
         with urlopen(f"{self._url}/status", timeout=STATUS_TIMEOUT_S) as answer:  # noqa: S310 - our own server

@@ -216,6 +216,13 @@ def test_the_picture_and_the_report_fit_80_columns() -> None:
     assert any("on target" in line for line in lines)
 
 
+def test_a_plain_line_fits_80_columns() -> None:
+    status = {"records": {"trained": 30_000, "dead_lettered": 999}, "evaluation_loss": {"target": 5.55}}
+    line = Watch(SELECTION, 999, 999, 5.55, Counter({TARGET: 1000}), status=status).line()
+    assert line == "selection 999: read 30999, loss 5.55, target loss 5.55, on target 100%, dead 999"
+    assert len(line) <= 80
+
+
 def test_what_it_took_lies_between_two_checks() -> None:
     watch = Watch("selection", 3, curve=[Check(0, 0.0, 4.0), Check(10, 2.0, 3.0), Check(20, 6.0, 1.0)])
     assert watch.took(2.0) == Check(15, 4.0, 2.0)
