@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
+from tests.system.operations.fault_table import faults
 from tests.system.operations.fault_table.faults import FAULTS
 from tests.system.operations.fault_table.report import MOST_LINES, ROOT, as_markdown, short, what_is_wrong
-from tests.system.operations.fault_table.stage import FACTOR, STALL_S, why_not, write_rules
+from tests.system.operations.fault_table.stage import FACTOR, STALL_HERE_S, STALL_S, why_not, write_rules
 from tests.system.operations.fault_table.watching import most_lines, unix_time
 
 PAGE = ROOT / "docs" / "how-to" / "answer-an-alert.md"
@@ -46,7 +49,7 @@ def test_rules_wait_shorter_by_the_factor_and_say_the_same(tmp_path: Path) -> No
     assert waits["StreamTrainerSourceAway"] == 300
     assert written["StreamTrainerSourceAway"]["for"] == f"{300 / FACTOR:.0f}s"
     assert "for" not in written["StreamTrainerRolledBack"]
-    assert waits["StreamTrainerStalled"] == 120 + STALL_S - STALL_S / FACTOR
+    assert waits["StreamTrainerStalled"] == 120 + STALL_S - STALL_HERE_S
     changed = {name for name in deployed if deployed[name]["expr"] != written[name]["expr"]}
     assert changed == {"StreamTrainerStalled"}
 
@@ -103,6 +106,15 @@ def test_the_worst_minute_of_a_log_is_found(tmp_path: Path) -> None:
     assert most_lines(log, start, start + 1000) == 4
     assert most_lines(log, start, start + 60) == 3
     assert most_lines(log, start + 400, start + 1000) == 0
+
+
+def test_a_restart_that_takes_as_long_as_an_outage_is_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, slow = iter([0.0, 20.0, 100.0, 160.0]), SimpleNamespace(broker_process=Mock(), start_broker=Mock())
+    monkeypatch.setattr(faults, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))
+    (restart,) = [fault for fault in FAULTS if fault.name == "restart"]
+    restart.do(slow)  # type: ignore[arg-type]
+    with pytest.raises(faults.TooBusyError, match="took 60 s"):
+        restart.do(slow)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ the condition of the fault's alert holds in a real Prometheus, until the alert f
 factor, and, from the moment that it is undone, until all is well again. FILE keeps the rows of faults that are not done
 now. Needs `prometheus` on the PATH and an Apache Kafka at KAFKA_HOME; for the full disk one has to be root.
 
-Exit codes: 0 all is as it should be, 1 something is not, 2 something is missing here.
+Exit codes: 0 all is as it should be, 1 something is not, 2 something is missing here, time included.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from deploy.as_processes import waiting
 from tests.helpers.service import checkpoints
-from tests.system.operations.fault_table.faults import FAULTS, Fault, can_mount, mount, unmount
+from tests.system.operations.fault_table.faults import FAULTS, Fault, TooBusyError, can_mount, mount, unmount
 from tests.system.operations.fault_table.report import as_markdown, what_is_wrong
 from tests.system.operations.fault_table.stage import FACTOR, Stage, stage, why_not
 from tests.system.operations.fault_table.watching import Watch, most_lines
@@ -74,9 +74,13 @@ def main() -> int:
     wanted = [fault for fault in FAULTS if fault.name in names and (can_mount() or not fault.needs_disk)]
     while wanted:  # a trainer that has ended is followed by another one
         with tempfile.TemporaryDirectory(prefix="stream-trainer-fault-") as folder:
-            for row in suffer(Path(folder), wanted):
-                rows[row.name] = asdict(row)
-                options.json.write_text(json.dumps(rows, indent=1) + "\n")
+            try:
+                for row in suffer(Path(folder), wanted):
+                    rows[row.name] = asdict(row)
+                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+            except TooBusyError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
     found = [rows[fault.name] for fault in FAULTS if fault.name in rows]
     print(as_markdown(found))
     wrong = [line for row in found if row["name"] in names for line in what_is_wrong(row)]
