@@ -54,7 +54,7 @@ class KeptProgress(Progress):
         for number in range(partitions):
             by_partition = (metrics.lag, metrics.decided_offset, metrics.behind_transactions)
             for i, gauge in enumerate((*by_partition, metrics.retention_remaining)):
-                gauge.labels("samples", str(number)).set(12_345_678.0 + number + i)
+                gauge.set(12_345_678.0 + number + i, "samples", str(number))
 
 
 class Turns:

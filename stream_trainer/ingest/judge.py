@@ -95,7 +95,7 @@ class Judge:
             elif is_fresh:
                 outcome = Outcome.FILTERED if result is None else Outcome.DUPLICATE
                 self._cursor.resolve(record.partition, record.offset, outcome, id=result.id if result else None)
-                self._metrics.unselected.labels(outcome.value).inc()
+                self._metrics.unselected.inc(1, outcome.value)
             self._note_usable(record, is_fresh)
         self._metrics.unusable_ratio.set(self._watch.ratio)
         self._gave_samples = self._gave_samples or bool(samples)

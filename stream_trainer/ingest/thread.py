@@ -329,10 +329,11 @@ class Ingest:
         positions = self._cursor.positions()
         for partition, end in ends.items():
             behind = max(0, end - positions.get(partition, 0))
-            self._metrics.lag.labels(partition.topic, str(partition.number)).set(behind)
-            self._metrics.decided_offset.labels(partition.topic, str(partition.number)).set(end - behind)
+            labels = partition.topic, str(partition.number)
+            self._metrics.lag.set(behind, *labels)
+            self._metrics.decided_offset.set(end - behind, *labels)
         for partition, count in self._source.held_back().items():
-            self._metrics.behind_transactions.labels(partition.topic, str(partition.number)).set(count)
+            self._metrics.behind_transactions.set(count, partition.topic, str(partition.number))
         self._metrics.partitions_without_leader.set(len(self._source.without_leader()))
         self._metrics.passes.inc(self._rotation.passes - self._passes)
         self._passes = self._rotation.passes
@@ -345,7 +346,7 @@ class Ingest:
         found = self._horizon.remaining(self._source.retention_s, positions, self._ends, time.time())
         for partition, seconds in found.items():
             self._metrics.retention.labels(partition.topic).set(self._source.retention_s)
-            self._metrics.retention_remaining.labels(partition.topic, str(partition.number)).set(seconds)
+            self._metrics.retention_remaining.set(seconds, partition.topic, str(partition.number))
 
     def _observe_buffer(self) -> None:
         self._metrics.buffer_records.set(self._buffer.records)

@@ -24,16 +24,15 @@ class Rest:
     """Finds the time that no phase was charged with, and charges `other` with it. Used by the main thread."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._counter, self._clock = metrics.phase_seconds, clock
+        self._phases, self._clock = metrics.phase_seconds, clock
         self._last, self._spent = clock(), self._sum()
 
     def note(self) -> None:
         """To be called where no phase is under way."""
         now, spent = self._clock(), self._sum()
         other = max(0.0, now - self._last - (spent - self._spent))
-        self._counter.labels("other").inc(other)
+        self._phases.inc(other, "other")
         self._last, self._spent = now, spent + other
 
     def _sum(self) -> float:
-        (family,) = self._counter.collect()
-        return sum(sample.value for sample in family.samples)
+        return sum(self._phases.by_labels.values())

@@ -5,7 +5,6 @@ closed sets only. Children of labelled metrics are created at the start, for an 
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 
@@ -20,11 +19,12 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from stream_trainer.monitoring.groups.draws import DrawMetrics
 from stream_trainer.monitoring.groups.moved import MovedMetrics
+from stream_trainer.monitoring.groups.numbers import Numbers, Spread
 from stream_trainer.monitoring.groups.ranks import RankMetrics
 from stream_trainer.monitoring.groups.shadow import ShadowMetrics
 from stream_trainer.monitoring.orders import ACTIONS
@@ -34,7 +34,6 @@ PREFIX = "stream_trainer"
 
 STEP_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 AGE_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
-FEATURES_S = 1.0
 SOLVE_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 
 PHASES = (
@@ -100,7 +99,6 @@ class Metrics:
 
     def __init__(self, reasons: Iterable[str] = (), arms: int = 0) -> None:
         """`reasons`: the closed set of dead-letter reasons. `arms`: of the bandit that draws, if one does."""
-        self._features_due = 0.0
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -138,13 +136,6 @@ class Metrics:
         """Note the time of an event of one of `EVENTS`."""
         self.last_event.labels(kind).set_to_current_time()
 
-    def features_due(self) -> bool:
-        """Whether the features' coefficients, a series or two for each, are to be shown again: once a second."""
-        now = time.monotonic()
-        due = now >= self._features_due
-        self._features_due = now + FEATURES_S if due else self._features_due
-        return due
-
     def count_outcomes(self, counts: Callable[[], Mapping[Outcome, int]]) -> None:
         """Show these counts of decided records, which somebody else keeps."""
         self._outcomes.counts = counts
@@ -154,6 +145,14 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
         return Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _numbers(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Numbers:
+        """A gauge that every step sets."""
+        return Numbers(GaugeMetricFamily, f"{PREFIX}_{name}", text, labels, self.registry)
+
+    def _sums(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Numbers:
+        """A counter that every step counts."""
+        return Numbers(CounterMetricFamily, f"{PREFIX}_{name}", text, labels, self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
         return Histogram(f"{PREFIX}_{name}", text, labels, buckets=buckets, registry=self.registry)
@@ -180,10 +179,10 @@ class Metrics:
         self.records_lost = self._counter(
             "records_lost_total", "Undecided records that were gone from the log and skipped."
         )
-        self.lag = self._gauge(
+        self.lag = self._numbers(
             "lag_records", "Records (of a file: bytes) in the log behind the last decided one.", ("topic", "partition")
         )
-        self.behind_transactions = self._gauge(
+        self.behind_transactions = self._numbers(
             "records_behind_open_transactions",
             "Records in the log that cannot be read before an open transaction ends.",
             ("topic", "partition"),
@@ -194,13 +193,13 @@ class Metrics:
         )
         self.reachable = self._gauge("source_reachable", "0 while the stream cannot be read, its brokers being away.")
         self.paused = self._gauge("reading_paused", "1 while reading is paused because the buffer is full.")
-        self.decided_offset = self._gauge(
+        self.decided_offset = self._numbers(
             "decided_offset", "Offset below which every record is decided.", ("topic", "partition")
         )
         self.retention = self._gauge(
             "retention_seconds", "For how long the topic keeps its records; +Inf if for ever.", ("topic",)
         )
-        self.retention_remaining = self._gauge(
+        self.retention_remaining = self._numbers(
             "retention_remaining_seconds",
             "Time until the oldest undecided record may be deleted by the topic's retention; +Inf if it never is.",
             ("topic", "partition"),
@@ -213,36 +212,35 @@ class Metrics:
         self.buffer_records = self._gauge("buffer_records", "Samples waiting to be trained on.")
         self.buffer_bytes = self._gauge("buffer_bytes", "Bytes of record values waiting.")
         self.buffer_tokens = self._gauge("buffer_tokens", "Tokens waiting.")
-        self.sample_age = self._histogram(
-            "sample_age_seconds", "Time from a record's timestamp to the step that decided it.", AGE_SECONDS
-        )
+        name, text = f"{PREFIX}_sample_age_seconds", "Time from a record's timestamp to the step that decided it."
+        self.sample_age = Spread(name, text, AGE_SECONDS, self.registry)
 
     def _steps(self) -> None:
-        self.steps = self._counter("steps_total", "Steps, by result.", ("result",))
+        self.steps = self._sums("steps_total", "Steps, by result.", ("result",))
         for result in STEP_RESULTS:
-            self.steps.labels(result)
-        self.steps_without_update = self._gauge("steps_without_update", "Steps in a row that changed no weight.")
+            self.steps.set(0, result)
+        self.steps_without_update = self._numbers("steps_without_update", "Steps in a row that changed no weight.")
         self.rollbacks = self._counter("rollbacks_total", "Times that training went back to the weights it had saved.")
         self.step_seconds = self._histogram(
             "step_seconds", "Time of one whole step, without the wait for its samples.", STEP_SECONDS
         )
-        self.phase_seconds = self._counter("phase_seconds_total", "Time of the main thread, by phase.", ("phase",))
+        self.phase_seconds = self._sums("phase_seconds_total", "Time of the main thread, by phase.", ("phase",))
         for phase in PHASES:
-            self.phase_seconds.labels(phase)
-        self.last_step = self._gauge("last_step_timestamp_seconds", "When the last step ended.")
-        self.tokens_scored = self._counter("tokens_scored_total", "Tokens of scored candidates.")
-        self.tokens_trained = self._counter("tokens_trained_total", "Tokens of samples that entered an update.")
-        self.pieces = self._gauge("pool_pieces", "Passes in which the last pool was scored.")
-        self.padding = self._gauge("padding_ratio", "Share of padding in the tokens of the last scored pool.")
-        self.second_passes = self._counter(
+            self.phase_seconds.set(0, phase)
+        self.last_step = self._numbers("last_step_timestamp_seconds", "When the last step ended.")
+        self.tokens_scored = self._sums("tokens_scored_total", "Tokens of scored candidates.")
+        self.tokens_trained = self._sums("tokens_trained_total", "Tokens of samples that entered an update.")
+        self.pieces = self._numbers("pool_pieces", "Passes in which the last pool was scored.")
+        self.padding = self._numbers("padding_ratio", "Share of padding in the tokens of the last scored pool.")
+        self.second_passes = self._sums(
             "second_pass_samples_total", "Selected samples whose gradients were computed again, for want of memory."
         )
-        self.loss = self._gauge(
+        self.loss = self._numbers(
             "progressive_loss", "Mean loss of the last pool before training on any of it (nats per token)."
         )
-        self.trained_loss = self._gauge("trained_loss", "Mean loss of the samples selected at the last step.")
-        self.gradient_norm = self._gauge("gradient_norm", "Length of the last gradient before clipping.")
-        self.learning_rate = self._gauge("learning_rate", "Learning rate of the last step.")
+        self.trained_loss = self._numbers("trained_loss", "Mean loss of the samples selected at the last step.")
+        self.gradient_norm = self._numbers("gradient_norm", "Length of the last gradient before clipping.")
+        self.learning_rate = self._numbers("learning_rate", "Learning rate of the last step.")
         self.evaluation_loss = self._gauge("evaluation_loss", "Mean loss on a fixed set (nats).", ("set",))
         self.evaluation_time = self._gauge(
             "evaluation_timestamp_seconds", "When a fixed set was last evaluated.", ("set",)
@@ -264,19 +262,19 @@ class Metrics:
         self.build = Info(f"{PREFIX}_build", "Versions of what is running.", registry=self.registry)
 
     def _selection(self) -> None:
-        self.selected_ratio = self._gauge("selected_ratio", "Share of the last pool that entered the update.")
-        self.unselected = self._counter(
+        self.selected_ratio = self._numbers("selected_ratio", "Share of the last pool that entered the update.")
+        self.unselected = self._sums(
             "unselected_total", "Records that were not trained on, for no fault of theirs, by why.", ("why",)
         )
         for why in UNSELECTED:
-            self.unselected.labels(why)
-        self.effective_samples = self._gauge(
+            self.unselected.set(0, why)
+        self.effective_samples = self._numbers(
             "effective_samples", "Effective sample size of the last coefficients, (sum w)^2 / sum w^2."
         )
-        self.redundancy_ratio = self._gauge(
+        self.redundancy_ratio = self._numbers(
             "redundancy_ratio", "Share of the quadratic (redundancy) term in the last objective."
         )
-        self.positive_ratio = self._gauge(
+        self.positive_ratio = self._numbers(
             "positive_ratio", "Share of the last pool whose update points towards the target."
         )
         self.solver_seconds = self._histogram(
@@ -307,8 +305,8 @@ class Metrics:
 
     def _stages(self) -> None:
         """Of what draws, routes and masks. Layers are known once the model is loaded."""
-        self.waiting_records = self._gauge("waiting_records", "Samples that wait to be drawn.")
-        self.draws = DrawMetrics(self._counter, self._gauge)
+        self.waiting_records = self._numbers("waiting_records", "Samples that wait to be drawn.")
+        self.draws = DrawMetrics(self._counter, self._gauge, self._numbers)
         self.training_way = Enum(
             f"{PREFIX}_training_way", "What `draw: auto` has chosen.", states=list(WAYS), registry=self.registry
         )

@@ -147,7 +147,7 @@ class Progress:
 
     def now(self) -> Now:
         """The run as it is. Called by whoever shows it."""
-        lag = None if self._metrics is None else _lag(self._metrics)
+        lag = None if self._metrics is None else self._metrics.lag.sum()
         health = Health("starting", ok=True, ready=False, detail="") if self._health is None else self._health()
         with self._lock:
             now = self.clock()
@@ -214,11 +214,6 @@ def announced(what: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     logger.info("%s: done in %.1f s", what, time.monotonic() - started)
-
-
-def _lag(metrics: Metrics) -> float | None:
-    values = [sample.value for family in metrics.lag.collect() for sample in family.samples]
-    return sum(values) if values else None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -86,7 +86,7 @@ class Evaluations:
             self.metrics.moved.tensors.set(self.moved.tensors)
             self.metrics.moved.weights.set(self.moved.weights)
             logger.debug("step %d: did not move since the last evaluation: %s", step, ", ".join(self.moved.still))
-        self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - began)
+        self.metrics.phase_seconds.inc(time.perf_counter() - began, "evaluate")
 
     def why_diverged(self, step: int) -> str | None:
         """Why the model is worth less than an earlier one; None also if that cannot be measured."""
@@ -128,5 +128,5 @@ class Evaluations:
             # Not what a resume or a checkpoint measures beside: when these come is chance.
             if step % self.every_steps == 0 or self.recovery.best_loss is None:
                 self.recovery.note_loss(loss)
-        self.metrics.phase_seconds.labels("evaluate").inc(time.perf_counter() - started)
+        self.metrics.phase_seconds.inc(time.perf_counter() - started, "evaluate")
         logger.info("step %d: %s loss %.4f", step, name, loss)

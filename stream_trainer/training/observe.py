@@ -25,12 +25,12 @@ def observe_step(
     seconds: float,
 ) -> None:
     """Export what a step did with its pool, and with the samples that left without being scored."""
-    metrics.steps.labels(report.result).inc()
+    metrics.steps.inc(1, report.result)
     metrics.step_seconds.observe(seconds)
-    metrics.last_step.set_to_current_time()
-    metrics.phase_seconds.labels("wait").inc(waited)
+    metrics.last_step.set(time.time())
+    metrics.phase_seconds.inc(waited, "wait")
     for phase, spent in report.seconds.items():
-        metrics.phase_seconds.labels(phase).inc(spent)
+        metrics.phase_seconds.inc(spent, phase)
     metrics.tokens_scored.inc(sum(sample.num_tokens for sample in pool))
     metrics.tokens_trained.inc(sum(pool[i].num_tokens for i in report.selected))
     metrics.loss.set(sum(report.losses) / len(report.losses))
@@ -40,10 +40,12 @@ def observe_step(
         metrics.gradient_norm.set(report.gradient_norm)
         metrics.learning_rate.set(report.learning_rate)
     metrics.selected_ratio.set(len(selected) / len(pool))
-    metrics.unselected.labels("low_scored").inc(len(pool) - len(selected))
-    metrics.unselected.labels("undrawn").inc(len(undrawn))
-    metrics.target_refreshes.inc(int(report.target_refreshed))
-    metrics.target_refusals.inc(int(report.target_refused))
+    metrics.unselected.inc(len(pool) - len(selected), "low_scored")
+    metrics.unselected.inc(len(undrawn), "undrawn")
+    if report.target_refreshed:
+        metrics.target_refreshes.inc()
+    if report.target_refused:
+        metrics.target_refusals.inc()
     _observe_ages(metrics, (*pool, *undrawn))
     _observe_decision(metrics, report)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # unlike is_available, at no cost
@@ -53,9 +55,7 @@ def observe_step(
 
 def _observe_ages(metrics: Metrics, decided: Iterable[Sample]) -> None:
     now = time.time()
-    for sample in decided:
-        if sample.timestamp is not None:
-            metrics.sample_age.observe(max(0.0, now - sample.timestamp))
+    metrics.sample_age.observe(max(0.0, now - sample.timestamp) for sample in decided if sample.timestamp is not None)
 
 
 def _observe_decision(metrics: Metrics, report: StepReport) -> None:
@@ -105,22 +105,23 @@ def _observe_draw(metrics: Metrics, sampler: PoolSampler, *, probed: bool) -> No
 
 
 def _observe_learned(metrics: Metrics, sampler: LearnedSampler, *, probed: bool) -> None:
+    if probed:
+        metrics.draws.probes.inc()
+    if not metrics.draws.learned_due():
+        return
     learned = sampler.learned
     if isinstance(sampler.draw, AutoDraw):
         metrics.training_way.state(sampler.draw.way)
         for way, rate in sampler.draw.rates.items():
             metrics.draws.way_rate.labels(way).set(rate)
-    metrics.draws.probes.inc(int(probed))
     metrics.draws.explained.set(learned.explained)
     metrics.draws.probe_interval.set(learned.interval)
-    if not (probed or metrics.features_due()):
-        return
     columns = zip(learned.table.names, learned.coefficients_d.tolist(), learned.deviations_d.tolist(), strict=True)
     for name, coefficient, deviation in columns:
         if name.startswith(UNSEEN):
             continue
-        metrics.draws.coefficient.labels(name).set(coefficient)
-        metrics.draws.coefficient_deviation.labels(name).set(deviation)
+        metrics.draws.coefficient_deviation.set(deviation, name)
+        metrics.draws.coefficient.set(coefficient, name)
 
 
 def expect_layers(metrics: Metrics, engine: SelectionEngine) -> None:

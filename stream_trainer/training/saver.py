@@ -154,7 +154,7 @@ class Saver:
             self.ledger.saved()
         seconds = time.perf_counter() - started
         self.metrics.checkpoint_seconds.observe(seconds)
-        self.metrics.phase_seconds.labels("checkpoint").inc(seconds)
+        self.metrics.phase_seconds.inc(seconds, "checkpoint")
         self.metrics.durable(step, time.time(), saved.bytes)
         logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, seconds)
         self.ingest.request_commit(positions, step)

@@ -11,7 +11,7 @@ from stream_trainer.monitoring.metrics import Metrics, State
 from stream_trainer.monitoring.pages import Condition, Health
 from stream_trainer.records import Outcome
 from stream_trainer.settings.schema import Settings
-from stream_trainer.training.live.watch import Live, sum_of
+from stream_trainer.training.live.watch import Live
 from stream_trainer.training.trainer import Trainer
 
 READY = frozenset({State.CATCHING_UP, State.TRAINING, State.IDLE, State.PAUSED})
@@ -121,7 +121,7 @@ class Status:
             "evaluation_loss": dict(trainer.evaluations.losses),
             "records": {outcome.value: trainer.cursor.counts[outcome] for outcome in Outcome},
             "buffer_records": trainer.buffer.records,
-            "lag": sum_of(self._metrics.lag),
+            "lag": self._metrics.lag.sum(),
             "seconds_to_drain": None if self.live is None else self.live.to_drain(),
             "resumed_otherwise": list(trainer.changed),
         }

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from gradient_selectors import Decision, SelectionEngine
@@ -59,7 +60,7 @@ class StepReport:
     effects: Effects | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def selected(self) -> tuple[int, ...]:
         """Indices into the pool of the samples that entered the update."""
         return tuple(i for i, coefficient in enumerate(self.coefficients) if coefficient > 0)

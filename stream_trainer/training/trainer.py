@@ -176,7 +176,7 @@ class Trainer:
             pool = self._next_pool()
             started = time.perf_counter()
             if not pool:
-                self.metrics.phase_seconds.labels("wait").inc(started - asked)
+                self.metrics.phase_seconds.inc(started - asked, "wait")
             if not pool and self.steering.called:
                 continue
             if not pool:
@@ -372,7 +372,7 @@ class Trainer:
         self.metrics.steps_without_update.set(self.recovery.idle)
         pool, report = made.pool, made.report
         if report is None:
-            self.metrics.steps.labels(made.whole.result).inc()
+            self.metrics.steps.inc(1, made.whole.result)
             return
         self.last_report, self.last_undrawn = report, undrawn
         observe_step(self.metrics, pool, undrawn, report, waited, seconds)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -57,11 +58,12 @@ class Decision:
         largest_N = self.coefficients_N if self.coefficients_LN is None else self.coefficients_LN.amax(0)
         return [i for i, coefficient in enumerate(largest_N.tolist()) if coefficient > 0]
 
-    @property
+    @cached_property
     def effective_samples(self) -> float:
         """Effective sample size of the coefficients, (sum w)^2 / sum w^2; 0 without any."""
-        total = float(self.coefficients_N.sum())
-        return total**2 / float((self.coefficients_N**2).sum()) if total > 0 else 0.0
+        coefficients = self.coefficients_N.tolist()  # a few numbers: adding them here is faster than as a tensor
+        total = sum(coefficients)
+        return float(total**2 / sum(w * w for w in coefficients)) if total > 0 else 0.0
 
 
 class Selector(Protocol):

@@ -7,9 +7,9 @@ from typing import Any
 from gradient_selectors import SelectionEngine
 from gradient_selectors.capture.gradients import layer_of
 from gradient_selectors.draw.auto import AutoDraw
-from gradient_selectors.features.columns import UNSEEN
 from gradient_selectors.features.traits import embeddings_of
 
+from stream_trainer.monitoring.groups.draws import DrawMetrics
 from stream_trainer.records import Sample
 from stream_trainer.training.draw.pools import PoolSampler
 from stream_trainer.training.draw.waiting import BanditSampler, LearnedSampler
@@ -48,17 +48,15 @@ def _shown(sample: Sample, text_of: TextOf | None) -> dict[str, Any]:
     return shown if text_of is None else shown | {"text": shown_text(sample.input_ids, text_of)}
 
 
-def learned_of(sampler: PoolSampler) -> dict[str, Any] | None:
-    """What the learned draw thinks of each feature, and how sure it is."""
+def learned_of(sampler: PoolSampler, shown: DrawMetrics) -> dict[str, Any] | None:
+    """What the learned draw thinks of each feature, and how sure it is, as its metrics have it."""
     if not isinstance(sampler, LearnedSampler):
         return None
-    learned = sampler.learned
-    columns = zip(learned.table.names, learned.coefficients_d.tolist(), learned.deviations_d.tolist(), strict=True)
+    learned, deviations = sampler.learned, shown.coefficient_deviation.by_labels
     return {
         "features": [
-            {"name": name, "coefficient": coefficient, "deviation": deviation}
-            for name, coefficient, deviation in columns
-            if not name.startswith(UNSEEN)
+            {"name": labels[0], "coefficient": coefficient, "deviation": deviations[labels]}
+            for labels, coefficient in shown.coefficient.by_labels.items()
         ],
         "explained": learned.explained,
         "interval": learned.interval,

@@ -28,7 +28,7 @@ from stream_trainer.training.trainer import Trainer
 from stream_trainer.training.watchers import Watcher
 
 ROW_S = 0.5  # a row of the charts stands for the steps of at least so long
-STAGES_S = 1.0  # between looks at the stages, whose numbers are many
+PANELS_S = 1.0  # between looks at pool and stages, whose numbers are many
 WINDOW_S = 60.0  # what the shares of time, and the time to drain, look back on
 MIX_SAMPLES = 2000
 MIX_LABELS = 11  # of the stream, the most frequent; the others are one
@@ -55,12 +55,12 @@ class Live:
         self._text_of: TextOf | None = None
         self._pools: tuple[ShownPool, ...] = ()
         self._stages: dict[str, Any] = {}
-        self._stages_due = 0.0
+        self._panels_due = 0.0
         self._pulls: Counter[int] = Counter()
-        self._mix: deque[tuple[str, bool]] = deque(maxlen=MIX_SAMPLES)
-        self._labelled = self._failed = False
+        self._mix: deque[tuple[str | None, bool]] = deque(maxlen=MIX_SAMPLES)
+        self._failed = False
         self._since_row = _Since()
-        self._phases: deque[tuple[float, dict[str, float]]] = deque(maxlen=int(2 * WINDOW_S / ROW_S))
+        self._phases: deque[tuple[float, dict[tuple[str, ...], float]]] = deque(maxlen=int(2 * WINDOW_S / ROW_S))
 
     @property
     def watcher(self) -> Watcher:
@@ -83,7 +83,7 @@ class Live:
 
     def to_drain(self) -> float | None:
         """Seconds until the lag is gone if it falls on as it did in the last minute; None if it does not fall."""
-        lag, change = sum_of(self._metrics.lag), self.history.change("lag", WINDOW_S)
+        lag, change = self._metrics.lag.sum(), self.history.change("lag", WINDOW_S)
         if lag == 0:
             return 0.0
         if lag is None or change is None or change[0] >= 0:
@@ -111,42 +111,36 @@ class Live:
         sampler = trainer.sampler
         arms = sampler.last_arms if isinstance(sampler, BanditSampler) else ()
         self._pulls.update(arms)
-        self._pools = (shown_pool(step, pool, report, arms), *self._pools[: SHOWN_POOLS - 1])
-        self._note_mix(pool, report, trainer.last_undrawn)
+        selected = set(report.selected)
+        self._mix.extend((label_of(sample), i in selected) for i, sample in enumerate((*pool, *trainer.last_undrawn)))
         self._since_row.step(pool, report)
         now = time.monotonic()
-        if now >= self._stages_due:
-            stages = {"arms": arms_of(sampler, self._pulls), "learned": learned_of(sampler)}
+        if now >= self._panels_due:
+            self._panels_due = now + PANELS_S
+            self._pools = (shown_pool(step, pool, report, arms), *self._pools[: SHOWN_POOLS - 1])
+            stages = {"arms": arms_of(sampler, self._pulls), "learned": learned_of(sampler, self._metrics.draws)}
             stages["mask"] = mask_of(trainer.engine)
             self._stages = {name: found for name, found in stages.items() if found is not None}
-            self._stages_due = now + STAGES_S
         if self._since_row.seconds >= ROW_S:
             self._row(step, report)
 
     def _row(self, step: int, report: StepReport) -> None:
         row = self._since_row.means() | {
             "step": step,
-            "lag": sum_of(self._metrics.lag),
-            "advantage": sum_of(getattr(self._metrics, "selection_advantage", None)),
-            "advantage_measured": sum_of(self._metrics.shadow.advantage),
+            "lag": self._metrics.lag.sum(),
+            "advantage": value_of(self._metrics.selection_advantage),
+            "advantage_measured": value_of(self._metrics.shadow.advantage),
             "effective_samples": report.decision.effective_samples,
         }
         self.history.row(**row)
         self._since_row = _Since()
-        self._phases.append((time.monotonic(), phases_of(self._metrics.phase_seconds)))
-
-    def _note_mix(self, pool: Sequence[Sample], report: StepReport, undrawn: Sequence[Sample]) -> None:
-        selected = set(report.selected)
-        for i, sample in enumerate((*pool, *undrawn)):
-            label = label_of(sample)
-            self._labelled |= label is not None
-            self._mix.append((label or "(none)", i < len(pool) and i in selected))
+        self._phases.append((time.monotonic(), self._metrics.phase_seconds.by_labels.copy()))
 
     def _mixture(self) -> dict[str, Any]:
         """How many of the last samples came from where, and how many of these were trained on."""
-        if not self._labelled:
+        mix = [(label or "(none)", is_trained) for label, is_trained in self._mix.copy()]
+        if all(label == "(none)" for label, _ in mix):
             return {}
-        mix = list(self._mix.copy())
         known = [label for label, _ in Counter(label for label, _ in mix).most_common(MIX_LABELS)]
         named = [(label if label in known else OTHERS, trained) for label, trained in mix]
         stream, trained = Counter(label for label, _ in named), Counter(label for label, is_in in named if is_in)
@@ -155,10 +149,10 @@ class Live:
 
     def _time(self) -> dict[str, float]:
         """Seconds by phase over the last minute or less; since the start, before there are two looks."""
-        now = phases_of(self._metrics.phase_seconds)
+        now = self._metrics.phase_seconds.by_labels.copy()
         late = [phases for at, phases in self._phases.copy() if time.monotonic() - at <= WINDOW_S]
         before = late[0] if late else {}
-        return {phase: seconds - before.get(phase, 0.0) for phase, seconds in now.items()}
+        return {labels[0]: seconds - before.get(labels, 0.0) for labels, seconds in now.items()}
 
     def _on_evaluation(self, step: int, losses: Mapping[str, float], seconds: float) -> None:  # noqa: ARG002
         self.history.evaluation(step, losses)
@@ -204,13 +198,7 @@ class _Since:
         return means | {"tokens_per_second": self._tokens / self.seconds}
 
 
-def sum_of(gauge: Collector | None) -> float | None:
-    """The sum over a gauge's labels; None if there is none yet, or it is not finite."""
-    samples = [sample.value for family in gauge.collect() for sample in family.samples] if gauge is not None else []
-    total = sum(samples)
-    return total if samples and math.isfinite(total) else None
-
-
-def phases_of(seconds: Collector) -> dict[str, float]:
-    """Seconds by phase, so far."""
-    return {sample.labels["phase"]: sample.value for family in seconds.collect() for sample in family.samples}
+def value_of(gauge: Collector) -> float | None:
+    """What a gauge without labels stands at; None if that is not finite."""
+    value: float = next(sample.value for family in gauge.collect() for sample in family.samples)
+    return value if math.isfinite(value) else None

@@ -16,16 +16,16 @@ def test_every_moment_has_one_name() -> None:
 
 def test_what_no_phase_has_is_other_and_phases_sum_to_wall_time() -> None:
     metrics, times = Metrics(), iter([100.0, 110.0, 120.0, 130.0])
-    metrics.phase_seconds.labels("evaluate").inc(7)  # before it began
+    metrics.phase_seconds.inc(7, "evaluate")  # before it began
     rest = Rest(metrics, lambda: next(times))
-    other = metrics.phase_seconds.labels("other")
-    metrics.phase_seconds.labels("train").inc(8)
+    spent = metrics.phase_seconds.by_labels
+    metrics.phase_seconds.inc(8, "train")
     rest.note()
-    assert other._value.get() == 2
-    metrics.phase_seconds.labels("train").inc(4)
-    metrics.phase_seconds.labels("checkpoint").inc(3)
+    assert spent["other",] == 2
+    metrics.phase_seconds.inc(4, "train")
+    metrics.phase_seconds.inc(3, "checkpoint")
     rest.note()
-    assert other._value.get() == 5
-    metrics.phase_seconds.labels("train").inc(11)  # a clock of another kind: time never goes back
+    assert spent["other",] == 5
+    metrics.phase_seconds.inc(11, "train")  # a clock of another kind: time never goes back
     rest.note()
-    assert other._value.get() == 5
+    assert spent["other",] == 5

@@ -57,16 +57,16 @@ def test_time_to_drain_is_lag_over_its_fall() -> None:
     progress, clock, metrics = begun()
     assert progress.now().drain_s is None
     for lag in (1000, 900, 800, 700):
-        metrics.lag.labels("t", "0").set(lag - 100)
-        metrics.lag.labels("t", "1").set(100)
+        metrics.lag.set(lag - 100, "t", "0")
+        metrics.lag.set(100, "t", "1")
         found = progress.now()
         clock.now += 5
     assert found.lag == 700
     assert found.drain_s == pytest.approx(700 / 20)
-    metrics.lag.labels("t", "0").set(5000)
+    metrics.lag.set(5000, "t", "0")
     assert progress.now().drain_s is None  # it grows
-    metrics.lag.labels("t", "0").set(0)
-    metrics.lag.labels("t", "1").set(0)
+    metrics.lag.set(0, "t", "0")
+    metrics.lag.set(0, "t", "1")
     assert progress.now().drain_s == 0.0
 
 

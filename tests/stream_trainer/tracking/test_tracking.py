@@ -36,7 +36,7 @@ def test_names_are_those_of_the_metrics() -> None:
     metrics = Metrics()
     metrics.loss.set(2.5)
     metrics.evaluation_loss.labels("target").set(1.5)
-    metrics.steps.labels("applied").inc(3)
+    metrics.steps.inc(3, "applied")
     metrics.gradient_norm.set(float("nan"))
     found = scalars_of(metrics.registry)
     assert found["progressive_loss"] == 2.5
@@ -236,7 +236,7 @@ def test_a_collector_gets_all_metrics_with_their_histograms() -> None:
 
     metrics = Metrics()
     metrics.loss.set(2.5)
-    metrics.steps.labels("applied").inc(3)
+    metrics.steps.inc(3, "applied")
     for seconds in (0.01, 0.2, 0.2, 1000.0):
         metrics.step_seconds.observe(seconds)
     with http_server(lambda _, __: (200, {})) as (url, asked):

@@ -11,7 +11,7 @@ from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.records import Partition
 from stream_trainer.settings.schema import Settings
 from stream_trainer.training.live.pools import label_of, near_copies, shown_pool, shown_text
-from stream_trainer.training.live.watch import Live, sum_of
+from stream_trainer.training.live.watch import Live, value_of
 from tests.helpers.fakes import sample, step_report, varied
 from tests.helpers.service import (
     ALL_ON,
@@ -147,10 +147,6 @@ def test_texts_are_short_and_on_one_line() -> None:
 
 def test_a_gauge_without_a_value_is_unknown() -> None:
     metrics = Metrics()
-    assert sum_of(metrics.lag) is None
-    assert sum_of(None) is None
-    metrics.lag.labels("t", "0").set(3)
-    metrics.lag.labels("t", "1").set(4)
-    assert sum_of(metrics.lag) == 7
-    metrics.lag.labels("t", "1").set(float("nan"))
-    assert sum_of(metrics.lag) is None
+    assert value_of(metrics.selection_advantage) is None
+    metrics.selection_advantage.set(2)
+    assert value_of(metrics.selection_advantage) == 2

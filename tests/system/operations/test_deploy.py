@@ -176,8 +176,8 @@ def known_labels(metrics: Metrics, series: str, label: str) -> set[str]:
 
 def test_alerts_are_on_series_that_exist_before_anything_happened() -> None:
     metrics = Metrics(REASONS)
-    for gauge in (metrics.lag, metrics.decided_offset, metrics.retention_remaining):
-        gauge.labels("log", "0")  # known once the stream is
+    for numbers in (metrics.lag, metrics.decided_offset, metrics.retention_remaining):
+        numbers.set(0, "log", "0")  # known once the stream is
     metrics.retention.labels("log")
     for gauge in (metrics.forgetting, metrics.evaluation_time):
         gauge.labels("target")  # measured before anything else
