@@ -104,7 +104,8 @@ def _may_hold(statistics: Any, value: Any) -> bool:
 def trained_on(directory: Path, epoch: int, step: int) -> list[Trained]:
     """What the checkpoint of a step and an epoch was trained on, by partition. Raises OSError.
 
-    Segments that it holds whole say so in their footers; of the others some columns are read.
+    Segments that it holds whole say so in their footers; of the others some columns are read, of the groups of rows
+    that it can hold any of.
     """
     return _again_if_merged(lambda: _trained_on(directory, epoch, step))
 
@@ -122,20 +123,22 @@ def _trained_on(directory: Path, epoch: int, step: int) -> list[Trained]:
 def _trained_of(path: Path, epoch: int, step: int) -> list[Any]:
     with pq.ParquetFile(path) as file:
         limits = {"epoch": epoch, "checkpoint": step}
-        bounds = {name: _bounds(file, name) for name in limits}
-        if any(bounds[name][0] > limit for name, limit in limits.items()):
-            return []
-        if all(bounds[name][1] <= limit for name, limit in limits.items()):
+        bounds = [(_bounds(file, name), limit) for name, limit in limits.items()]
+        if all(high <= limit for each, limit in bounds for _, high in each):
             return list(json.loads((file.schema_arrow.metadata or {})[SUMMARY]))
-        table = file.read([*POSITION, "outcome", *limits], use_threads=False)
+        groups = [i for i in range(file.num_row_groups) if all(each[i][0] <= limit for each, limit in bounds)]
+        if not groups:
+            return []
+        table = file.read_row_groups(groups, [*POSITION, "outcome", *limits], use_threads=False)
     held = reduce(pc.and_, [pc.less_equal(table[name], limit) for name, limit in limits.items()])
     return list(trained_in(table.filter(held)))
 
 
-def _bounds(file: Any, name: str) -> tuple[int, int]:
+def _bounds(file: Any, name: str) -> list[tuple[int, int]]:
+    """Least and greatest value of a column in each group of rows."""
     column = SCHEMA.get_field_index(name)
     found = [file.metadata.row_group(i).column(column).statistics for i in range(file.num_row_groups)]
-    return min(each.min for each in found), max(each.max for each in found)
+    return [(each.min, each.max) for each in found]
 
 
 def redone(directory: Path, epoch: int, step: int) -> bool:
@@ -144,7 +147,8 @@ def redone(directory: Path, epoch: int, step: int) -> bool:
     def ask() -> bool:
         for segment in segments_in(directory / FOLDER):
             with pq.ParquetFile(segment.path) as file:
-                if _bounds(file, "epoch")[1] > epoch and _bounds(file, "checkpoint")[0] < step:
+                newest = max(high for _, high in _bounds(file, "epoch"))
+                if newest > epoch and min(low for low, _ in _bounds(file, "checkpoint")) < step:
                     table = file.read(["epoch", "step"], use_threads=False)
                     later = pc.and_kleene(pc.greater(table["epoch"], epoch), pc.less_equal(table["step"], step))
                     if pc.any(later).as_py():

@@ -1,12 +1,15 @@
 """A question about one record reads a few groups of rows, however many there are."""
 
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from stream_trainer.ledger.files import GROUP_ROWS
 from stream_trainer.ledger.names import FOLDER, segments_in
 from stream_trainer.ledger.query import holds, redone, rows_where, trained_on
+from tests.helpers import ledgers
 from tests.helpers.ledgers import PARTITIONS, POOL, by_id, by_position, generate, id_of, position_of
 
 ROWS, SEGMENTS = 1_000_000, 4
@@ -66,6 +69,22 @@ def test_what_a_checkpoint_was_trained_on_is_counted(ledger: Path, step: int) ->
     expected = {p: [n // PARTITIONS for n in numbers if n % PARTITIONS == p] for p in (0, 4)}
     bounds = {each.partition: (each.records, each.first, each.last) for each in found}
     assert bounds == {p: (len(offsets), offsets[0], offsets[-1]) for p, offsets in expected.items()}
+
+
+def test_of_a_segment_only_what_a_checkpoint_can_hold_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    read = pq.ParquetFile.read_row_groups
+
+    def noted(file: pq.ParquetFile, groups: list[int], *rest: Any, **options: Any) -> Any:
+        asked.append(groups)
+        return read(file, groups, *rest, **options)
+
+    monkeypatch.setattr(ledgers, "PARTITIONS", 1)  # so that offsets, and with them groups, are in the order of steps
+    generate(tmp_path, 3 * GROUP_ROWS)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", noted)
+    (found,) = trained_on(tmp_path, 1, GROUP_ROWS // POOL + 100)
+    assert asked == [[0, 1]]
+    assert found.records == (GROUP_ROWS // POOL + 100) // 200 * 200 * POOL // 4
 
 
 def test_a_checkpoint_of_before_holds_nothing_of_a_later_trainer(ledger: Path) -> None:
