@@ -8,8 +8,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install lint docs test test-slow coverage test-lowest demo page \
-	crash-proof soak fuzz ledger-proof fault-table deploy-check lock sbom audit \
-	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-memory bench-mask-refresh bench-learning bench-claims bench-fidelity bench-ingest bench-telemetry
+	crash-proof soak fuzz ledger-proof ranks-proof fault-table deploy-check lock sbom audit \
+	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-scale-out bench-memory bench-mask-refresh bench-learning bench-claims bench-fidelity bench-ingest bench-telemetry
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,7 @@ SEEDS ?= 200
 MINUTES ?= 30
 RECORDS ?= 100000
 ROWS ?= 100000000
+KILLS ?= 30
 SUMMARY ?= build/crash-proof.json
 
 crash-proof: $(VENV)/.installed ## Kill the service at every point, SEEDS times each way; it must end as if nothing had happened
@@ -59,6 +60,9 @@ fuzz: $(VENV)/.installed ## Feed RECORDS random records to the decoder and the s
 
 ledger-proof: $(VENV)/.installed ## Ask a ledger of ROWS rows, made for it; no question may take a second
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.ledgers --rows $(ROWS)
+
+ranks-proof: $(VENV)/.installed ## Show that 1, 2 and 3 processes make the same run, and kill them KILLS times; they lose nothing
+	OMP_NUM_THREADS=1 STREAM_TRAINER_KILLS=$(KILLS) $(BIN)/python -m pytest -m slow tests/system/ranks
 
 fault-table: $(VENV)/.installed ## Do faults to a trainer that Prometheus watches: seconds to alert, lines, recovery; needs root for one
 	@mkdir -p build
@@ -97,6 +101,10 @@ bench-solver: $(VENV)/.installed ## Measure how long the quadratic program of a 
 bench-gpu: $(VENV)/.installed ## Measure what a selecting step costs on one GPU, in eight minutes
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.gpu --json build/gpu.json
+
+bench-scale-out: $(VENV)/.installed ## Measure what a step costs on two processes, and what they send, in eight minutes
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.scale_out --json build/scale_out.json
 
 bench-memory: $(VENV)/.installed ## Measure the peak memory of a step on long samples
 	@mkdir -p build
