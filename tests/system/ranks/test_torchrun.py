@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,14 @@ import psutil
 import pytest
 import yaml
 
-from tests.helpers.service import LONG_S, checkpoints, counts, goods, kafka, trainer_json, wait_for
+from tests.helpers.brokers import create_topic, publish
+from tests.helpers.service import LONG_S, checkpoints, counts, good, goods, kafka, trainer_json, wait_for
 from tests.system.ranks.test_ranks import PARTITIONS, publish_to_all, settings
 
 RECORDS = 400
-KILLS = int(os.environ.get("STREAM_TRAINER_KILLS", "2"))
+KILLS = int(os.environ.get("STREAM_TRAINER_KILLS", "3"))
+FEWEST, MOST = 12, 60  # records that come before each kill: some lives have too few for a step, and are killed idle
+QUIET_S = 3.0  # without a word for so long, a life is idle
 
 OURS = ("STREAM_TRAINER_KILLS", "STREAM_TRAINER_SEED")  # which a run would take for settings
 
@@ -71,10 +75,10 @@ def wait_until_made(process: subprocess.Popen[bytes], folder: Path, step: int) -
     wait_for(is_made)
 
 
-def everything_once(config: dict[str, Any], topic: str) -> None:
-    assert sum(counts(config).values()) == RECORDS
+def everything_once(config: dict[str, Any], topic: str, records: int = RECORDS) -> None:
+    assert sum(counts(config).values()) == records
     cursor = trainer_json(config)["cursor"]["partitions"]
-    ends = {f"{topic}:{number}": RECORDS // PARTITIONS for number in range(PARTITIONS)}
+    ends = {f"{topic}:{number}": len(range(number, records, PARTITIONS)) for number in range(PARTITIONS)}
     assert {name: log["next"] for name, log in cursor.items()} == ends
 
 
@@ -95,22 +99,57 @@ def test_sigterm_to_one_process_ends_all_with_a_checkpoint(broker: str, topic: s
 
 
 def test_killed_processes_lose_and_repeat_nothing_in_whatever_number_they_go_on(
-    broker: str, topic: str, tmp_path: Path
+    broker: str, topic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    publish_to_all(broker, topic, goods(RECORDS))
+    """Killed while they load, read, score, write a checkpoint or wait; started again on 2, 1, 3, 2, ... ranks."""
     learned = {"profile": "thrifty", "draw": "learned", "pool_size": 8, "batch_size": 3}
-    config = settings(tmp_path / "run", kafka(broker, topic), checkpoint={"every_steps": 4}, selection=learned)
+    source = kafka(broker, topic, stop_at_end=False)
+    config = settings(tmp_path / "run", source, checkpoint={"every_steps": 4}, selection=learned)
     chance = random.Random(int(os.environ.get("STREAM_TRAINER_SEED", "1")))
+    create_topic(broker, topic, PARTITIONS)
+    records, places = 0, Counter[str]()
     for number in range(KILLS):
-        with torchrun(tmp_path, config, (2, 3)[number % 2]) as process:
-            first = chance.randrange(1, 6) + (trainer_json(config)["step"] if checkpoints(config) else 0)
-            wait_until_made(process, tmp_path, first)
-            time.sleep(chance.random() / 10)
+        records = publish_more(broker, topic, records, chance.randrange(FEWEST, MOST))
+        with torchrun(tmp_path, config, (2, 1, 3)[number % 3]) as process:
+            saved = trainer_json(config)["step"] if checkpoints(config) else 0
+            places[wait_for_a_moment(process, tmp_path, saved, chance)] += 1
             chance.choice(workers(process)).kill()
             assert process.wait(LONG_S) not in (0, None)
+    config["source"]["kafka"]["stop_at_end"] = True
     with torchrun(tmp_path, config, 2) as process:
         assert process.wait(LONG_S) == 0
-    everything_once(config, topic)
+    with capsys.disabled():
+        print(f"\n{KILLS} kills, {dict(places)}: {records} records, each once, {trainer_json(config)['step']} steps")
+    everything_once(config, topic, records)
+
+
+def publish_more(broker: str, topic: str, before: int, count: int) -> int:
+    """Records after the first so many, dealt to the partitions in turn. Returns how many there are now."""
+    values = {number: good(number) for number in range(before, before + count)}
+    for partition in range(PARTITIONS):
+        own = [value for number, value in values.items() if number % PARTITIONS == partition]
+        publish(broker, topic, own, partition)
+    return before + count
+
+
+def wait_for_a_moment(process: subprocess.Popen[bytes], folder: Path, saved: int, chance: random.Random) -> str:
+    """Until a moment that chance has drawn, or until nothing comes any more. Says what the ranks did then."""
+    if chance.random() < 0.15:
+        wait_for(lambda: bool(workers(process)))
+        time.sleep(10 * chance.random())
+        return "start"
+    step, logged = saved + chance.randrange(1, 7), folder / "log"
+    deadline = time.monotonic() + LONG_S
+    while time.monotonic() < deadline:
+        said = logged.read_text()
+        made = [int(found) for found in re.findall(r": step (\d+): ", said)]
+        if made and max(made) >= step:
+            time.sleep(chance.random() / 10)
+            return "checkpoint" if step % 4 == 0 else "step"
+        if "loaded the model" in said and time.time() - logged.stat().st_mtime > QUIET_S:
+            return "idle"
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
 
 
 def test_torchrun_starts_killed_processes_again(broker: str, topic: str, tmp_path: Path) -> None:
