@@ -18,10 +18,11 @@ from stream_trainer.checkpoints.ownership import Owner, claim
 from stream_trainer.checkpoints.plan import PlanFile
 from stream_trainer.checkpoints.provenance import provenance_of, read_provenance, report_changes
 from stream_trainer.distributed.buffer import SharedBuffer
-from stream_trainer.distributed.control import Control
+from stream_trainer.distributed.control import Control, by_first
 from stream_trainer.distributed.cursor import owns
 from stream_trainer.distributed.parts import SharedIngest, SharedOwner, SharedPlan
 from stream_trainer.distributed.resume import make_cursor, make_saver, own_state, require_same
+from stream_trainer.distributed.steering import SharedSteering
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters, open_dead_letters
@@ -98,7 +99,7 @@ def build(run: Run) -> Trainer:
     logger.info("loaded the model in %.1f s", time.perf_counter() - started)
     if not run.strict:  # what is made again is not reported or published again
         track(settings.tracking, metrics, run.watchers, run.stack)
-        attach(settings, learner.loaded, metrics, run.watchers, run.stack)
+        by_first(run.world, partial(attach, settings, learner.loaded, metrics, run.watchers, run.stack))
     reading = _reading(run, learner, owner, buffer, state)
     saver = _saver(run, learner, owner, reading, checkpoint)
     trainer = Trainer(
@@ -117,7 +118,7 @@ def build(run: Run) -> Trainer:
         metrics=metrics,
         stopped=run.stop.is_set if run.control is None else run.control.is_stopping,
         watchers=run.watchers,
-        steering=Steering(run.orders, learner.kept or _watched(settings, saver)),
+        steering=_steering(run, learner, saver),
     )
     trainer.evaluations.world = run.world
     if checkpoint is not None and state is not None:
@@ -250,6 +251,13 @@ def _kept_target(run: Run) -> KeptTarget | None:
     run.stack.callback(followed.close)
     run.metrics.target_topic.set_function(lambda: followed.reachable)
     return kept
+
+
+def _steering(run: Run, learner: _Learner, saver: Saver) -> Steering:
+    if run.control is None:
+        return Steering(run.orders, learner.kept or _watched(run.settings, saver))
+    watched = _watched(run.settings, saver) if run.world.rank == 0 else None
+    return SharedSteering(run.control, run.orders, watched)
 
 
 def _watched(settings: Settings, saver: Saver) -> WatchedFile | None:

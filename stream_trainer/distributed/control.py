@@ -23,6 +23,7 @@ class Fact:
         time: `time.monotonic()`.
         stopping: whether it was told to stop.
         counts: records by outcome that no other rank knows of.
+        orders: what was ordered there and is to be obeyed, in order.
         ready: partitions of the samples that wait there, in order, as many as may be taken.
         more: whether further samples may come soon, beyond those of `ready`.
         ended: whether none will ever come.
@@ -33,6 +34,7 @@ class Fact:
     time: float
     stopping: bool
     counts: Mapping[str, int] = field(default_factory=dict)
+    orders: Sequence[str] = ()
     ready: Sequence[int] = ()
     more: bool = True
     ended: bool = False
@@ -48,20 +50,23 @@ class Control:
         told_to_stop: whether this rank was.
         stopping: whether any rank was told to stop, as of the last round.
         elsewhere: records by outcome that other ranks alone know of.
+        ordered: what rank 0 is ordered to do, as of the last round.
     """
 
     world: World
     told_to_stop: Callable[[], bool]
     own_counts: Callable[[], Mapping[str, int]] = dict
+    own_orders: Callable[[], Sequence[str]] = tuple
     stopping: bool = field(default=False, init=False)
     elsewhere: dict[str, int] = field(default_factory=dict, init=False)
+    ordered: Sequence[str] = field(default=(), init=False)
     _now: float = field(default=0.0, init=False)
 
     def round(self, **known: Any) -> list[Fact]:
         """Tell the others what this rank knows. Returns what each knows."""
-        own = Fact(time.monotonic(), self.told_to_stop(), self.own_counts(), **known)
+        own = Fact(time.monotonic(), self.told_to_stop(), self.own_counts(), self.own_orders(), **known)
         facts = [Fact(**fact) for fact in gathered(self.world, asdict(own))]
-        self._now = facts[0].time
+        self._now, self.ordered = facts[0].time, facts[0].orders
         self.stopping = self.stopping or any(fact.stopping for fact in facts)
         others = [fact.counts for rank, fact in enumerate(facts) if rank != self.world.rank]
         self.elsewhere = {name: sum(counts[name] for counts in others) for name in own.counts}
@@ -100,3 +105,17 @@ def agree_on(world: World, failure: tuple[str, str] | None) -> None:
     for found in gathered(world, failure):
         if found is not None:
             raise understood(*found)
+
+
+def by_first(world: World, work: Callable[[], None]) -> None:
+    """Have rank 0 do something that only one may do. Raises on every rank what it fails with there."""
+    if world.size == 1:
+        work()
+        return
+    failure = None
+    if world.rank == 0:
+        try:
+            work()
+        except StreamTrainerError as error:
+            failure = told(error)
+    agree_on(world, failure)

@@ -107,6 +107,7 @@ def settings_of_rank(settings: Settings, world: World) -> Settings:
     if world.rank:
         changes["log"] = {"progress": "off"}
         changes["tracking"] = {"report_to": (), "otlp_url": None}
+        changes["control"] = {"enabled": False}
     copies = {name: getattr(settings, name).model_copy(update=update) for name, update in changes.items()}
     if world.rank:  # offsets are committed by one, which no other may fence
         kafka = settings.source.kafka.model_copy(update={"fencing": "off"})

@@ -15,9 +15,9 @@ from gradient_selectors.world.base import World, first, gathered, is_same
 
 from stream_trainer.checkpoints.ownership import Owner, claim
 from stream_trainer.distributed.buffer import SharedBuffer
-from stream_trainer.distributed.control import Control, agree_on, told
+from stream_trainer.distributed.control import Control, agree_on, by_first, told
 from stream_trainer.distributed.cursor import merged, owns
-from stream_trainer.errors import SourceError, StreamTrainerError, TrainingError
+from stream_trainer.errors import SourceError, TrainingError
 from stream_trainer.ingest.judge import Snapshot
 from stream_trainer.ingest.letter import DeadLetter
 from stream_trainer.ingest.thread import Ingest
@@ -41,14 +41,9 @@ class SharedOwner(Owner):
     @classmethod
     def claim(cls, world: World, directory: Path) -> "SharedOwner":
         """Rank 0 takes the directory over. Raises on all ranks what fails there."""
-        owner, failure = None, None
-        if world.rank == 0:
-            try:
-                owner = claim(directory)
-            except StreamTrainerError as error:
-                failure = told(error)
-        agree_on(world, failure)
-        epoch, words = first(world, None if owner is None else [owner.epoch, owner.words.decode()])
+        found: list[Owner] = []
+        by_first(world, lambda: found.append(claim(directory)))
+        epoch, words = first(world, [found[0].epoch, found[0].words.decode()] if found else None)
         return cls(directory, epoch, words.encode(), world=world)
 
     @property
@@ -149,13 +144,7 @@ class SharedSaver(Saver):
                 f"distributed.mode={self.settings.distributed.mode}: the ranks' weights are no longer the same at step "
                 f"{step}, so nothing is written; start again, on machines of one kind"
             )
-        failure = None
-        if world.rank == 0:
-            try:
-                self.write(step, parts, self._whole(ranks))
-            except StreamTrainerError as error:
-                failure = told(error)
-        agree_on(world, failure)
+        by_first(world, lambda: self.write(step, parts, self._whole(ranks)))
         if world.rank:
             self._note_written(step, own)
 

@@ -72,6 +72,12 @@ class Orders:
         """Whether there is one to obey."""
         return bool(self._waiting)
 
+    @property
+    def actions(self) -> list[str]:
+        """What is to be obeyed, in order."""
+        with self._changed:
+            return [order.action for order in self._waiting]
+
     def take(self) -> Order | None:
         """The next one to obey."""
         with self._changed:

@@ -22,14 +22,10 @@ def why_not_shared(settings: Any) -> str | None:
         "selection.scoring": ("sketched", "exact"),
         "dead_letters.kind": ("file",),
         "ledger.enabled": (False,),
-        "control.enabled": (False,),
-        "target.watch": (False,),
         "target.topic": (None,),
         "selection.advantage.shadow_every": (None,),
         "source.kafka.format": ("json",),
         "samples.duplicates": ("keep",),
-        "publish.dir": (None,),
-        "checkpoint.upload": (None,),
     }
     if ":" in settings.model.device:
         return (

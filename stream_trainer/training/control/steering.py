@@ -4,6 +4,7 @@ the target.
 
 import logging
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from stream_trainer.errors import SettingsError
@@ -51,11 +52,15 @@ class Steering:
         logger.info("paused for %.0f s", time.monotonic() - began)
 
     def _obey_all(self, trainer: "Trainer") -> None:
+        for order in self._next_orders():
+            self._obey(trainer, order)
+
+    def _next_orders(self) -> Iterable[Order]:
         if self._target_file is not None and self._target_file.changed:
             self._target_file.settle()
-            self._obey(trainer, Order(0, "reload-target"))
+            yield Order(0, "reload-target")
         while (order := self._orders.take()) is not None:
-            self._obey(trainer, order)
+            yield order
 
     def _obey(self, trainer: "Trainer", order: Order) -> None:
         try:

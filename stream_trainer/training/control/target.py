@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradient_selectors.target import Target, TargetError, mean_loss
+from gradient_selectors.world.base import World, gathered
 
 from stream_trainer.checkpoints.fingerprint import TARGET_CONTENTS, digest_of_file
 from stream_trainer.errors import SettingsError
@@ -57,17 +58,18 @@ def replace_target(trainer: "Trainer", kept: KeptTarget | None = None) -> str:
         path, named = kept.candidate, kept.setting
         if not path.exists():
             return f"{kept.named} holds the target already"
+    proven, refusal = None, None
     try:
         with nullcontext() if kept is None else kept.lock:
             proven = _prove(trainer, path, named)
             if kept is not None:
                 kept.accept()
     except Exception as error:
-        known = isinstance(error, SettingsError | TargetError)
-        why = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
-        line = why if isinstance(error, SettingsError) else f"{named}={path}: {why}"
-        trainer.watchers.event(trainer.step, "target_refused", line)
-        raise SettingsError(f"{line}; the target before stays") from error
+        refusal = _refusal(error, f"{named}={path}")
+    refusal = _agreed(trainer.engine.world, refusal, proven, f"{named}={path}")
+    if refusal is not None:
+        trainer.watchers.event(trainer.step, "target_refused", refusal)
+        raise SettingsError(f"{refusal}; the target before stays")
     if proven is None:
         return f"{path} is the target already"
     _take_over(trainer, proven)
@@ -76,6 +78,23 @@ def replace_target(trainer: "Trainer", kept: KeptTarget | None = None) -> str:
     trainer.watchers.evaluation(trainer.step, trainer.evaluations.losses, time.perf_counter() - started)
     trainer.checkpoint()  # a run that is resumed must not find the new file with the state of the old one
     return text
+
+
+def _refusal(error: Exception, named: str) -> str:
+    known = isinstance(error, SettingsError | TargetError)
+    why = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+    return why if isinstance(error, SettingsError) else f"{named}: {why}"
+
+
+def _agreed(world: World, refusal: str | None, proven: Proven | None, named: str) -> str | None:
+    """Why the target is refused, on every rank if on any; None if all take the same one."""
+    if world.size == 1:
+        return refusal
+    said = gathered(world, [refusal, None if proven is None else proven.digest])
+    found = next((why for why, _ in said if why is not None), None)
+    if found is None and any(digest != said[0][1] for _, digest in said):
+        return f"{named} is not the same for all processes; put it on a file system that they share"
+    return found
 
 
 def _prove(trainer: "Trainer", path: Path, named: str) -> Proven | None:

@@ -16,11 +16,7 @@ REFUSED: list[dict[str, dict[str, Any]]] = [
     {"selection": {"scoring": "rank_one"}},
     {"model": {"device": "cuda:1"}},
     {"ledger": {"enabled": True}},
-    {"control": {"enabled": True, "token": "0123456789abcdef"}},
-    {"target": {"watch": True}},
     {"samples": {"duplicates": "id"}},
-    {"publish": {"dir": "models"}},
-    {"checkpoint": {"upload": "memory://somewhere"}},
 ]
 
 
@@ -56,7 +52,11 @@ def test_restarts_by_torchrun_need_their_variable(tmp_path: Path, monkeypatch: p
 
 
 def test_ranks_differ_in_what_only_one_may_do(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"server": {"enabled": True, "port": 9500}, "tracking": {"report_to": ["mlflow"]}}
+    sections: dict[str, Any] = {
+        "server": {"enabled": True, "port": 9500},
+        "tracking": {"report_to": ["mlflow"]},
+        "control": {"enabled": True, "token": "0123456789abcdef"},
+    }
     config = configuration(tmp_path, jsonl(tmp_path / "s"), distributed={"mode": "replicated"}, **sections)
     first, second = (settings_of_rank(Settings(**config), Rank(rank, 2)) for rank in range(2))
     assert (first.server.port, second.server.port) == (9500, 9501)
@@ -64,6 +64,7 @@ def test_ranks_differ_in_what_only_one_may_do(tmp_path: Path) -> None:
         "dead-letters.jsonl",
         "dead-letters.rank1.jsonl",
     )
+    assert (first.control.enabled, second.control.enabled) == (True, False)
     assert (first.tracking.report_to, second.tracking.report_to) == (("mlflow",), ())
     assert (first.source.kafka.fencing, second.source.kafka.fencing) == ("auto", "off")
 

@@ -27,7 +27,7 @@ from tests.system.ranks.test_ranks import PARTITIONS, publish_to_all, settings
 RECORDS = 400
 KILLS = int(os.environ.get("STREAM_TRAINER_KILLS", "3"))
 FEWEST, MOST = 12, 60  # records that come before each kill: some lives have too few for a step, and are killed idle
-QUIET_S = 3.0  # without a word for so long, a life is idle
+QUIET_S = 6.0  # without a word for so long, a life is idle
 
 OURS = ("STREAM_TRAINER_KILLS", "STREAM_TRAINER_SEED")  # which a run would take for settings
 
