@@ -14,6 +14,7 @@ from gradient_selectors.capture.gradients import Gradient
 from gradient_selectors.capture.pieces import add_weighted_gradient
 from gradient_selectors.world.base import Alone, World, together
 from gradient_selectors.world.deal import Shares, agreed_names
+from gradient_selectors.world.partial import Partial
 
 MICRO_BATCH = 16  # samples in one pass; bounds the memory, the result does not depend on it
 ALONE = Alone()
@@ -25,11 +26,11 @@ class TargetError(ValueError):
 
 def mean_gradient(
     capture: GradientCapture, batches: Iterable[Batch], micro_tokens: int | None = None, world: World = ALONE
-) -> dict[str, Tensor]:
+) -> Gradient:
     """Mean of the samples' gradients, by parameter name, float32.
 
     Each sample's gradient is that of its mean loss, so long samples do not outweigh short ones. `micro_tokens`: bound
-    on the tokens of a pass, padding included. With a `world`, ranks share the samples.
+    on the tokens of a pass, padding included. With a `world`, ranks share the samples, and each has a part of the mean.
     """
     samples, own = _shared(batches, world)
     total: dict[str, Tensor] = {}
@@ -37,7 +38,7 @@ def mean_gradient(
         for batch in micro_batches(own, MICRO_BATCH):
             coefficients_N = torch.full((len(batch),), 1.0 / samples)
             add_weighted_gradient(total, capture, batch, coefficients_N, micro_tokens)
-    return total if world.size == 1 else _summed(total, capture, world)
+    return total if world.size == 1 else _parted(total, capture, world)
 
 
 def mean_loss(
@@ -64,12 +65,12 @@ def _shared(batches: Iterable[Batch], world: World) -> tuple[int, list[Batch]]:
     return len(samples), [samples[i] for i in own]
 
 
-def _summed(total: dict[str, Tensor], capture: GradientCapture, world: World) -> dict[str, Tensor]:
-    """The sum over ranks. A parameter may have a gradient on some only."""
+def _parted(total: dict[str, Tensor], capture: GradientCapture, world: World) -> Partial:
+    """The sum over ranks, in parts. A parameter may have a gradient on some only."""
     for name in agreed_names(world, list(total), list(capture.parameters)):
         if name not in total:
             total[name] = torch.zeros(capture.parameters[name].shape, device=capture.device)
-    return {name: world.sum(total[name]) for name in capture.parameters if name in total}
+    return Partial(world, {name: total[name] for name in capture.parameters if name in total})
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Target:
     refresh_steps: int = 4
     refresh_samples: int = 8
     decay: float = 0.5
-    gradient: dict[str, Tensor] | None = None
+    gradient: Gradient | None = None
     age: int = 0
     refreshes: int = 0
     refusals: int = 0
@@ -120,6 +121,8 @@ class Target:
         Raises TargetError if it is not finite and there is no older one.
         """
         due, self.refused = self.gradient is None or self.age >= self.refresh_steps, False
+        if world.size > 1 and self.gradient is not None and not isinstance(self.gradient, Partial):
+            self.gradient = Partial(world, self.gradient, whole=True)
         if due:
             self._refresh(capture, micro_tokens, world)
         assert self.gradient is not None
@@ -164,12 +167,12 @@ class Target:
             self.gradient = fresh
         else:
             share = max(1 - self.decay, 1 / (self.refreshes - self.refusals + 1))
-            self.gradient = {name: values.lerp_(fresh[name], share) for name, values in self.gradient.items()}
+            _move(self.gradient, fresh, share)
         self.refreshes, self.age = self.refreshes + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The gradient, which shares memory with the live one, and the counters."""
-        gradient = {} if self.gradient is None else self.gradient
+        """The gradient, which shares memory with the live one, and the counters: a call of all ranks."""
+        gradient = {} if self.gradient is None else dict(self.gradient)
         counters = {"age": self.age, "refreshes": self.refreshes, "refusals": self.refusals}
         return {"gradient": gradient} | counters
 
@@ -180,8 +183,20 @@ class Target:
         self.age, self.refreshes, self.refusals = state["age"], state["refreshes"], state.get("refusals", 0)
 
 
+def _move(gradient: Gradient, fresh: Gradient, share: float) -> None:
+    """So far towards a fresh one, in place."""
+    if isinstance(gradient, Partial):
+        assert isinstance(fresh, Partial)
+        gradient.move(fresh, share)
+        return
+    for name, values in gradient.items():
+        values.lerp_(fresh[name], share)
+
+
 def is_finite(gradient: Gradient) -> bool:
     """Whether a gradient is of a finite length: one answer is read back from a device."""
+    if isinstance(gradient, Partial):
+        return gradient.is_finite()
     return math.isfinite(float(torch.nn.utils.get_total_norm(gradient.values())))
 
 

@@ -21,8 +21,10 @@ from gradient_selectors.preconditioner import Preconditioner, at_rows
 from gradient_selectors.views.again import SecondPass, second_pass_of
 from gradient_selectors.views.pieces import Budget, score_pool
 from gradient_selectors.views.scoring import Scoring
+from gradient_selectors.views.sketches import Sketched
 from gradient_selectors.world.base import World, together, union
 from gradient_selectors.world.deal import Shares
+from gradient_selectors.world.partial import Partial
 
 NOTHING, PLAIN, MATRIX, TOKENS, LOOKUPS = range(5)  # what a parameter's factors are
 
@@ -105,12 +107,12 @@ class SharedPool(PoolGradients):
 
     @torch.no_grad()
     def dots(self, direction: Gradient) -> dict[str, Tensor]:
-        found = self.held.local.dots(direction)
+        found = self.held.local.dots({name: direction[name] for name in self.factors})
         return {name: self.held.spread(found.get(name)) for name in self.factors}
 
     @torch.no_grad()
     def utilities_of(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
-        local = self.held.local
+        local, _ = self.held.local, target[name]  # summed by all, although some have no factors
         return self.held.spread(local.utilities_of(name, target, preconditioner) if name in local.factors else None)
 
     @torch.no_grad()
@@ -185,6 +187,7 @@ def score_together(
     shares = Shares.of(world, batch.lengths)
     shortest = min(range(len(batch)), key=lambda i: batch.lengths[i])  # of a rank that has none; it counts for nothing
     own, num_tokens = batch.among(shares.own or [shortest]), batch.input_ids_NT.shape[1]
+    _get_ready(scoring, target, preconditioner, capture.head)
     with together(world):
         local = score_pool(capture, own, scoring, target, preconditioner, budget, num_tokens)
     kinds = _agreed_kinds(world, local)
@@ -193,6 +196,16 @@ def score_together(
     factors = {name: [made[kind](held, name)] for name, kind in kinds.items() if kind != NOTHING}
     by_index = frozenset(name for name, kind in kinds.items() if kind == LOOKUPS)
     return SharedPool(held.spread(local.losses_N), factors, local.shapes, held, by_index)
+
+
+def _get_ready(scoring: Scoring, target: Gradient, preconditioner: Preconditioner, head: str | None) -> None:
+    """Exchange what passes read of the target: within one, nothing can be."""
+    if not isinstance(target, Partial):
+        return
+    scoring.start(target, preconditioner, head)
+    for name in target:
+        if not (isinstance(scoring, Sketched) and scoring.is_projected(name)):
+            _ = target[name]
 
 
 def _agreed_kinds(world: World, local: PoolGradients) -> Mapping[str, int]:

@@ -19,15 +19,16 @@ few steps, and computing it again for a whole model can cost more than the sketc
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from gradient_selectors.capture.factors import Factor, Lookup, LowRank, MatrixFactor, TokenRows
 from gradient_selectors.capture.gradients import Gradient, PoolGradients, gram_at_rows, squared_length
 from gradient_selectors.preconditioner import NEVER_UPDATED, Preconditioner, at_rows
+from gradient_selectors.world.partial import Partial, Total, part_of, shape_of
 
 SHARE = 32  # one row in so many stands for a matrix
 
@@ -53,12 +54,13 @@ class Projection:
 
     Attributes:
         direction: `P * G_target` at rank k, or None where it has no low rank, as under a mask.
-        square: `<G_target, P * G_target>` within the parameter, exact, () float32.
+        square: `<G_target, P * G_target>` within the parameter, exact, () float32; None where it takes a sum over ranks
+            that nobody has asked for yet.
         sample: the rows that stand for it in K.
     """
 
     direction: LowRank | None
-    square: Tensor
+    square: Tensor | None
     sample: RowSample
 
 
@@ -76,25 +78,29 @@ def project(
     only if others are.
     """
     # By name: a model laid out in another order, or restored in one, draws the same.
-    names = [name for name in sorted(target) if _is_large_matrix(name, target[name], width)]
+    names = [name for name in sorted(target) if _is_large_matrix(name, shape_of(target, name), width)]
     if all(name == head for name in names):
         return {}
-    return {name: _project(target[name], preconditioner(name), width, generator) for name in names}
+    return {name: _project(target, name, preconditioner(name), width, generator) for name in names}
 
 
-def _is_large_matrix(name: str, values: Tensor, width: int) -> bool:
-    return values.ndim == 2 and min(values.shape) > width and ".lora_" not in name
+def _is_large_matrix(name: str, shape: Size, width: int) -> bool:
+    return len(shape) == 2 and min(shape) > width and ".lora_" not in name
 
 
-def _project(target: Tensor, diagonal: Tensor | None, width: int, generator: torch.Generator) -> Projection:
-    sample = _draw_rows(target, diagonal, width, generator)
-    if diagonal is None:
-        return Projection(low_rank(target, width, generator), target.square().sum(), sample)
-    direction, known = diagonal * target, int(diagonal.count_nonzero())
-    square = torch.sum(direction * target)
-    if known < (1 - NEVER_UPDATED) * target.numel():
-        return Projection(None, square, sample)
-    return Projection(low_rank(direction, width, generator), square, sample)
+def _project(
+    target: Gradient, name: str, diagonal: Tensor | None, width: int, generator: torch.Generator
+) -> Projection:
+    part, total = part_of(target, name)
+    sample = _draw_rows(part, diagonal, width, generator)
+    if diagonal is not None and int(diagonal.count_nonzero()) < (1 - NEVER_UPDATED) * part.numel():
+        return Projection(None, _square(target[name], diagonal), sample)
+    direction = low_rank(part if diagonal is None else diagonal * part, width, generator, total)
+    return Projection(direction, None if isinstance(target, Partial) else _square(part, diagonal), sample)
+
+
+def _square(values: Tensor, diagonal: Tensor | None) -> Tensor:
+    return torch.sum((values if diagonal is None else diagonal * values) * values)
 
 
 def _draw_rows(target: Tensor, diagonal: Tensor | None, width: int, generator: torch.Generator) -> RowSample:
@@ -108,19 +114,19 @@ def _draw_rows(target: Tensor, diagonal: Tensor | None, width: int, generator: t
     return RowSample(rows_n, root_nd, torch.tensor(len(population)))
 
 
-def low_rank(matrix_pd: Tensor, rank: int, generator: torch.Generator) -> LowRank:
+def low_rank(matrix_pd: Tensor, rank: int, generator: torch.Generator, total: Total = lambda values: values) -> LowRank:
     """The projection of a matrix on `rank` directions of its shorter side, found with one power iteration.
 
-    Exact if the matrix has that rank.
+    Exact if the matrix has that rank. Where it is only a part of one, `total` sums what the ranks have.
     """
     if matrix_pd.shape[0] < matrix_pd.shape[1]:
-        turned = low_rank(matrix_pd.T, rank, generator)
+        turned = low_rank(matrix_pd.T, rank, generator, total)
         return LowRank(turned.right_dr, turned.left_pr)
     start_pr = torch.randn(len(matrix_pd), rank, generator=generator).to(matrix_pd)
-    basis_dr = torch.linalg.qr(matrix_pd.T @ start_pr).Q
-    basis_dr = torch.linalg.qr(matrix_pd.T @ (matrix_pd @ basis_dr)).Q
+    basis_dr = torch.linalg.qr(total(matrix_pd.T @ start_pr)).Q
+    basis_dr = torch.linalg.qr(total(matrix_pd.T @ total(matrix_pd @ basis_dr))).Q
     # Contiguous, as it comes back from a checkpoint: with other strides the last digit of a product differs.
-    return LowRank(matrix_pd @ basis_dr, basis_dr.contiguous())
+    return LowRank(total(matrix_pd @ basis_dr), basis_dr.contiguous())
 
 
 class Sketched:
@@ -178,7 +184,20 @@ class Sketched:
         projections = self._checked(preconditioner)
         if not projections:
             return squared_length(target, preconditioner)
-        return float(torch.stack([projections[name].square for name in sorted(projections)]).sum())
+        return float(torch.stack([self._square(name, target, preconditioner) for name in sorted(projections)]).sum())
+
+    def _square(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
+        projections = self._checked(preconditioner)
+        found = projections[name].square
+        if found is None:
+            found = _square(target[name], preconditioner(name))
+            projections[name] = replace(projections[name], square=found)
+        return found
+
+    def is_projected(self, name: str) -> bool:
+        """Whether utilities within a parameter need no more of the target's gradient than its direction."""
+        projection = (self.projections or {}).get(name)
+        return projection is not None and projection.direction is not None
 
     @torch.no_grad()
     def gram(self, gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
@@ -257,7 +276,9 @@ def to_tensors(projections: Mapping[str, Projection]) -> dict[str, Tensor]:
     for name, projection in projections.items():
         sample = projection.sample
         tensors |= {f"rows.{name}": sample.rows_n, f"root.{name}": sample.root_nd}
-        tensors |= {f"population.{name}": sample.population, f"square.{name}": projection.square}
+        tensors[f"population.{name}"] = sample.population
+        if projection.square is not None:
+            tensors[f"square.{name}"] = projection.square
         if projection.direction is not None:
             tensors[f"target_pr.{name}"] = projection.direction.left_pr
             tensors[f"target_dr.{name}"] = projection.direction.right_dr
@@ -274,4 +295,4 @@ def _projection_of(name: str, tensors: Mapping[str, Tensor]) -> Projection:
     sides = tensors.get(f"target_pr.{name}"), tensors.get(f"target_dr.{name}")
     direction = None if sides[0] is None or sides[1] is None else LowRank(sides[0], sides[1])
     sample = RowSample(tensors[f"rows.{name}"], tensors[f"root.{name}"], tensors[f"population.{name}"])
-    return Projection(direction, tensors[f"square.{name}"], sample)
+    return Projection(direction, tensors.get(f"square.{name}"), sample)
