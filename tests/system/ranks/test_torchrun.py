@@ -27,7 +27,7 @@ from tests.system.ranks.test_ranks import PARTITIONS, publish_to_all, settings
 RECORDS = 400
 KILLS = int(os.environ.get("STREAM_TRAINER_KILLS", "3"))
 FEWEST, MOST = 12, 60  # records that come before each kill: some lives have too few for a step, and are killed idle
-QUIET_S = 6.0  # without a word for so long, a life is idle
+QUIET_S = 4.0  # without a word for so long, a life is idle
 
 OURS = ("STREAM_TRAINER_KILLS", "STREAM_TRAINER_SEED")  # which a run would take for settings
 
@@ -61,8 +61,11 @@ def torchrun(
 def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Those that torchrun has started, by rank."""
     try:
-        children = psutil.Process(process.pid).children()
-        return sorted((c for c in children if "stream_trainer" in c.cmdline()), key=lambda c: int(c.environ()["RANK"]))
+        children = [(child, child.environ()) for child in psutil.Process(process.pid).children()]
+        begun = [
+            (int(known["RANK"]), child) for child, known in children if "RANK" in known
+        ]  # one has just been forked
+        return [child for _, child in sorted(begun, key=lambda pair: pair[0])]
     except psutil.Error:
         return []
 
@@ -112,9 +115,12 @@ def test_killed_processes_lose_and_repeat_nothing_in_whatever_number_they_go_on(
         records = publish_more(broker, topic, records, chance.randrange(FEWEST, MOST))
         with torchrun(tmp_path, config, (2, 1, 3)[number % 3]) as process:
             saved = trainer_json(config)["step"] if checkpoints(config) else 0
-            places[wait_for_a_moment(process, tmp_path, saved, chance)] += 1
+            found = wait_for_a_moment(process, tmp_path, saved, chance)
+            places[found] += 1
             chance.choice(workers(process)).kill()
             assert process.wait(LONG_S) not in (0, None)
+        with capsys.disabled():
+            print(f"\nkill {number + 1}: {found}, of {(2, 1, 3)[number % 3]} ranks", end="", flush=True)
     config["source"]["kafka"]["stop_at_end"] = True
     with torchrun(tmp_path, config, 2) as process:
         assert process.wait(LONG_S) == 0
