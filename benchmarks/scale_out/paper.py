@@ -2,8 +2,9 @@
 
 Of what is sent in a step, sums are of as many numbers as the model has weights, and each rank sends 2 (R - 1) / R of
 it. The rows of survivors go from their rank to all others, (R - 1) / R of its own, and there are at most 256 survivors
-in a group. Both are measured as a share of the weights, so they hold for models whose matrices are sketched alike. What
-is told of single samples grows with the other ranks.
+in a group. Both are measured as a share of the weights of a small model. For a large one they are a bound: a refresh of
+a sketched target sends products with some vectors, which are a smaller share of a wider matrix. What is told of single
+samples grows with the other ranks.
 """
 
 from collections.abc import Mapping, Sequence
