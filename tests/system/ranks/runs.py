@@ -1,12 +1,14 @@
 """The whole service on several ranks, as threads of this process."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from gradient_selectors.world.base import Alone, World
 
+from stream_trainer import assembly
 from stream_trainer.distributed.group import settings_of_rank
 from stream_trainer.models.loading import load_model
 from stream_trainer.records import Sample
@@ -27,6 +29,17 @@ def saved_model(folder: Path) -> dict[str, Any]:
     return {"name": str(path), "config": None, "tokenizer": "bytes"}
 
 
+def one_at_a_time(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Threads share the generator of which adapters are drawn, and what transformers replaces while it loads."""
+    lock = threading.Lock()
+
+    def loaded(*arguments: Any) -> Any:
+        with lock:
+            return load(*arguments)
+
+    return loaded
+
+
 def serve_on_ranks(
     config: dict[str, Any], size: int, last_step: int | None = None, *, told: int = 0
 ) -> tuple[list[Summary], list[list[Step]]]:
@@ -43,5 +56,6 @@ def serve_on_ranks(
         settings = settings_of_rank(Settings(**config), world)
         return serve(settings, stop, Watcher(on_step), world=world), steps
 
-    found = [work(Alone())] if size == 1 else on_ranks(size, work)
+    with patch.object(assembly, "load_model", one_at_a_time(load_model)):
+        found = [work(Alone())] if size == 1 else on_ranks(size, work)
     return [summary for summary, _ in found], [steps for _, steps in found]

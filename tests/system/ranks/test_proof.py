@@ -5,8 +5,6 @@ end their weights must be those of one process within 1e-5. Checkpoints compare 
 the run where they differ.
 """
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import pytest
 from gradient_selectors.views.interaction import Interaction
 from safetensors.torch import load_file
 
-from stream_trainer import assembly
 from stream_trainer.models.loading import load_model
 from stream_trainer.settings.schema import ModelSettings
 from tests.gradient_selectors.world.threads import without_locks
@@ -53,7 +50,6 @@ def test_any_number_of_ranks_makes_the_same_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     without_locks(Interaction, monkeypatch)
-    monkeypatch.setattr(assembly, "load_model", _one_at_a_time(load_model))
     publish_to_all(broker, topic, goods(STEPS * POOL))
     model = _on_disk(tmp_path, CASES[case][0])
     courses: dict[int, list[Step]] = {}
@@ -92,17 +88,6 @@ def _on_disk(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     model: Any = load_model(ModelSettings(config=config, tokenizer="bytes"), seed=5).model
     model.save_pretrained(path)
     return {**changes, "name": str(path), "config": None, "tokenizer": "bytes"}
-
-
-def _one_at_a_time(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Adapters are drawn from torch's own generator, which all threads share."""
-    lock = threading.Lock()
-
-    def loaded(*arguments: Any) -> Any:
-        with lock:
-            return load(*arguments)
-
-    return loaded
 
 
 def _told(steps: list[Step]) -> list[tuple[Any, ...]]:
