@@ -31,6 +31,7 @@ LIBRARY_ROOMS = {
     "world": (),
     "target": ("world", "capture"),
     "views": ("world", "capture", "preconditioner"),
+    "sharding": ("world", "capture"),
     "features": (),
     "draw": ("features",),
     "weigh": ("draw", "views", "world", "capture", "preconditioner", "state"),
@@ -61,7 +62,7 @@ SERVICE_ROOMS = {
         *("ingest", "monitoring", "checkpoints", "models", "samples"),
         *("settings", "records", "errors", "__init__"),
     ),
-    "distributed": ("training", "ingest", "monitoring", "checkpoints", "settings", "records", "errors"),
+    "distributed": ("training", "ingest", "monitoring", "checkpoints", "models", "settings", "records", "errors"),
     "publishing": ("training", "monitoring", "checkpoints", "models", "settings", "errors", "__init__"),
     "tracking": ("training", "monitoring", "models", "settings", "__init__"),
     "commands": (

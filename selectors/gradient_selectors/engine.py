@@ -14,19 +14,21 @@ from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient, PoolGradients
 from gradient_selectors.capture.pieces import pieces_of
+from gradient_selectors.capture.shards import lying_as
 from gradient_selectors.mask.dual_sft import DualSft
 from gradient_selectors.mask.masked_adamw import MaskChange, MaskedAdamW
 from gradient_selectors.preconditioner import Preconditioner, optimizer_steps, preconditioner_of
 from gradient_selectors.route.gast import Gast
 from gradient_selectors.state import State, load_states, states_of
-from gradient_selectors.target import Target, is_finite
+from gradient_selectors.target import Target, in_place, is_finite, seen
 from gradient_selectors.views.advantage import Comparison, compare
 from gradient_selectors.views.again import SecondPass, second_pass_of
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.pieces import Budget, padding_of
 from gradient_selectors.views.rank_one import RankOne
 from gradient_selectors.views.scoring import Exact, Scoring
-from gradient_selectors.views.shared import score_together
+from gradient_selectors.views.sharded import in_rows, require_rows
+from gradient_selectors.views.together import score_together
 from gradient_selectors.weigh.agreed import agreed
 from gradient_selectors.weigh.baselines import Equal
 from gradient_selectors.weigh.plain import train_plainly
@@ -94,7 +96,7 @@ class SelectionEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | GradientCapture,
         optimizer: torch.optim.Optimizer,
         selector: Selector,
         *,
@@ -113,7 +115,7 @@ class SelectionEngine:
         """Attach to the model.
 
         Args:
-            model: a transformers causal LM, or a PEFT model around one.
+            model: a transformers causal LM, or a PEFT model around one; or a capture of it, as of one that is sharded.
             optimizer: over the model's trainable parameters; AdamW, Adam, SGD or `MaskedAdamW`.
             selector: decides each candidate's coefficient.
             target: batches of what the model should get better at, as a data collator makes them, or a `Target`. Needed
@@ -146,7 +148,8 @@ class SelectionEngine:
         self.selector, self.route, self.mask = selector, route, mask
         self.optimizer = optimizer
         self.scoring: Scoring = Exact() if scoring is None else scoring
-        self.capture = GradientCapture(model, autocast)
+        self.capture = model if isinstance(model, GradientCapture) else GradientCapture(model, autocast)
+        require_rows(self.capture, optimizer, self._budget)
         self.last: PoolReport | None = None
         self._warmup_steps = preconditioner_warmup_steps
         self._reports_utilities = reports_utilities
@@ -227,7 +230,7 @@ class SelectionEngine:
             if not scores or self._trains_plainly or known is None:
                 train_plainly(self.capture, batch, self.world)
                 return
-            interaction = self._score(batch, known)
+            interaction = self._score(batch, seen(known, self.world))
             decision = self._decide(interaction)
             for name in interaction.gradients.factors if decision.selected else ():
                 interaction.gradients.weighted_gradient_of(name, decision.coefficients_N)
@@ -249,8 +252,8 @@ class SelectionEngine:
 
     @property
     def preconditioner(self) -> Preconditioner:
-        """P of the coming step."""
-        return preconditioner_of(self.optimizer, self.capture.parameters, self._warmup_steps)
+        """P of the coming step; of a sharded model, a call of all ranks."""
+        return in_rows(self.world, preconditioner_of(self.optimizer, self.capture.parameters, self._warmup_steps))
 
     def state_dict(self) -> dict[str, Any]:
         """What the next pass depends on, beside model and optimizer: nested dictionaries of tensors and JSON values."""
@@ -258,7 +261,8 @@ class SelectionEngine:
 
     def load_state_dict(self, state: State) -> None:
         """Take over a copy of what `state_dict` returned. A part that was off then begins afresh."""
-        load_states(self._parts(), _on_device(state, self.capture.device))
+        lying = in_place(state, self.capture.parameters)
+        load_states(self._parts(), _on_device(lying, self.capture.device))
 
     def close(self) -> None:
         """Take the hooks off the model again."""
@@ -323,7 +327,7 @@ class SelectionEngine:
         coefficients = decision.coefficients_N if decision.coefficients_LN is None else decision.coefficients_LN
         for name in gradients.factors:
             parameter = parameters[name]
-            parameter.grad = gradients.weighted_gradient_of(name, coefficients).to(parameter.dtype)
+            parameter.grad = lying_as(parameter, gradients.update_of(name, coefficients).to(parameter.dtype))
         if not isinstance(self.optimizer, MaskedAdamW):
             return None
         left = self._finite_gradient()

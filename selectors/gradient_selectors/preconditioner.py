@@ -47,14 +47,17 @@ def adam_preconditioner(exp_avg_sq: Tensor, step: int, lr: float, betas: tuple[f
     return values.masked_fill_(exp_avg_sq == 0, 0) if _may_hold_zero(exp_avg_sq) else values
 
 
-def anticipated(exp_avg_sq: Tensor, step: int, beta2: float, rows: Tensor | None = None) -> Tensor:
+def anticipated(
+    exp_avg_sq: Tensor, step: int, beta2: float, rows: Tensor | None = None, usual: Tensor | None = None
+) -> Tensor:
     """The second moment after one more gradient of the usual size, `b2 v + (1 - b2) mean(v / (1 - b2^t))`, float32.
 
     Corrected for bias as `exp_avg_sq` at `step` is. The usual size is the mean over weights that have had a gradient;
-    the others stay at zero. With `rows`, of those rows only.
+    the others stay at zero. With `rows`, of those rows only. `usual`: that mean, if it is known.
     """
     values = exp_avg_sq.float()
-    usual = values.sum() / values.count_nonzero().clamp(min=1)
+    if usual is None:
+        usual = values.sum() / values.count_nonzero().clamp(min=1)
     if rows is not None:
         values = values[rows]
     correction = (1 - beta2**step) / (1 - beta2 ** (step + 1))
@@ -67,7 +70,7 @@ def _may_hold_zero(values: Tensor) -> bool:
 
     Not on a device, where looking would make the host wait for it.
     """
-    return values.device.type != "cpu" or bool(values.min() == 0)
+    return values.device.type != "cpu" or not values.numel() or bool(values.min() == 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +102,12 @@ class AdamPreconditioner:
         group = self.groups[parameter]
         lr = group["lr"] / self.top_rate if group["lr"] else 1.0
         step = self.steps[parameter]
-        second = anticipated(state["exp_avg_sq"], step, group["betas"][1], rows)
+        second = anticipated(state["exp_avg_sq"], step, group["betas"][1], rows, self.usual(name))
         return adam_preconditioner(second, step, lr, group["betas"], group["eps"])
+
+    def usual(self, name: str) -> Tensor | None:  # noqa: ARG002
+        """The mean second moment of a parameter, where it is known beforehand."""
+        return None
 
 
 @runtime_checkable

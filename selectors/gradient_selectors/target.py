@@ -11,10 +11,12 @@ from torch import Tensor
 from gradient_selectors.capture.batch import Batch, micro_batches
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient
-from gradient_selectors.capture.pieces import add_weighted_gradient
+from gradient_selectors.capture.pieces import add_weighted_gradient, pieces_of
+from gradient_selectors.capture.shards import is_sharded, lying_as, own_part, own_rows
 from gradient_selectors.world.base import Alone, World, together
-from gradient_selectors.world.deal import Shares, agreed_names
+from gradient_selectors.world.deal import Shares, agreed_names, most
 from gradient_selectors.world.partial import Partial
+from gradient_selectors.world.rows import RowsGradient, total_norm
 
 MICRO_BATCH = 16  # samples in one pass; bounds the memory, the result does not depend on it
 ALONE = Alone()
@@ -31,13 +33,21 @@ def mean_gradient(
 
     Each sample's gradient is that of its mean loss, so long samples do not outweigh short ones. `micro_tokens`: bound
     on the tokens of a pass, padding included. With a `world`, ranks share the samples, and each has a part of the mean.
+    Of a sharded model the gradient lies in rows as its parameters do.
     """
     samples, own = _shared(batches, world)
     total: dict[str, Tensor] = {}
-    with together(world):
-        for batch in micro_batches(own, MICRO_BATCH):
-            coefficients_N = torch.full((len(batch),), 1.0 / samples)
-            add_weighted_gradient(total, capture, batch, coefficients_N, micro_tokens)
+    parts = [b.among(piece) for b in micro_batches(own, MICRO_BATCH) for piece in pieces_of(b.lengths, micro_tokens)]
+    spares = _spares(world, capture, samples, len(parts))
+    with together(world, has_calls=capture.is_sharded):
+        for part in parts:
+            add_weighted_gradient(total, capture, part, torch.full((len(part),), 1.0 / len(samples)))
+        for spare in spares:
+            add_weighted_gradient(total, capture, spare, torch.zeros(1))
+    if capture.is_sharded:
+        return {
+            name: lying_as(parameter, total[name]) for name, parameter in capture.parameters.items() if name in total
+        }
     return total if world.size == 1 else _parted(total, capture, world)
 
 
@@ -50,19 +60,48 @@ def mean_loss(
     """Mean over samples of their mean loss (nats per token). `advance` is told how many samples are done."""
     samples, own = _shared(batches, world)
     losses: list[Tensor] = []
-    with together(world):
-        for batch in micro_batches(own, MICRO_BATCH):
+    parts = list(micro_batches(own, MICRO_BATCH))
+    spares = _spares(world, capture, samples, len(parts))
+    with together(world, has_calls=capture.is_sharded):
+        for batch in parts:
             losses.append(capture.losses(batch))
             advance(sum(map(len, losses)))
+        for spare in spares:
+            capture.losses(spare)
     found = torch.cat(losses).double() if losses else torch.zeros(0, dtype=torch.float64, device=capture.device)
-    return float(found.mean()) if world.size == 1 else float(world.sum(found.sum().reshape(1))) / samples
+    return float(found.mean()) if world.size == 1 else float(world.sum(found.sum().reshape(1))) / len(samples)
 
 
-def _shared(batches: Iterable[Batch], world: World) -> tuple[int, list[Batch]]:
-    """How many samples there are, and this rank's of them."""
+def _shared(batches: Iterable[Batch], world: World) -> tuple[list[Batch], list[Batch]]:
+    """All samples, and this rank's of them."""
     samples = [sample for batch in batches for sample in batch.samples()]
     own = Shares.of(world, [sample.lengths[0] for sample in samples]).own
-    return len(samples), [samples[i] for i in own]
+    return samples, [samples[i] for i in own]
+
+
+def _spares(world: World, capture: GradientCapture, samples: Sequence[Batch], passes: int) -> list[Batch]:
+    """What this rank makes passes over that only others need: over a sharded model all must make as many."""
+    if not capture.is_sharded:
+        return []
+    shortest = min(samples, key=lambda sample: sample.lengths[0])
+    return [shortest] * (most(world, passes) - passes)
+
+
+def in_place(state: Mapping[str, Any], parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of a run with the target's gradient as the parameters lie: in rows, if they do."""
+    target = state.get("target")
+    if not target or not any(map(is_sharded, parameters.values())):
+        return state
+    own = {name: own_part(parameters[name], values) for name, values in target["gradient"].items()}
+    return {**state, "target": {**target, "gradient": own}}
+
+
+def seen(gradient: Mapping[str, Tensor], world: World) -> Gradient:
+    """The gradient as it is read: one that lies in rows is made whole, one parameter at a time, as it is looked up."""
+    if isinstance(gradient, Partial) or not any(map(is_sharded, gradient.values())):
+        return gradient
+    own = {name: own_rows(values) for name, values in gradient.items()}
+    return RowsGradient(world, own, {name: values.shape for name, values in gradient.items()})
 
 
 def _parted(total: dict[str, Tensor], capture: GradientCapture, world: World) -> Partial:
@@ -121,13 +160,14 @@ class Target:
         Raises TargetError if it is not finite and there is no older one.
         """
         due, self.refused = self.gradient is None or self.age >= self.refresh_steps, False
-        if world.size > 1 and self.gradient is not None and not isinstance(self.gradient, Partial):
+        is_whole = self.gradient is not None and not (capture.is_sharded or isinstance(self.gradient, Partial))
+        if world.size > 1 and is_whole:
             self.gradient = Partial(world, self.gradient, whole=True)
         if due:
             self._refresh(capture, micro_tokens, world)
         assert self.gradient is not None
         self.age += 1
-        return self.gradient, due and not self.refused
+        return seen(self.gradient, world), due and not self.refused
 
     def renewed(
         self, batches: "Iterable[Batch | Mapping[str, Any]]", capture: GradientCapture, micro_tokens: int | None = None
@@ -146,7 +186,7 @@ class Target:
 
         Of the samples whose turn comes next, the least is in `gradient`: none before the set was gone through once.
         """
-        return mean_gradient(capture, self._turn()[0], micro_tokens, world)
+        return seen(mean_gradient(capture, self._turn()[0], micro_tokens, world), world)
 
     def _turn(self) -> tuple[list[Batch], int]:
         """The samples of the next refresh, and the number of the first of them."""
@@ -158,7 +198,7 @@ class Target:
         samples, first = self._turn()
         count, total = len(samples), len(self.samples)
         fresh = mean_gradient(capture, samples, micro_tokens, world)
-        self.refused = not is_finite(fresh)
+        self.refused = not is_finite(seen(fresh, world))
         if self.refused and self.gradient is None:
             raise TargetError(_poisoned(capture, samples, first, total))
         if self.refused:
@@ -171,7 +211,7 @@ class Target:
         self.refreshes, self.age = self.refreshes + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The gradient, which shares memory with the live one, and the counters: a call of all ranks."""
+        """The gradient, which lies as the live one does and may share memory, and the counters: a call of all ranks."""
         gradient = {} if self.gradient is None else dict(self.gradient)
         counters = {"age": self.age, "refreshes": self.refreshes, "refusals": self.refusals}
         return {"gradient": gradient} | counters
@@ -190,13 +230,15 @@ def _move(gradient: Gradient, fresh: Gradient, share: float) -> None:
         gradient.move(fresh, share)
         return
     for name, values in gradient.items():
-        values.lerp_(fresh[name], share)
+        own_rows(values).lerp_(own_rows(fresh[name]), share)
 
 
 def is_finite(gradient: Gradient) -> bool:
     """Whether a gradient is of a finite length: one answer is read back from a device."""
     if isinstance(gradient, Partial):
         return gradient.is_finite()
+    if isinstance(gradient, RowsGradient):
+        return math.isfinite(total_norm(gradient.world, gradient.own))
     return math.isfinite(float(torch.nn.utils.get_total_norm(gradient.values())))
 
 

@@ -136,6 +136,16 @@ class GradientCapture:
         self._places.refresh()
         self.device = next(iter(self.parameters.values())).device
 
+    @property
+    def model(self) -> Any:
+        """The causal language model, without what PEFT puts around it."""
+        return self._model
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the parameters lie in rows on several processes."""
+        return self.passes.shards is not None
+
     def close(self) -> None:
         """Take the hooks off again."""
         for handle in self._handles:
@@ -179,7 +189,7 @@ class GradientCapture:
         self._collected = set()
         self._rows, self._keep = rows_of(batch), keep
         try:
-            with self._frozen(), replaced(self._forwards()), torch.enable_grad():
+            with self.passes.passing(), self._frozen(), replaced(self._forwards()), torch.enable_grad():
                 losses_N = (
                     self._through_chunked_head(batch, head_direction)
                     if self.passes.head

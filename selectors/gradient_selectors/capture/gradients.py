@@ -117,6 +117,10 @@ class PoolGradients:
             factor.add_weighted(row_N, out, begin=i == 0)
         return out
 
+    def update_of(self, name: str, coefficients: Tensor) -> Tensor:
+        """The same as it enters the update: this process's rows, where the parameter is sharded."""
+        return self.weighted_gradient_of(name, coefficients)
+
     def weighted_gradient(self, coefficients: Tensor) -> dict[str, Tensor]:
         """`sum_i w_i g_i`: gradient of the weighted loss, without another backward pass; `coefficients` as above."""
         return {name: self.weighted_gradient_of(name, coefficients) for name in self.shapes}

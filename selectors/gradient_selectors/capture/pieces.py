@@ -12,6 +12,7 @@ from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.factors import Factor
 from gradient_selectors.capture.gradients import layer_of
+from gradient_selectors.capture.passes import weighted
 
 # More padding than both, as a share and in tokens, costs more than the weights' being read again for another piece.
 MAX_PADDING, FEW_TOKENS = 1 / 8, 64
@@ -52,6 +53,8 @@ def add_weighted_gradient(
 ) -> None:
     """Add `sum_i w_i g_i` to `total`, float32 by parameter name, without keeping a factor of any layer.
 
+    Of a sharded model it is the sum over all processes, and each adds its own rows.
+
     `coefficients` are (N,), or (L, N) with a row for each layer, as `PoolGradients.weighted_gradient` takes them. The
     model runs as its mode says: a dropout that is on draws anew.
     """
@@ -61,6 +64,10 @@ def add_weighted_gradient(
 
         def take(name: str, factor: Factor, of_piece: Tensor = of_piece) -> None:
             row_n = of_piece if of_piece.ndim == 1 else of_piece[layers.index(layer_of(name))]
+            if capture.passes.shards is not None:  # this process's rows only: all of them are as large as the model
+                rows = capture.passes.shards.scatter(weighted(factor, row_n, capture.parameters[name].shape))
+                total[name] = rows if name not in total else total[name].add_(rows)
+                return
             begin = name not in total
             if begin:
                 total[name] = torch.empty(capture.parameters[name].shape, device=capture.device)

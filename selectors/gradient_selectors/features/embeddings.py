@@ -27,7 +27,9 @@ class EmbeddingFeatures:
     @classmethod
     def of_model(cls, model: Any) -> "EmbeddingFeatures":
         """Features of a transformers model, or of a PEFT model around one, as its embedding is now."""
-        weight: Tensor = model.get_input_embeddings().weight
+        weight = model.get_input_embeddings().weight
+        if hasattr(weight, "full_tensor"):  # of a sharded model: a call of all its processes
+            weight = weight.full_tensor()
         # Cloned, for a bfloat16 embedding on the CPU would otherwise be followed as it trains.
         return cls(weight.detach().to("cpu", torch.bfloat16).clone())
 

@@ -6,27 +6,19 @@ time, and gives each owner of rows its part; the owner multiplies, and the produ
 is the same on all ranks, bit for bit, and equal to that of one process but for rounding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradient_selectors.capture import gradients as written
-from gradient_selectors.capture.batch import Batch
-from gradient_selectors.capture.capture import GradientCapture
-from gradient_selectors.capture.factors import Factor, Lookup, LowRank, MatrixFactor, TokenRows
+from gradient_selectors.capture.factors import LowRank, MatrixFactor, TokenRows
 from gradient_selectors.capture.gradients import Gradient, PoolGradients, scaled_products, summed
 from gradient_selectors.preconditioner import Preconditioner, at_rows
 from gradient_selectors.views.again import SecondPass, second_pass_of
-from gradient_selectors.views.pieces import Budget, score_pool
-from gradient_selectors.views.scoring import Scoring
-from gradient_selectors.views.sketches import Sketched
-from gradient_selectors.world.base import World, together, union
+from gradient_selectors.world.base import union
 from gradient_selectors.world.deal import Shares
-from gradient_selectors.world.partial import Partial
-
-NOTHING, PLAIN, MATRIX, TOKENS, LOOKUPS = range(5)  # what a parameter's factors are
 
 
 @dataclass(frozen=True)
@@ -56,8 +48,13 @@ class Holdings:
         return union(self.shares.world, torch.cat([nothing, *found]))
 
     @torch.no_grad()
-    def gram_at(self, name: str, samples: Sequence[int], rows: Tensor | None, root: Tensor | None) -> Tensor:
-        """K of some samples within one parameter, at some rows (int64, sorted) or all, scaled by `root`; float64."""
+    def gram_at(
+        self, name: str, samples: Sequence[int], rows: Tensor | None, root: Tensor | None, first: int = 0
+    ) -> Tensor:
+        """K of some samples within one parameter, at some rows (int64, sorted) or all, scaled by `root`; float64.
+
+        `first`: of these rows, which one the first of `root` is for; it needs this rank's only.
+        """
         world, shape = self.shares.world, self.local.shapes[name]
         places, own = self.shares.among(samples), self._own(samples)
         num_rows = shape[0] if rows is None else len(rows)
@@ -70,8 +67,14 @@ class Holdings:
             came = world.exchange(parts, [len(of_rank) * size for of_rank in places])
             if size:
                 whole = torch.cat([part.view(-1, hi - lo, *shape[1:]) for part in came])[order]
-                gram += scaled_products([whole], None if root is None else root[lo:hi])
+                gram += scaled_products([whole], None if root is None else root[lo - first : hi - first])
         return world.sum(gram)
+
+    def own_coefficients(self, coefficients: Tensor) -> Tensor:
+        """Coefficients of the local pool's samples, from those of all, (N,) or (L, N)."""
+        own_n = torch.zeros(*coefficients.shape[:-1], self.local.num_samples, dtype=coefficients.dtype)
+        own_n[..., : len(self.shares.own)] = coefficients[..., list(self.shares.own)].to(own_n)
+        return own_n
 
     def _own(self, samples: Sequence[int]) -> list[int]:
         """Places in the local pool of those of some samples that are this rank's."""
@@ -117,10 +120,8 @@ class SharedPool(PoolGradients):
 
     @torch.no_grad()
     def weighted_gradient_of(self, name: str, coefficients: Tensor) -> Tensor:
-        local, shares = self.held.local, self.held.shares
-        own_n = torch.zeros(*coefficients.shape[:-1], local.num_samples, dtype=coefficients.dtype)
-        own_n[..., : len(shares.own)] = coefficients[..., list(shares.own)].to(own_n)
-        return shares.world.sum(local.weighted_gradient_of(name, own_n))
+        own_n = self.held.own_coefficients(coefficients)
+        return self.held.shares.world.sum(self.held.local.weighted_gradient_of(name, own_n))
 
     @torch.no_grad()
     def gram_of(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
@@ -170,62 +171,6 @@ class SharedTable(SharedMatrix):
     def tokens(self, samples: Sequence[int]) -> Tensor:
         """Rows that stand out in some samples' gradients, sorted, int64."""
         return self.held.tokens(self.name, samples)
-
-
-def score_together(
-    world: World,
-    capture: GradientCapture,
-    batch: Batch,
-    scoring: Scoring,
-    target: Gradient,
-    preconditioner: Preconditioner,
-    budget: Budget,
-) -> PoolGradients:
-    """`score_pool` on all ranks, each with its share of the samples. All are given the same batch."""
-    if world.size == 1:
-        return score_pool(capture, batch, scoring, target, preconditioner, budget)
-    shares = Shares.of(world, batch.lengths)
-    shortest = min(range(len(batch)), key=lambda i: batch.lengths[i])  # of a rank that has none; it counts for nothing
-    own, num_tokens = batch.among(shares.own or [shortest]), batch.input_ids_NT.shape[1]
-    _get_ready(scoring, target, preconditioner, capture.head)
-    with together(world):
-        local = score_pool(capture, own, scoring, target, preconditioner, budget, num_tokens)
-    kinds = _agreed_kinds(world, local)
-    held = Holdings(local, shares)  # and not the pool: one that holds itself would outlive its step
-    made = {PLAIN: SharedFactor, MATRIX: SharedMatrix, TOKENS: SharedTable, LOOKUPS: SharedFactor}
-    factors = {name: [made[kind](held, name)] for name, kind in kinds.items() if kind != NOTHING}
-    by_index = frozenset(name for name, kind in kinds.items() if kind == LOOKUPS)
-    return SharedPool(held.spread(local.losses_N), factors, local.shapes, held, by_index)
-
-
-def _get_ready(scoring: Scoring, target: Gradient, preconditioner: Preconditioner, head: str | None) -> None:
-    """Exchange what passes read of the target: within one, nothing can be."""
-    if not isinstance(target, Partial):
-        return
-    scoring.start(target, preconditioner, head)
-    for name in target:
-        if not (isinstance(scoring, Sketched) and scoring.is_projected(name)):
-            _ = target[name]
-
-
-def _agreed_kinds(world: World, local: PoolGradients) -> Mapping[str, int]:
-    """What the factors of each parameter are, on all ranks that have any: where these differ, only what all know."""
-    facts = world.facts([_kind(local.factors.get(name, ())) for name in local.shapes])
-    kinds = {}
-    for name, found in zip(local.shapes, zip(*facts, strict=True), strict=True):
-        known = set(found) - {NOTHING}
-        kinds[name] = NOTHING if not known else known.pop() if len(known) == 1 else PLAIN
-    return kinds
-
-
-def _kind(factors: Sequence[Factor]) -> int:
-    if not factors:
-        return NOTHING
-    if all(isinstance(factor, Lookup) for factor in factors):
-        return LOOKUPS
-    if not all(isinstance(factor, MatrixFactor) for factor in factors):
-        return PLAIN
-    return TOKENS if any(isinstance(factor, TokenRows) for factor in factors) else MATRIX
 
 
 def _spans(num_rows: int, size: int, samples: int, row_size: int) -> list[list[tuple[int, int]]]:

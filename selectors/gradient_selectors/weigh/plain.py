@@ -41,14 +41,17 @@ def _train(capture: GradientCapture, batch: Batch, samples: list[int], coefficie
     shares = Shares.of(world, [batch.lengths[i] for i in samples])
     own = [samples[place] for place in shares.own]
     losses_n = torch.zeros(0, device=capture.device)
-    with together(world):
+    with together(world, has_calls=capture.is_sharded):
         if own:
             losses_n = capture.train(batch.among(own), coefficients_N[own])
+        elif capture.is_sharded:  # every rank makes the pass; one without a sample of its own adds nothing
+            shortest = min(samples, key=lambda i: batch.lengths[i])
+            capture.train(batch.among([shortest]), torch.zeros(1))
     return shares.spread(losses_n)
 
 
 def _sum_gradients(capture: GradientCapture, world: World) -> None:
-    if world.size == 1:
+    if world.size == 1 or capture.is_sharded:  # torch has summed those of a sharded model
         return
     present = [name for name, parameter in capture.parameters.items() if parameter.grad is not None]
     for name in agreed_names(world, present, list(capture.parameters)):

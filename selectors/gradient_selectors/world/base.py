@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 
-class LostError(Exception):
-    """Another rank has ended or does not answer. Nothing that was exchanged can be trusted, so nothing is saved."""
+class LostError(BaseException):
+    """Another rank has ended or does not answer. Nothing that was exchanged can be trusted, so nothing is saved.
+
+    No `except Exception` goes on after it, as after a KeyboardInterrupt: what comes next would be of other calls.
+    """
 
 
 class RankError(RuntimeError):
@@ -44,6 +47,9 @@ class World(Protocol):
     def exchange(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         """Give `parts[r]` to rank r. Returns what each rank gave this one, flat: `counts[r]` numbers of rank r."""
 
+    def scatter(self, values: Tensor) -> Tensor:
+        """Sum over ranks, of which each keeps its own rows, as `own_span` says."""
+
     def gather(self, value: bytes) -> list[bytes]:
         """Every rank's value, on a way of its own that occupies no device."""
 
@@ -67,6 +73,9 @@ class Alone:
 
     def exchange(self, parts: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:  # noqa: ARG002
         return [part.flatten() for part in parts]
+
+    def scatter(self, values: Tensor) -> Tensor:
+        return values
 
     def gather(self, value: bytes) -> list[bytes]:
         return [value]
@@ -92,13 +101,27 @@ def is_same(world: World, said: bytes) -> list[bool]:
 
 
 @contextmanager
-def together(world: World) -> Iterator[None]:
+def ending_all(world: World) -> Iterator[None]:
+    """Whatever fails within ends the run: the others notice as this process ends."""
+    try:
+        yield
+    except Exception as error:
+        raise LostError(f"rank {world.rank} failed: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def together(world: World, *, has_calls: bool = False) -> Iterator[None]:
     """A part that each rank does by itself, and that may fail on some: then RankError is raised on all.
 
-    Nothing may be exchanged within.
+    Nothing may be exchanged within, but for passes over a sharded model (`has_calls`). Where one of these fails, the
+    others wait in the midst of theirs, and nothing brings them together again: it raises LostError.
     """
     if world.size == 1:
         yield
+        return
+    if has_calls:
+        with ending_all(world):
+            yield
         return
     failure: Exception | None = None
     try:

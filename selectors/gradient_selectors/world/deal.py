@@ -1,4 +1,4 @@
-"""Which rank works on which sample: those of one pool are dealt anew each time, by their tokens."""
+"""Which rank works on which sample, dealt anew for each pool by tokens; and which rows of a parameter are whose."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +54,28 @@ class Shares:
         """Of each rank: the places among `samples` of those that are its own."""
         owned = [frozenset(share) for share in self.of_ranks]
         return [[place for place, i in enumerate(samples) if i in share] for share in owned]
+
+
+def spans_of(size: int, num_rows: int) -> list[tuple[int, int]]:
+    """Rows `lo:hi` of each rank, as `torch.chunk` cuts them and `fully_shard` does. The last ranks may have none.
+
+    Examples:
+        >>> from gradient_selectors.world.deal import spans_of
+        >>> spans_of(3, 4)
+        [(0, 2), (2, 4), (4, 4)]
+    """
+    share = -(-num_rows // size)
+    return [(min(rank * share, num_rows), min((rank + 1) * share, num_rows)) for rank in range(size)]
+
+
+def own_span(world: World, num_rows: int) -> tuple[int, int]:
+    """Rows of this rank."""
+    return spans_of(world.size, num_rows)[world.rank]
+
+
+def most(world: World, count: int) -> int:
+    """The largest count of any rank."""
+    return max(found for (found,) in world.facts([count]))
 
 
 def agreed_names(world: World, present: Sequence[str], names: Sequence[str]) -> list[str]:

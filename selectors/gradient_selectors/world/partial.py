@@ -11,6 +11,7 @@ import torch
 from torch import Size, Tensor
 
 from gradient_selectors.world.base import World
+from gradient_selectors.world.rows import RowsGradient
 
 Total = Callable[[Tensor], Tensor]
 """Makes the whole of what is linear in a gradient from what is of this rank's part."""
@@ -72,7 +73,7 @@ def part_of(gradient: Mapping[str, Tensor], name: str) -> tuple[Tensor, Total]:
 
 def shape_of(gradient: Mapping[str, Tensor], name: str) -> Size:
     """Shape of a parameter, for which nothing is exchanged."""
-    return part_of(gradient, name)[0].shape
+    return gradient.shapes[name] if isinstance(gradient, RowsGradient) else part_of(gradient, name)[0].shape
 
 
 def _same(values: Tensor) -> Tensor:

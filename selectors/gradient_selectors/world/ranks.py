@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradient_selectors.world.base import LostError
+from gradient_selectors.world.deal import own_span
 
 
 class Ranks:
@@ -55,6 +56,19 @@ class Ranks:
         with _noticing():
             dist.all_to_all_single(out, flat, list(counts), given)
         return list(torch.split(out, list(counts)))
+
+    def scatter(self, values: Tensor) -> Tensor:
+        lo, hi = own_span(self, len(values))
+        share = -(-len(values) // self.size)
+        padded = values
+        if share * self.size > len(values):
+            padded = values.new_zeros(share * self.size, *values.shape[1:])
+            padded[: len(values)] = values
+        own = torch.empty_like(padded[:share])
+        self.sent["scatter"] += own.nbytes * (self.size - 1)
+        with _noticing():
+            dist.reduce_scatter(own, list(padded.contiguous().split(share)))
+        return own[: hi - lo]
 
     def gather(self, value: bytes) -> list[bytes]:
         counts = [count for (count,) in self.facts([len(value)])]

@@ -26,6 +26,7 @@ found = {
     "rows": world.rows(torch.full((1 + rank, 2), float(rank)), [1, 2]).tolist(),
     "no rows": world.rows(torch.zeros(0, 2), [0, 0]).tolist(),
     "exchange": [part.tolist() for part in world.exchange(given, [[1, 1], [2, 2]][rank])],
+    "scatter": world.scatter(torch.arange(6.0).view(3, 2) + rank).tolist(),
     "gather": [value.decode() for value in world.gather(b"" if rank else b"zero")],
     "facts": world.facts([rank, 7]),
     "first": first(world, {"rank": rank}),
@@ -67,6 +68,7 @@ def test_two_processes_exchange_what_they_are_told_to(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 3]
     assert first.pop("lost")
     assert (first.pop("exchange"), second.pop("exchange")) == ([[0.0], [10.0]], [[0.0, 0.0], [1.0, 1.0]])
+    assert (first.pop("scatter"), second.pop("scatter")) == ([[1.0, 3.0], [5.0, 7.0]], [[9.0, 11.0]])
     assert first.pop("sent") != {}
     assert second.pop("sent")["sum"] == 8
     assert first == second

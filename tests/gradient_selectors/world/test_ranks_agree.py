@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.engine import SelectionEngine
 from gradient_selectors.mask.dual_sft import DualSft
 from gradient_selectors.mask.masked_adamw import MaskedAdamW
 from gradient_selectors.mask.rule import MaskRule
 from gradient_selectors.route.gast import Gast
+from gradient_selectors.target import mean_loss
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.rank_one import RankOne
 from gradient_selectors.views.sketches import Sketched
@@ -39,6 +41,7 @@ class Course:
     weights: dict[str, Tensor]
     losses: list[Tensor]
     calls: list[Any]
+    mean: float = 0.0
 
 
 def wide_model() -> Any:
@@ -48,7 +51,8 @@ def wide_model() -> Any:
     return model
 
 
-def course(world: World, model: Any, **options: Any) -> Course:
+def course(world: World, model: Any, prepared: GradientCapture | None = None, **options: Any) -> Course:
+    """Some steps; `prepared` is a capture of the model, if it is sharded."""
     trained = [p for p in model.parameters() if p.requires_grad]
     masked = options.get("mask") is not None
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -58,10 +62,14 @@ def course(world: World, model: Any, **options: Any) -> Course:
     options = {name: value() if callable(value) else value for name, value in options.items()}
     weigh = options.pop("weigh", FilterThenWeight(batch_size=3))
     target = [make_batch((8, 10, 6), seed=50)]
-    engine = SelectionEngine(model, optimizer, weigh, target=target, refresh_steps=2, world=world, **options)
+    engine = SelectionEngine(
+        prepared or model, optimizer, weigh, target=target, refresh_steps=2, world=world, **options
+    )
     found = Course([], [], {}, [], [])
     for step in range(STEPS):
         rival = torch.Generator().manual_seed(step) if step == 1 else None
+        if step == 2:  # which leaves no trace
+            engine.rehearse(make_batch(LENGTHS[0], seed=9))
         decision = engine.backward(make_batch(LENGTHS[step % 2], seed=step), rival=rival)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -70,6 +78,7 @@ def course(world: World, model: Any, **options: Any) -> Course:
         given = decision.coefficients_N if decision.coefficients_LN is None else decision.coefficients_LN
         found.coefficients.append(given)
         found.losses.append(engine.losses_N)
+    found.mean = mean_loss(engine.capture, [make_batch((9, 7, 12), seed=4)], world=world)
     found.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     found.calls = getattr(world, "calls", [])
     return found
@@ -114,6 +123,7 @@ def test_ranks_choose_what_one_process_chooses(case: str, monkeypatch: pytest.Mo
             torch.testing.assert_close(ours, wanted, rtol=CLOSE, atol=CLOSE)
         for ours, wanted in zip(first.losses, alone.losses, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=CLOSE, atol=CLOSE)
+        assert first.mean == pytest.approx(alone.mean, rel=CLOSE)
         for name, weight in alone.weights.items():
             torch.testing.assert_close(first.weights[name], weight, rtol=0, atol=CLOSE)
         for other in ranks[1:]:

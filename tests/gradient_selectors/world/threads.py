@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from gradient_selectors.world.base import LostError
+from gradient_selectors.world.deal import own_span
 from torch import Tensor
 
 T = TypeVar("T")
@@ -53,6 +54,11 @@ class ThreadWorld:
         mine = [parts[self.rank].flatten() for parts in found]
         assert [len(part) for part in mine] == list(counts)
         return mine
+
+    def scatter(self, values: Tensor) -> Tensor:
+        lo, hi = own_span(self, len(values))
+        self.sent["scatter"] += values.nbytes * (self.size - 1) // self.size
+        return torch.stack(self._meet(("scatter", tuple(values.shape)), values.clone())).sum(0)[lo:hi]
 
     def gather(self, value: bytes) -> list[bytes]:
         self.sent["control"] += len(value) * (self.size - 1)

@@ -1,0 +1,98 @@
+"""Ranks that each have some rows of the model choose what one process chooses, and their rows make up its weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gradient_selectors.capture.capture import GradientCapture
+from gradient_selectors.engine import SelectionEngine
+from gradient_selectors.mask.masked_adamw import MaskedAdamW
+from gradient_selectors.views.pieces import Budget
+from gradient_selectors.views.sharded import require_rows
+from gradient_selectors.world.base import Alone
+from gradient_selectors.world.deal import spans_of
+
+from stream_trainer.demo.broker import free_port
+from tests.gradient_selectors.world.sharded_program import for_ranks
+from tests.gradient_selectors.world.test_ranks_agree import CASES, CLOSE, course
+from tests.helpers.oracle import make_model
+
+PROGRAM = "tests.gradient_selectors.world.sharded_program"
+QUICK = ("full", "tied", "lora", "sketch_in_pieces", "gast", "plain")
+REST = ("conv1d", "checkpointing", "sketch", "exact_in_pieces", "greedy")
+PATIENCE_S = 250
+
+
+def on_processes(size: int, folder: Path, cases: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """What each rank says of each case."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", PROGRAM, str(folder), *cases],
+            env={**os.environ, **place, **paths, "RANK": str(rank)},
+        )
+        for rank in range(size)
+    ]
+    try:
+        assert [process.wait(PATIENCE_S) for process in processes] == [0] * size
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return {case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(size)] for case in cases}
+
+
+@pytest.mark.timeout(PATIENCE_S + 50)
+@pytest.mark.parametrize(
+    ("size", "cases"),
+    [
+        (2, QUICK),
+        pytest.param(2, REST, marks=pytest.mark.slow),
+        pytest.param(3, ("full", "lora", "sketch", "plain"), marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_with_rows_choose_what_one_process_chooses(size: int, cases: tuple[str, ...], tmp_path: Path) -> None:
+    found = on_processes(size, tmp_path, cases)
+    for case, ranks in found.items():
+        make, options = CASES[case]
+        alone, first = course(Alone(), make(), **for_ranks(options)), ranks[0]
+        assert first["chosen"] == alone.chosen, case
+        for ours, wanted in zip(first["coefficients"], alone.coefficients, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=CLOSE, atol=CLOSE)
+        for ours, wanted in zip(first["losses"], alone.losses, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=CLOSE, atol=CLOSE)
+        assert first["mean"] == pytest.approx(alone.mean, rel=CLOSE)
+        for name, weight in alone.weights.items():
+            torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=CLOSE)
+        assert sum(rank["own"] for rank in ranks) == sum(w.numel() for w in first["weights"].values()), case
+        assert max(rank["own"] for rank in ranks) < 0.6 * sum(rank["own"] for rank in ranks)
+        assert first["calls"]
+        for other in ranks[1:]:
+            assert other["calls"] == first["calls"], case
+            assert all(torch.equal(other["weights"][name], first["weights"][name]) for name in first["weights"])
+    # What fails in a pass on one rank ends all: the others wait in the midst of theirs.
+    told = [(tmp_path / f"{rank}.lost").read_text() for rank in range(size)]
+    assert "rank 1 failed: ZeroDivisionError" in told[1]
+    assert all(words != "nothing" for words in told)
+
+
+def test_a_whole_model_is_left_as_it_is() -> None:
+    model = make_model("llama")
+    capture = GradientCapture(model)
+    assert not capture.is_sharded
+    masked: Any = MaskedAdamW(model.named_parameters(), lr=1e-3)
+    require_rows(capture, masked, Budget(None, 0))
+    assert SelectionEngine(capture, masked, CASES["plain"][1]["weigh"]()).capture is capture
+
+
+def test_rows_are_cut_as_torch_cuts_them() -> None:
+    for size in (1, 2, 3, 5):
+        for rows in (1, 2, 5, 7, 12):
+            wanted = [len(part) for part in torch.arange(rows).chunk(size)]
+            wanted += [0] * (size - len(wanted))
+            assert [hi - lo for lo, hi in spans_of(size, rows)] == wanted
