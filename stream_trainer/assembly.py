@@ -22,6 +22,7 @@ from stream_trainer.distributed.control import Control, by_first
 from stream_trainer.distributed.cursor import owns
 from stream_trainer.distributed.parts import SharedIngest, SharedOwner, SharedPlan
 from stream_trainer.distributed.resume import make_cursor, make_saver, own_state, require_same
+from stream_trainer.distributed.sharded import cut
 from stream_trainer.distributed.steering import SharedSteering
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
@@ -162,10 +163,11 @@ def _learner(run: Run) -> _Learner:
             kept.begin(lambda path: read_samples(path, decoder, settings.target.max_samples, kept.setting))
         sets, anchors = _evaluation_sets(settings, decoder), _anchors(settings, decoder)
         steering, held = split_target(settings, sets["target"])
-    with watchers.during("attaching the selection to the model"):
-        optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
-        engine = make_engine(settings, loaded, optimizer, steering, anchors, run.world)
     made_of = fingerprint_of(settings, loaded, __version__)
+    with watchers.during("attaching the selection to the model"):
+        loaded, capture = cut(settings, loaded, run.world)
+        optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
+        engine = make_engine(settings, loaded, optimizer, steering, anchors, run.world, capture)
     return _Learner(loaded, decoder, sets, steering, held, kept, optimizer, engine, made_of)
 
 

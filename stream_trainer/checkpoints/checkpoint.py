@@ -18,13 +18,14 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from gradient_selectors.capture.shards import is_sharded
 from gradient_selectors.state import flatten, unflatten
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -52,6 +53,7 @@ from stream_trainer.models.saving import (
     save_for_peft,
     save_model,
 )
+from stream_trainer.models.twin import is_first, made_whole
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +203,9 @@ def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: NamedOptimiz
         )
     if loaded.lora:
         load_adapter(loaded, path / ADAPTER)
-        check_base(loaded, path / MODEL)
+        with made_whole(loaded, keeps=is_first(loaded.model)) as whole:
+            if is_first(loaded.model):
+                check_base(whole, path / MODEL)
     else:
         load_weights(loaded, path / MODEL)
     _restore_optimizer(path / OPTIMIZER, optimizer)
@@ -223,11 +227,17 @@ def _require_finite(loaded: LoadedModel, optimizer: NamedOptimizer) -> None:
 
 def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """The name of the first tensor that holds a value that is not finite; None if there is none."""
-    # The largest absolute value: a sum of squares would overflow for values that are finite.
     found = {name: t.detach() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
-    if math.isfinite(float(torch.nn.utils.get_total_norm(found.values(), math.inf))):
+    in_rows = [tensor for tensor in found.values() if is_sharded(tensor)]
+    if all(map(_are_finite, (in_rows, [tensor for tensor in found.values() if not is_sharded(tensor)]))):
         return None
-    return next(name for name, tensor in found.items() if not bool(tensor.isfinite().all()))
+    return next(name for name, tensor in found.items() if not _are_finite([tensor]))
+
+
+def _are_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Of what lies in rows a call of all processes, which have the same answer."""
+    # The largest absolute value: a sum of squares would overflow for values that are finite.
+    return not tensors or math.isfinite(float(torch.nn.utils.get_total_norm(tensors, math.inf)))
 
 
 @contextmanager

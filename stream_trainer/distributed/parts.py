@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gradient_selectors.capture.shards import is_sharded
 from gradient_selectors.world.base import World, first, gathered, is_same
 
 from stream_trainer.checkpoints.ownership import Owner, claim
+from stream_trainer.checkpoints.whole import Held, held_whole
 from stream_trainer.distributed.buffer import SharedBuffer
 from stream_trainer.distributed.control import Control, agree_on, by_first, told
 from stream_trainer.distributed.cursor import merged, owns
@@ -144,7 +146,8 @@ class SharedSaver(Saver):
                 f"distributed.mode={self.settings.distributed.mode}: the ranks' weights are no longer the same at step "
                 f"{step}, so nothing is written; start again, on machines of one kind"
             )
-        by_first(world, lambda: self.write(step, parts, self._whole(ranks)))
+        with held_whole(Held(self.loaded, self.optimizer, parts), keeps=world.rank == 0) as held:
+            by_first(world, lambda: self.write_held(step, held, self._whole(ranks)))
         if world.rank:
             self._note_written(step, own)
 
@@ -166,5 +169,5 @@ class SharedSaver(Saver):
 
 
 def fingerprint(model: torch.nn.Module) -> list[int]:
-    """What tells weights apart that differ in any bit."""
-    return sums_of_bits(p for p in model.parameters() if p.requires_grad)
+    """What tells weights apart that differ in any bit; of those that lie in rows nothing, for each rank has others."""
+    return sums_of_bits(p for p in model.parameters() if p.requires_grad and not is_sharded(p))

@@ -52,6 +52,7 @@ class LoadedModel:
         config: the configuration as the user gave it, with its dropouts; this is what gets saved.
         lora: whether the model carries adapters.
         adapters_only: whether these are all that is saved, for their base is held in fewer bits.
+        twin: of a sharded model, the same modules without any weights; else None.
     """
 
     model: torch.nn.Module
@@ -62,6 +63,7 @@ class LoadedModel:
     config: Any
     lora: bool
     adapters_only: bool
+    twin: torch.nn.Module | None = None
 
 
 def load_model(settings: ModelSettings, seed: int) -> LoadedModel:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gradient_selectors.capture.shards import own_part, own_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -50,7 +51,7 @@ def load_weights(loaded: LoadedModel, directory: Path) -> None:
     saved = _read_saved(loaded, directory)
     with torch.no_grad():
         for name, tensor in loaded.model.state_dict().items():
-            tensor.copy_(saved[name])
+            own_rows(tensor).copy_(own_rows(own_part(tensor, saved[name])))
 
 
 def save_adapter(loaded: LoadedModel, path: Path) -> None:
@@ -77,7 +78,7 @@ def load_adapter(loaded: LoadedModel, path: Path) -> None:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         check_shapes("adapter weight", {name: tuple(weight.shape) for name, weight in weights.items()}, shapes, path)
         for name, weight in weights.items():
-            weight.copy_(file.get_tensor(name))
+            own_rows(weight).copy_(own_rows(own_part(weight, file.get_tensor(name))))
 
 
 def check_base(loaded: LoadedModel, directory: Path) -> None:
@@ -167,7 +168,8 @@ def _read_saved(loaded: LoadedModel, directory: Path) -> dict[str, torch.Tensor]
 
     transformers reads them: it knows which of them it renamed, split into shards or left out as tied.
     """
-    saved, report = type(loaded.model).from_pretrained(  # type: ignore[attr-defined]
+    plain = loaded.model if loaded.twin is None else loaded.twin  # the class of one that is cut is FSDP2's
+    saved, report = type(plain).from_pretrained(  # type: ignore[attr-defined]
         directory,
         config=copy.deepcopy(loaded.config),
         dtype=torch.float32,

@@ -11,6 +11,7 @@ from gradient_selectors import (
     Exact,
     FilterThenWeight,
     Gast,
+    GradientCapture,
     Greedy,
     MaskRule,
     RankOne,
@@ -58,6 +59,16 @@ class Generators:
         return cls(*(torch.Generator().manual_seed(seed + i) for i in range(9)))
 
 
+def make_capture(settings: Settings, loaded: LoadedModel) -> GradientCapture:
+    """What is attached to the model. Raises SettingsError if a trainable parameter is not covered exactly."""
+    if loaded.max_positions is None:
+        check_length(loaded.model, settings.samples.max_tokens)
+    try:
+        return GradientCapture(loaded.model, loaded.autocast_dtype)
+    except UnsupportedParameterError as error:
+        raise SettingsError(f"model.name={settings.model.name}: {error}; or set model.lora") from error
+
+
 def make_engine(
     settings: Settings,
     loaded: LoadedModel,
@@ -65,11 +76,12 @@ def make_engine(
     target: Sequence[Sample],
     anchors: Sequence[Sample] = (),
     world: World | None = None,
+    capture: GradientCapture | None = None,
 ) -> SelectionEngine:
     """The engine over the model and its optimizer. To be made before a checkpoint is restored.
 
-    Raises SettingsError if a trainable parameter of the model is not covered exactly, or a selector of the user's own
-    cannot be made.
+    `capture`: what is attached to the model already. Raises SettingsError if a trainable parameter of the model is not
+    covered exactly, or a selector of the user's own cannot be made.
     """
     selection, pad_id = settings.selection, loaded.tokenizer.pad_token_id
     generators = Generators.of(settings.training.seed)
@@ -82,26 +94,20 @@ def make_engine(
     refresh_steps = 1 if selection.draw in PREDICTS else steps.refresh_steps
     options = {"refresh_steps": refresh_steps, "refresh_samples": steps.refresh_samples, "decay": steps.decay}
     budget = make_budget(settings)
-    if loaded.max_positions is None:
-        check_length(loaded.model, settings.samples.max_tokens)
-    try:
-        return SelectionEngine(
-            loaded.model,
-            optimizer,
-            selector,
-            target=Target.of([collate(target, pad_id)], **options) if is_steered else None,
-            scoring=make_scoring(selection, generators),
-            route=route,
-            mask=mask,
-            autocast=loaded.autocast_dtype,
-            preconditioner_warmup_steps=selection.preconditioner_warmup_steps,
-            reports_utilities=learns,
-            micro_tokens=budget.micro_tokens,
-            factors_bytes=budget.factors_bytes,
-            world=world,
-        )
-    except UnsupportedParameterError as error:
-        raise SettingsError(f"model.name={settings.model.name}: {error}; or set model.lora") from error
+    return SelectionEngine(
+        make_capture(settings, loaded) if capture is None else capture,
+        optimizer,
+        selector,
+        target=Target.of([collate(target, pad_id)], **options) if is_steered else None,
+        scoring=make_scoring(selection, generators),
+        route=route,
+        mask=mask,
+        preconditioner_warmup_steps=selection.preconditioner_warmup_steps,
+        reports_utilities=learns,
+        micro_tokens=budget.micro_tokens,
+        factors_bytes=budget.factors_bytes,
+        world=world,
+    )
 
 
 def split_target(settings: Settings, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:

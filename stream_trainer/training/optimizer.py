@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gradient_selectors import MaskedAdamW
+from gradient_selectors.capture.shards import own_part
 from gradient_selectors.mask.masked_adamw import parameters_by_name
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -59,7 +60,9 @@ class NamedAdamW(torch.optim.AdamW):
             raise ValueError(f"it holds optimizer state of {name}, which is not trained")
         if tensor.dim() > 0 and tensor.shape != parameter.shape:
             raise ValueError(f"{field} of {name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
-        return tensor.clone().to(parameter.device)  # a fused update has the step there, too
+        if not tensor.dim():
+            return tensor.clone().to(parameter.device)  # a fused update has the step there, too
+        return own_part(parameter, tensor)
 
 
 def make_optimizer(

@@ -15,6 +15,7 @@ from stream_trainer.checkpoints.checkpoint import TrainerState, save_checkpoint
 from stream_trainer.checkpoints.fingerprint import consumed
 from stream_trainer.checkpoints.ownership import Owner
 from stream_trainer.checkpoints.plan import PlanFile
+from stream_trainer.checkpoints.whole import Held
 from stream_trainer.errors import CheckpointError, NotFiniteError
 from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.dead_letters import DeadLetters
@@ -116,6 +117,10 @@ class Saver:
 
     def write(self, step: int, parts: Mapping[str, Any], snapshot: Snapshot) -> None:
         """Make durable what is decided in `snapshot`, and all else. Raises as `save` does."""
+        self.write_held(step, Held(self.loaded, self.optimizer, parts), snapshot)
+
+    def write_held(self, step: int, held: Held, snapshot: Snapshot) -> None:
+        """The same of a run that is held as `held` says."""
         started = time.perf_counter()
         decided = sum(snapshot.cursor["counts"].values())
         positions = {Partition.parse(name): log["next"] for name, log in snapshot.cursor["partitions"].items()}
@@ -125,7 +130,7 @@ class Saver:
             source_identity=dict(self.ingest.identity),
             version=__version__,
             fingerprint=self.fingerprint | consumed(self.settings.source, snapshot.cursor),
-            parts={**parts, **snapshot.parts},
+            parts={**held.parts, **snapshot.parts},
             made_with=self.made_with,
         )
         try:
@@ -137,8 +142,8 @@ class Saver:
             with self.watchers.during("writing a checkpoint"):
                 saved = save_checkpoint(
                     self.settings.checkpoint.dir,
-                    self.loaded,
-                    self.optimizer,
+                    held.loaded,
+                    held.optimizer,
                     state,
                     self.settings.checkpoint.keep,
                     self.owner.epoch,

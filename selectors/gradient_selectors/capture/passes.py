@@ -108,11 +108,12 @@ class Passes:
             return hidden
         # A sharded model is whole only within its own call, so that is made, and the head hands on what it is given.
         assert self.head is not None
-        self.head.forward = torch.clone
+        head: nn.Module = self.head
+        head.forward = torch.clone
         try:
             handed_on: Tensor = self.model(**self.inputs(batch)).logits
         finally:
-            del self.head.forward
+            del head.forward
         return handed_on
 
     def passing(self) -> AbstractContextManager[None]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge
 
-SENT = ("sum", "rows", "exchange", "control")  # updates and targets, numbers by sample, gradients, facts
+# Updates and targets, the same of a model in rows, numbers by sample and what is made whole of rows, gradients, facts.
+SENT = ("sum", "scatter", "rows", "exchange", "control")
 
 
 class RankMetrics:

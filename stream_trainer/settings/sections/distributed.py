@@ -9,9 +9,13 @@ from stream_trainer.settings.base import Positive, Section
 class DistributedSettings(Section):
     """One run on several processes, which `torchrun` starts. Without it the run has one process."""
 
-    mode: Literal["none", "replicated"] = "none"
+    mode: Literal["none", "replicated", "fsdp2"] = "none"
     """How processes share a run. `replicated`: every process has the whole model, scores its share of each pool and
-    reads its own partitions. `none`: one process."""
+    reads its own partitions. `fsdp2`: the same, but each process keeps only its part of the weights, of their gradient
+    and of the optimizer's state. `none`: one process."""
+    reshard_after_forward: bool = True
+    """With `fsdp2`, let go of the others' part of a block after its forward pass, and fetch it again for the backward
+    pass. False keeps it, which sends less and takes more memory."""
     timeout_s: Positive = 600.0
     """Seconds that a process waits for the others within a step. Then all end, and no checkpoint is written."""
 
@@ -36,11 +40,32 @@ def why_not_shared(settings: Any) -> str | None:
         return (
             f"selection.learned.features={own} is for one process only; leave it out, or set distributed.mode to none"
         )
+    if settings.distributed.mode == "fsdp2" and (why := _why_not_sharded(settings)):
+        return why
     for name, values in allowed.items():
         found = attrgetter(name)(settings)
         if found not in values:
             instead = " or ".join(_shown(value) for value in values)
             return f"{name}={_shown(found)} is for one process only; set it to {instead}, or distributed.mode to none"
+    return None
+
+
+def _why_not_sharded(settings: Any) -> str | None:
+    """What does not go with a model in parts yet, in a line."""
+    allowed: dict[str, tuple[object, ...]] = {
+        "selection.mask": ("none",),
+        "optimizer.moments": ("float32",),
+        "memory.factors_gb": (None,),
+    }
+    found = {name: attrgetter(name)(settings) for name in allowed}
+    if settings.model.lora is not None:
+        allowed["model.lora.base"], found["model.lora.base"] = ("float32",), settings.model.lora.base
+    for name, values in allowed.items():
+        if found[name] not in values:
+            return (
+                f"{name}={_shown(found[name])} does not go with distributed.mode=fsdp2 yet; set it to "
+                f"{_shown(values[0])}, or distributed.mode to replicated"
+            )
     return None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from gradient_selectors.capture.shards import own_rows
 from torch import Tensor
 
 SAMPLED = 1024  # weights of each tensor, evenly spaced
@@ -30,7 +31,7 @@ class MovedShare:
 
 
 class Moved:
-    """Looks at some parameters now and then."""
+    """Looks at some parameters now and then; of those that lie in rows, at what is here."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
@@ -40,15 +41,17 @@ class Moved:
     @torch.no_grad()
     def look(self) -> MovedShare | None:
         """What moved since the last look; None at the first one."""
-        sums = sums_of_bits(self._parameters.values())
-        sampled = {name: _sample(values) for name, values in self._parameters.items()}
+        here = {name: own_rows(values) for name, values in self._parameters.items()}
+        here = {name: values for name, values in here.items() if values.numel()}
+        sums = sums_of_bits(here.values())
+        sampled = {name: _sample(values) for name, values in here.items()}
         before, self._sums = self._sums, sums
         old, self._sampled = self._sampled, sampled
         if not before:
             return None
-        still = [name for name, was, now in zip(self._parameters, before, sums, strict=True) if was == now]
+        still = [name for name, was, now in zip(here, before, sums, strict=True) if was == now]
         changes = torch.stack([(old[name] != values).double().mean() for name, values in sampled.items()])
-        sizes = torch.tensor([values.numel() for values in self._parameters.values()], dtype=torch.float64)
+        sizes = torch.tensor([values.numel() for values in here.values()], dtype=torch.float64)
         weights = float(changes.cpu() @ (sizes / sizes.sum()))
         return MovedShare(1 - len(still) / len(sums), weights, tuple(still))
 

@@ -30,6 +30,25 @@ def test_what_is_for_one_process_is_refused(sections: dict[str, dict[str, Any]],
         Settings(**config, distributed={"mode": "replicated"})
 
 
+IN_ROWS: list[tuple[str, dict[str, dict[str, Any]]]] = [
+    ("selection.mask=dual_sft", {"selection": {"mask": "dual_sft"}}),
+    ("optimizer.moments=int8", {"optimizer": {"moments": "int8"}}),
+    ("memory.factors_gb=2.0", {"memory": {"factors_gb": 2.0}}),
+    ("model.lora.base=bfloat16", {"model": {"lora": {"base": "bfloat16"}}}),
+]
+
+
+@pytest.mark.parametrize(("said", "sections"), IN_ROWS)
+def test_what_does_not_go_with_a_model_in_rows_is_refused(
+    said: str, sections: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = configuration(tmp_path, jsonl(tmp_path / "s"), **({"memory": {"factors_gb": None}} | sections))
+    Settings(**config, distributed={"mode": "replicated"})
+    with pytest.raises(ValueError, match=rf"{said} does not go with distributed.mode=fsdp2 yet; set it to "):
+        Settings(**config, distributed={"mode": "fsdp2"})
+    assert Settings(**configuration(tmp_path, jsonl(tmp_path / "s"), memory={"factors_gb": None}))
+
+
 def test_several_processes_are_refused_unless_the_settings_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,130 @@
+"""A run whose model lies in rows on two processes decides as one process does, and anybody takes up its checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from gradient_selectors.views.interaction import Interaction
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from stream_trainer.demo.broker import free_port
+from tests.gradient_selectors.world.threads import without_locks
+from tests.helpers.service import LONG_S, SELECTION, Step, checkpoints, configuration, counts, goods, jsonl, write_lines
+from tests.system.ranks.runs import saved_model, serve_on_ranks
+
+PROGRAM = "tests.system.ranks.sharded_program"
+CLOSE = 1e-5
+RECORDS = 48
+FULL: dict[str, Any] = {}
+LORA = {"lora": {"rank": 3, "alpha": 6.0}, "gradient_checkpointing": True}
+LEARNED = {"profile": "thrifty", "draw": "learned", "pool_size": 8, "batch_size": 3}
+
+pytestmark = pytest.mark.timeout(LONG_S * 2)
+
+
+@pytest.fixture(autouse=True)
+def _no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_locks(Interaction, monkeypatch)
+
+
+def settings(folder: Path, model: dict[str, Any], mode: str = "fsdp2", **sections: Any) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    stream = folder.parent / "samples.jsonl"
+    if not stream.exists():
+        write_lines(stream, goods(RECORDS))
+    sections = {"memory": {"factors_gb": None}, "optimizer": {"learning_rate": 1e-3, "eps": 1e-4}} | sections
+    model = {**saved_model(folder.parent), **model}
+    return configuration(folder, jsonl(stream), model=model, distributed={"mode": mode}, **sections)
+
+
+def on_processes(config: dict[str, Any], size: int, last_step: int = 0, told: int = 0) -> list[dict[str, Any]]:
+    """What each rank says: its steps, or what it failed with."""
+    folder = Path(config["checkpoint"]["dir"]).parent
+    (folder / "settings.yaml").write_text(yaml.safe_dump(config))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", PROGRAM, str(folder), str(last_step), str(told)]
+    processes = [
+        subprocess.Popen(arguments, env={**os.environ, **place, **paths, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(size)
+    ]
+    try:
+        assert [process.wait(LONG_S) for process in processes] == [0] * size
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(size)]
+
+
+def agrees(found: dict[str, Any], wanted: Step) -> None:
+    assert tuple(found["ids"]) == wanted.ids
+    assert found["coefficients"] == pytest.approx(wanted.coefficients, abs=CLOSE)
+    assert found["losses"] == pytest.approx(wanted.losses, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "selection"),
+    [
+        pytest.param(FULL, SELECTION, id="full"),
+        pytest.param(LORA, SELECTION | {"scoring": "sketched"}, id="lora", marks=pytest.mark.slow),
+        pytest.param(FULL, LEARNED, id="learned", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_in_rows_is_that_of_one_process_and_goes_on_anyhow(
+    model: dict[str, Any], selection: dict[str, Any], tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {"selection": selection}
+    config = settings(tmp_path / "rows", model, **sections)
+    first, second = on_processes(config, 2, 3, told=1)
+    assert (first["failure"], second["failure"], first["size"]) == ("", "", 2)
+    assert first["steps"] == second["steps"]
+    plain = settings(tmp_path / "alone", model, "none", **sections)
+    _, (alone,) = serve_on_ranks(plain, 1, 3)
+    for found, wanted in zip(first["steps"], alone, strict=True):
+        agrees(found, wanted)
+    same_files(config, plain, lora="lora" in model)
+    # The same next step, whoever makes it.
+    for name, mode in (("plain", "none"), ("replicated", "replicated")):
+        other = moved_to(tmp_path / name, config, mode)
+        _, ranks = serve_on_ranks(other, 1 if mode == "none" else 2, 4)
+        if mode == "none":
+            next_step = ranks[0][0]
+        agrees(json.loads(json.dumps(ranks[0][0].__dict__)), next_step)
+    third, _ = on_processes(config, 2)
+    agrees(third["steps"][0], next_step)
+    assert sum(counts(config).values()) == RECORDS
+
+
+def moved_to(folder: Path, config: dict[str, Any], mode: str) -> dict[str, Any]:
+    """The settings of a run in another mode that goes on from a copy of the checkpoints."""
+    folder.mkdir()
+    subprocess.run(["cp", "-r", config["checkpoint"]["dir"], str(folder / "checkpoints")], check=True)
+    places = {"checkpoint": {**config["checkpoint"], "dir": str(folder / "checkpoints")}}
+    places["dead_letters"] = {"path": str(folder / "dead-letters.jsonl")}
+    return config | places | {"distributed": {"mode": mode}}
+
+
+def same_files(ours: dict[str, Any], wanted: dict[str, Any], *, lora: bool) -> None:
+    """Weights that transformers loads, and moments by the same names."""
+    found, other = checkpoints(ours)[-1], checkpoints(wanted)[-1]
+    models = [AutoModelForCausalLM.from_pretrained(path / "model").state_dict() for path in (found, other)]
+    assert models[0].keys() == models[1].keys()
+    for name, weight in models[1].items():
+        torch.testing.assert_close(models[0][name], weight, rtol=0, atol=CLOSE)
+    names = ["optimizer.safetensors", "state.safetensors", *(["adapter.safetensors"] if lora else [])]
+    for name in names:
+        tensors, theirs = load_file(found / name), load_file(other / name)
+        assert {key: (t.shape, t.dtype) for key, t in tensors.items()} == {
+            key: (t.shape, t.dtype) for key, t in theirs.items()
+        }
+        for key, tensor in theirs.items():
+            if tensor.is_floating_point():
+                torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=CLOSE)
