@@ -26,7 +26,7 @@ class Held:
     parts: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Gathered:
     """An optimizer's state, whole."""
 

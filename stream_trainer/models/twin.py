@@ -19,8 +19,16 @@ from stream_trainer.models.loading import LoadedModel
 
 def without_weights(model: nn.Module) -> nn.Module:
     """A copy whose parameters are on the meta device. To be made before anything is attached to the model."""
-    memo: dict[int, Any] = {id(p): _without_values(p) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
+    empty = {parameter: _without_values(parameter) for parameter in model.parameters()}
+    places = [(module._parameters, name) for module in model.modules() for name in module._parameters]
+    held = [parameters[name] for parameters, name in places]
+    try:
+        for (parameters, name), parameter in zip(places, held, strict=True):
+            parameters[name] = None if parameter is None else empty[parameter]
+        return copy.deepcopy(model)
+    finally:
+        for (parameters, name), parameter in zip(places, held, strict=True):
+            parameters[name] = parameter
 
 
 def gathered(values: Any, *, keeps: bool) -> Tensor | None:
@@ -61,4 +69,4 @@ def _without_values(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _fill(slot: nn.Parameter, values: Tensor) -> None:
-    torch.utils.swap_tensors(slot, nn.Parameter(values, slot.requires_grad))
+    torch.utils.swap_tensors(slot, nn.Parameter(values, slot.requires_grad))  # type: ignore[no-untyped-call]

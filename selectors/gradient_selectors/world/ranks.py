@@ -67,7 +67,7 @@ class Ranks:
         own = torch.empty_like(padded[:share])
         self.sent["scatter"] += own.nbytes * (self.size - 1)
         with _noticing():
-            dist.reduce_scatter(own, list(padded.contiguous().split(share)))
+            dist.reduce_scatter(own, list(torch.split(padded.contiguous(), share)))
         return own[: hi - lo]
 
     def gather(self, value: bytes) -> list[bytes]:

@@ -23,11 +23,11 @@ from tests.gradient_selectors.world.test_ranks_agree import CASES, course
 from tests.helpers.oracle import make_batch, make_model
 
 
-class Collectives(TorchDispatchMode):
+class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every collective, in order, as it reaches torch."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,14 +55,14 @@ def main(folder: Path, cases: list[str]) -> None:
         collectives = Collectives()
         with collectives:
             found = course(world, model, capture, **for_ranks(options))
-        weights = {name: p.full_tensor() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+        weights = {name: p.full_tensor() for name, p in model.named_parameters()}
         told = {
             "chosen": found.chosen,
             "coefficients": found.coefficients,
             "losses": found.losses,
             "mean": found.mean,
             "weights": weights,
-            "own": sum(p.to_local().numel() for p in model.parameters()),  # type: ignore[attr-defined]
+            "own": sum(p.to_local().numel() for p in model.parameters()),
             "calls": collectives.calls,
         }
         torch.save(told, folder / f"{case}.{world.rank}.pt")

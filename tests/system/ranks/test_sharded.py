@@ -39,9 +39,9 @@ def settings(folder: Path, model: dict[str, Any], mode: str = "fsdp2", **section
     stream = folder.parent / "samples.jsonl"
     if not stream.exists():
         write_lines(stream, goods(RECORDS))
-    sections = {"memory": {"factors_gb": None}, "optimizer": {"learning_rate": 1e-3, "eps": 1e-4}} | sections
+    base: dict[str, Any] = {"memory": {"factors_gb": None}, "optimizer": {"learning_rate": 1e-3, "eps": 1e-4}}
     model = {**saved_model(folder.parent), **model}
-    return configuration(folder, jsonl(stream), model=model, distributed={"mode": mode}, **sections)
+    return configuration(folder, jsonl(stream), model=model, distributed={"mode": mode}, **(base | sections))
 
 
 def on_processes(config: dict[str, Any], size: int, last_step: int = 0, told: int = 0) -> list[dict[str, Any]]:
