@@ -145,8 +145,7 @@ class SelectionEngine:
         if self.target is None and steered:
             raise ValueError(f"{type(selector).__name__} is steered by a target; give target=batches")
         _require_fit(optimizer, mask, scoring, self._budget, self.world)
-        self.selector, self.route, self.mask = selector, route, mask
-        self.optimizer = optimizer
+        self.selector, self.route, self.mask, self.optimizer = selector, route, mask, optimizer
         self.scoring: Scoring = Exact() if scoring is None else scoring
         self.capture = model if isinstance(model, GradientCapture) else GradientCapture(model, autocast)
         require_rows(self.capture, optimizer, self._budget)
