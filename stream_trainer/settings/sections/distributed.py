@@ -56,6 +56,7 @@ def _why_not_sharded(settings: Any) -> str | None:
         "selection.mask": ("none",),
         "optimizer.moments": ("float32",),
         "memory.factors_gb": (None,),
+        "target.watch": (False,),
     }
     found = {name: attrgetter(name)(settings) for name in allowed}
     if settings.model.lora is not None:

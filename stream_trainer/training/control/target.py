@@ -100,6 +100,8 @@ def _agreed(world: World, refusal: str | None, proven: Proven | None, named: str
 def _prove(trainer: "Trainer", path: Path, named: str) -> Proven | None:
     """Everything that may fail, before anything is changed; None if the file is the one in use."""
     settings, loaded, engine = trainer.settings, trainer.loaded, trainer.engine
+    if engine.capture.is_sharded:
+        raise SettingsError("distributed.mode=fsdp2 cannot go on with another target yet; start the run again with it")
     digest = digest_of_file(path)
     if digest is None:
         raise SettingsError(f"{named}={path} is no file; put it there")

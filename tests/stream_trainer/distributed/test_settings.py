@@ -34,6 +34,7 @@ IN_ROWS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("selection.mask=dual_sft", {"selection": {"mask": "dual_sft"}}),
     ("optimizer.moments=int8", {"optimizer": {"moments": "int8"}}),
     ("memory.factors_gb=2.0", {"memory": {"factors_gb": 2.0}}),
+    ("target.watch=true", {"target": {"watch": True}}),
     ("model.lora.base=bfloat16", {"model": {"dtype": "bfloat16", "lora": {"base": "bfloat16"}}}),
 ]
 

@@ -1,7 +1,8 @@
 """The whole service on several ranks, as threads of this process."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,6 +11,7 @@ from gradient_selectors.world.base import Alone, World
 
 from stream_trainer import assembly
 from stream_trainer.distributed.group import settings_of_rank
+from stream_trainer.models import saving
 from stream_trainer.models.loading import load_model
 from stream_trainer.records import Sample
 from stream_trainer.service import Summary, serve
@@ -29,15 +31,23 @@ def saved_model(folder: Path) -> dict[str, Any]:
     return {"name": str(path), "config": None, "tokenizer": "bytes"}
 
 
-def one_at_a_time(load: Callable[..., Any]) -> Callable[..., Any]:
+@contextmanager
+def loading_one_at_a_time() -> Iterator[None]:
     """Threads share the generator of which adapters are drawn, and what transformers replaces while it loads."""
     lock = threading.Lock()
 
-    def loaded(*arguments: Any) -> Any:
-        with lock:
-            return load(*arguments)
+    def alone(load: Callable[..., Any]) -> Callable[..., Any]:
+        def loaded(*arguments: Any) -> Any:
+            with lock:
+                return load(*arguments)
 
-    return loaded
+        return loaded
+
+    with (
+        patch.object(assembly, "load_model", alone(load_model)),
+        patch.object(saving, "_read_saved", alone(saving._read_saved)),
+    ):
+        yield
 
 
 def serve_on_ranks(
@@ -56,6 +66,6 @@ def serve_on_ranks(
         settings = settings_of_rank(Settings(**config), world)
         return serve(settings, stop, Watcher(on_step), world=world), steps
 
-    with patch.object(assembly, "load_model", one_at_a_time(load_model)):
+    with loading_one_at_a_time():
         found = [work(Alone())] if size == 1 else on_ranks(size, work)
     return [summary for summary, _ in found], [steps for _, steps in found]

@@ -29,7 +29,7 @@ from tests.helpers.service import (
     write_lines,
 )
 from tests.helpers.service import checkpoints as checkpoints_of
-from tests.system.ranks.runs import saved_model, serve_on_ranks
+from tests.system.ranks.runs import loading_one_at_a_time, saved_model, serve_on_ranks
 
 PARTITIONS, RECORDS = 4, 64
 BAD = (5, 6, 40, 41)
@@ -154,6 +154,7 @@ def test_what_one_rank_fails_on_ends_all_with_the_same_error_and_a_checkpoint(tm
             serve(settings_of_rank(Settings(**config), world), threading.Event(), world=world)
         return str(caught.value)
 
-    own, other = on_ranks(2, work)
+    with loading_one_at_a_time():
+        own, other = on_ranks(2, work)
     assert other == f"rank 0: {own}"
     assert counts(config)["dead_lettered"] >= limits["max_in_a_row"]
