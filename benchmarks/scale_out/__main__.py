@@ -21,8 +21,8 @@ the ranks of a group must agree to the bit; or nothing is. At the end stands a t
 models and groups that are not at hand, from the measured bytes and a bandwidth that --bandwidth states.
 
 `--device cuda` takes a GPU for each rank, NCCL and a larger model; it leaves out groups that the GPUs do not suffice
-for. `--tiny` is a short form, to see whether it runs. `--mode fsdp2` is not there yet. Exit codes: 0 done, 1 the groups
-do not compute the same or a rank has failed, 2 a mistake in the options.
+for. Every rank holds the whole model. `--tiny` is a short form, to see whether it runs. Exit codes: 0 done, 1 the
+groups do not compute the same or a rank has failed, 2 a mistake in the options.
 """
 
 import argparse
@@ -43,8 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.mode == "fsdp2":
-        parser.error("argument --mode: fsdp2 is not there yet; set it to replicated")
     if 1 not in options.ranks:
         parser.error("argument --ranks: all are compared with one rank; put 1 into the list")
     missing = _missing(parser, options)
@@ -73,7 +71,7 @@ def _measure(options: argparse.Namespace, workload: Workload, ranks: Sequence[in
     return {
         **origin(torch.device(options.device)),
         "passes": "float32",
-        "options": {name: getattr(options, name) for name in ("device", "mode", "tiny", "repeats", "bandwidth")},
+        "options": {name: getattr(options, name) for name in ("device", "tiny", "repeats", "bandwidth")},
         "threads": 1,
         "weights": found.weights,
         "tokens": workload.tokens,
@@ -162,7 +160,6 @@ def _parser() -> OneLineParser:
     add("--repeats", type=at_least_one, default=5, metavar="R", help="rounds at most (5)")
     add("--bandwidth", type=_bandwidth, default=40.0, metavar="GB/S", help="that a rank sends at, on paper (40)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the models are: gloo or NCCL (cpu)")
-    add("--mode", choices=("replicated", "fsdp2"), default="replicated", help="how ranks share a model (replicated)")
     add("--tiny", action="store_true", help="a tiny model and few tokens, to see whether it runs")
     return parser
 

@@ -112,7 +112,6 @@ def test_ratios_are_those_of_the_same_setting() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--mode", "fsdp2"], "fsdp2 is not there yet"),
         (["--ranks", "2"], "put 1 into the list"),
         (["--ranks", "1,x"], "not a whole number"),
         (["--bandwidth", "0"], "not a number above 0"),
