@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install lint docs test test-slow coverage test-lowest demo page \
+.PHONY: help venv install lint docs test pytest test-slow coverage test-lowest demo page \
 	crash-proof soak fuzz ledger-proof ranks-proof fault-table deploy-check lock sbom audit \
 	bench-env bench-step-cost bench-scaling bench-solver bench-gpu bench-scale-out bench-memory bench-mask-refresh bench-learning bench-claims bench-fidelity bench-ingest bench-telemetry
 
@@ -27,8 +27,10 @@ docs: $(VENV)/.installed ## Build the documentation into build/site; a dead link
 	$(BIN)/python docs/generate.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
+test: lint docs pytest ## Check style, types and documentation, and run every test; this is what CI runs
+
 # The tests' models are so small that threads only wait for each other: one each, and a process for each core.
-test: lint docs ## Check style, types and documentation, then run every test; this is what CI runs
+pytest: $(VENV)/.installed ## Run every test but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed ## Run the tests that take long: two trainers, three brokers, soak, large files

@@ -35,6 +35,10 @@ class Noted:
         with self._timing("exchange"):
             return self._inner.exchange(parts, counts)
 
+    def scatter(self, values: Tensor) -> Tensor:
+        with self._timing("scatter"):
+            return self._inner.scatter(values)
+
     def gather(self, value: bytes) -> list[bytes]:
         with self._timing("control"):
             return self._inner.gather(value)

@@ -160,9 +160,9 @@ class Target:
         Raises TargetError if it is not finite and there is no older one.
         """
         due, self.refused = self.gradient is None or self.age >= self.refresh_steps, False
-        is_whole = self.gradient is not None and not (capture.is_sharded or isinstance(self.gradient, Partial))
-        if world.size > 1 and is_whole:
-            self.gradient = Partial(world, self.gradient, whole=True)
+        found = self.gradient
+        if world.size > 1 and found is not None and not (capture.is_sharded or isinstance(found, Partial)):
+            self.gradient = Partial(world, found, whole=True)
         if due:
             self._refresh(capture, micro_tokens, world)
         assert self.gradient is not None
