@@ -257,6 +257,7 @@ def test_a_signal_to_the_whole_group_ends_the_demo_in_order(number: signal.Signa
     assert len(list(checkpoints.glob("step-*"))) == 2  # before the first step, and at the end
 
 
+@pytest.mark.slow
 def test_without_a_broker_the_demo_reads_a_file_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
