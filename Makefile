@@ -104,7 +104,7 @@ bench-gpu: $(VENV)/.installed ## Measure what a selecting step costs on one GPU,
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.gpu --json build/gpu.json
 
-bench-scale-out: $(VENV)/.installed ## Measure what a step costs on two processes, and what they send, in eight minutes
+bench-scale-out: $(VENV)/.installed ## Measure what a step costs on two processes, and what they send: a quarter of an hour
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.scale_out --json build/scale_out.json
 
