@@ -2,20 +2,15 @@
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
+from benchmarks.common.child import ROOT, Child, EndedError
 from benchmarks.step_cost.methods import ENVIRONMENTS
 from benchmarks.step_cost.workloads import Workload
-
-ROOT = Path(__file__).parents[2]
-GRACE_S = 10.0
 
 
 class MissingError(Exception):
@@ -58,17 +53,9 @@ class Process:
     """A worker in a process of its own."""
 
     def __init__(self, job: Job) -> None:
-        python = _interpreter(job.method)
-        self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed with the worker)
-        self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.step_cost.worker", _job_text(job)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
+        command = [_interpreter(job.method), "-m", "benchmarks.step_cost.worker", _job_text(job)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
+        self._child = Child(command, environment)
         try:
             self.ready = self._receive()
         except BaseException:
@@ -76,34 +63,17 @@ class Process:
             raise
 
     def repeat(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # where it has died, what it said last tells why
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
+        self._child.send("")
         return self._receive()
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._log.close()
+        self._child.close()
 
     def _receive(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            self._log.seek(0)
-            said = [text for text in self._log.read().splitlines() if text.strip()]
-            raise MissingError(f"its process ended with code {code}: {said[-1].strip() if said else 'it said nothing'}")
-        message: dict[str, Any] = json.loads(line)
+        try:
+            message = self._child.receive()
+        except EndedError as error:
+            raise MissingError(f"its process {error}") from error
         if "error" in message:
             raise MissingError(message["error"])
         return message
