@@ -14,7 +14,7 @@ from gradient_selectors.capture.gradients import Gradient
 from gradient_selectors.capture.pieces import add_weighted_gradient, pieces_of
 from gradient_selectors.capture.shards import is_sharded, lying_as, own_part, own_rows
 from gradient_selectors.world.base import Alone, World, together
-from gradient_selectors.world.deal import Shares, agreed_names, most
+from gradient_selectors.world.deal import Shares, agreed_names, missing
 from gradient_selectors.world.partial import Partial
 from gradient_selectors.world.rows import RowsGradient, total_norm
 
@@ -84,7 +84,7 @@ def _spares(world: World, capture: GradientCapture, samples: Sequence[Batch], pa
     if not capture.is_sharded:
         return []
     shortest = min(samples, key=lambda sample: sample.lengths[0])
-    return [shortest] * (most(world, passes) - passes)
+    return [shortest] * missing(world, passes)
 
 
 def in_place(state: Mapping[str, Any], parameters: Mapping[str, Any]) -> Mapping[str, Any]:

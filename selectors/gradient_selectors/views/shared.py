@@ -18,7 +18,7 @@ from gradient_selectors.capture.gradients import Gradient, PoolGradients, scaled
 from gradient_selectors.preconditioner import Preconditioner, at_rows
 from gradient_selectors.views.again import SecondPass, second_pass_of
 from gradient_selectors.world.base import union
-from gradient_selectors.world.deal import Shares
+from gradient_selectors.world.deal import Shares, spans_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class SharedPool(PoolGradients):
 
     @torch.no_grad()
     def utilities_of(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
-        local, _ = self.held.local, target[name]  # summed by all, although some have no factors
+        _ = target[name]  # summed by all, although some have no factors
+        local = self.held.local
         return self.held.spread(local.utilities_of(name, target, preconditioner) if name in local.factors else None)
 
     @torch.no_grad()
@@ -175,14 +176,7 @@ class SharedTable(SharedMatrix):
 
 def _spans(num_rows: int, size: int, samples: int, row_size: int) -> list[list[tuple[int, int]]]:
     """Rows `lo:hi` of each rank, in turns that are alike everywhere and write little out at once."""
-    share = -(-num_rows // size)
+    spans = spans_of(size, num_rows)
     step = max(1, written.CHUNK_ELEMENTS // (samples * row_size))
-    turns = []
-    for begin in range(0, share, step):
-        spans = []
-        for rank in range(size):
-            end = min((rank + 1) * share, num_rows)
-            lo = min(rank * share + begin, end)
-            spans.append((lo, min(lo + step, end)))
-        turns.append(spans)
-    return turns
+    turns = range(0, spans[0][1], step)
+    return [[(min(lo + begin, hi), min(lo + begin + step, hi)) for lo, hi in spans] for begin in turns]

@@ -14,7 +14,7 @@ from gradient_selectors.views.sharded import ShardedPool
 from gradient_selectors.views.shared import Holdings, SharedFactor, SharedMatrix, SharedPool, SharedTable
 from gradient_selectors.views.sketches import Sketched
 from gradient_selectors.world.base import World, together
-from gradient_selectors.world.deal import Shares, most
+from gradient_selectors.world.deal import Shares, missing
 from gradient_selectors.world.partial import Partial
 
 NOTHING, PLAIN, MATRIX, TOKENS, LOOKUPS = range(5)  # what a parameter's factors are
@@ -64,8 +64,7 @@ def _missing_passes(world: World, capture: GradientCapture, own: Batch, budget: 
     """How many passes this rank makes fewer than others: over a sharded model all must make as many."""
     if not capture.is_sharded:
         return 0
-    count = len(pieces_of(own.lengths, budget.micro_tokens))
-    return most(world, count) - count
+    return missing(world, len(pieces_of(own.lengths, budget.micro_tokens)))
 
 
 def _nothing(_name: str, _factor: Factor) -> None:

@@ -73,9 +73,9 @@ def own_span(world: World, num_rows: int) -> tuple[int, int]:
     return spans_of(world.size, num_rows)[world.rank]
 
 
-def most(world: World, count: int) -> int:
-    """The largest count of any rank."""
-    return max(found for (found,) in world.facts([count]))
+def missing(world: World, count: int) -> int:
+    """How many more another rank has than this one's `count`, at most."""
+    return max(found for (found,) in world.facts([count])) - count
 
 
 def agreed_names(world: World, present: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradient_selectors.world.base import LostError
-from gradient_selectors.world.deal import own_span
+from gradient_selectors.world.deal import spans_of
 
 
 class Ranks:
@@ -58,8 +58,8 @@ class Ranks:
         return list(torch.split(out, list(counts)))
 
     def scatter(self, values: Tensor) -> Tensor:
-        lo, hi = own_span(self, len(values))
-        share = -(-len(values) // self.size)
+        spans = spans_of(self.size, len(values))
+        (_, share), (lo, hi) = spans[0], spans[self.rank]
         padded = values
         if share * self.size > len(values):
             padded = values.new_zeros(share * self.size, *values.shape[1:])
