@@ -1,12 +1,11 @@
 """Ranks of a real process group say what ranks of threads say, and notice one that ends."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from stream_trainer.demo.broker import free_port
+from tests.gradient_selectors.world.processes import environments
 
 PROGRAM = """
 import json, os, sys
@@ -53,16 +52,9 @@ os._exit(0)
 
 
 def test_two_processes_exchange_what_they_are_told_to(tmp_path: Path) -> None:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            env={**os.environ, **place, **paths, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True)
+        for environment in environments(2)
     ]
     first, second = (json.loads(process.communicate(timeout=200)[0]) for process in processes)
     assert [process.returncode for process in processes] == [0, 3]

@@ -1,8 +1,5 @@
 """Ranks that each have some rows of the model choose what one process chooses, and their rows make up its weights."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from gradient_selectors.views.sharded import require_rows
 from gradient_selectors.world.base import Alone
 from gradient_selectors.world.deal import spans_of
 
-from stream_trainer.demo.broker import free_port
+from tests.gradient_selectors.world.processes import run_to_end
 from tests.gradient_selectors.world.sharded_program import for_ranks
 from tests.gradient_selectors.world.test_ranks_agree import CASES, CLOSE, course
 from tests.helpers.oracle import make_model
@@ -29,21 +26,7 @@ PATIENCE_S = 250
 
 def on_processes(size: int, folder: Path, cases: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
     """What each rank says of each case."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", PROGRAM, str(folder), *cases],
-            env={**os.environ, **place, **paths, "RANK": str(rank)},
-        )
-        for rank in range(size)
-    ]
-    try:
-        assert [process.wait(PATIENCE_S) for process in processes] == [0] * size
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_to_end(PROGRAM, [str(folder), *cases], size, PATIENCE_S)
     return {case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(size)] for case in cases}
 
 

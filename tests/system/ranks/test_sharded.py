@@ -1,9 +1,7 @@
 """A run whose model lies in rows on two processes decides as one process does, and anybody takes up its checkpoint."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from gradient_selectors.views.interaction import Interaction
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from stream_trainer.demo.broker import free_port
+from tests.gradient_selectors.world.processes import run_to_end
 from tests.gradient_selectors.world.threads import without_locks
 from tests.helpers.service import LONG_S, SELECTION, Step, checkpoints, configuration, counts, goods, jsonl, write_lines
 from tests.system.ranks.runs import saved_model, serve_on_ranks
@@ -48,19 +46,7 @@ def on_processes(config: dict[str, Any], size: int, last_step: int = 0, told: in
     """What each rank says: its steps, or what it failed with."""
     folder = Path(config["checkpoint"]["dir"]).parent
     (folder / "settings.yaml").write_text(yaml.safe_dump(config))
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-m", PROGRAM, str(folder), str(last_step), str(told)]
-    processes = [
-        subprocess.Popen(arguments, env={**os.environ, **place, **paths, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(size)
-    ]
-    try:
-        assert [process.wait(LONG_S) for process in processes] == [0] * size
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_to_end(PROGRAM, [str(folder), str(last_step), str(told)], size, LONG_S)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(size)]
 
 
