@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,15 +82,15 @@ class Judge:
 
     def judge(self, chunk: Sequence[tuple[Record, bool]]) -> list[Sample]:
         """The samples of records that the cursor has taken note of; False marks one that was decided before."""
-        results = iter(self._decoder.decode_batch([record for record, is_fresh in chunk if is_fresh]))
+        decoded = self._decoder.decode_batch([record for record, is_fresh in chunk if is_fresh])
+        self._count_notes(decoded)
+        results = iter(decoded)
         samples = []
         for record, is_fresh in chunk:
             result = next(results) if is_fresh else None
             if isinstance(result, SampleError):
                 self._dead_letter(record, result)
                 continue
-            if isinstance(result, Sample):
-                self._count_notes(result)
             if isinstance(result, Sample) and not self._is_duplicate(result):
                 samples.append(result)
             elif is_fresh:
@@ -123,9 +124,10 @@ class Judge:
                 self._metrics.dead_letters.labels(letter.reason).inc()
         self._metrics.dead_letters_held.set(self._dead_letters.held)
 
-    def _count_notes(self, sample: Sample) -> None:
-        for note in sample.notes:
-            self._metrics.sample_notes.labels(note).inc()
+    def _count_notes(self, decoded: Sequence[Sample | SampleError | None]) -> None:
+        noted = (note for sample in decoded if isinstance(sample, Sample) for note in sample.notes)
+        for note, count in Counter(noted).items():
+            self._metrics.sample_notes.labels(note).inc(count)
 
     def _is_duplicate(self, sample: Sample) -> bool:
         with self._lock:  # a snapshot must not come between

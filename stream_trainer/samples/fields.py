@@ -14,6 +14,7 @@ from stream_trainer.samples.wire_formats import hint
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_TIMESTAMP = 253_402_300_800.0  # the year 10000: anything later is a mistake in the unit, such as milliseconds
 FORMS = (("text",), ("prompt", "response"), ("messages",))
+FORM_OF = {name: form for form in FORMS for name in form}
 BESIDE_MESSAGES = ("system", "tools", "chat_template_kwargs")
 OPTIONAL = {"id", "weight", "timestamp", "domain"}
 
@@ -111,20 +112,22 @@ STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant
 
 def _only_form(fields: dict[str, Any], ignored: Set[str]) -> dict[str, Any]:
     """The fields of the one form that is given, but for those that are `ignored`."""
-    begun = [form for form in FORMS if not (fields.keys() - ignored).isdisjoint(form)]
+    begun = {FORM_OF[name] for name in FORM_OF.keys() & fields.keys() - ignored}
     if len(begun) > 1:
-        names = ", ".join(name for form in begun for name in form if name in fields)
+        names = ", ".join(name for form in FORMS if form in begun for name in form if name in fields)
         raise SampleError("ambiguous_fields", f"{names} exclude each other; see samples.ignore")
-    if not begun or not all(name in fields for name in begun[0]):
+    names = next(iter(begun), ())
+    if not names or not fields.keys() >= set(names):
         raise SampleError("missing_fields", f"needs text, or prompt and response, or messages{_looks_like(fields)}")
-    form = {name: fields[name] for name in begun[0]}
-    beside = BESIDE_MESSAGES if is_talk(form) else ()
-    return form | {name: fields[name] for name in beside if name in fields}
+    form = {name: fields[name] for name in names}
+    if is_talk(form):
+        form |= {name: fields[name] for name in BESIDE_MESSAGES if name in fields}
+    return form
 
 
 def is_talk(form: Mapping[str, Any]) -> bool:
     """Whether a form is of messages; a prompt and a response may be lists of them too."""
-    return "messages" in form or any(isinstance(form.get(name), list) for name in ("prompt", "response"))
+    return "messages" in form or isinstance(form.get("prompt"), list) or isinstance(form.get("response"), list)
 
 
 def _looks_like(fields: dict[str, Any]) -> str:
