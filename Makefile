@@ -63,7 +63,7 @@ fuzz: $(VENV)/.installed ## Feed RECORDS random records to the decoder and the s
 ledger-proof: $(VENV)/.installed ## Ask a ledger of ROWS rows, made for it; no question may take a second
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.ledgers --rows $(ROWS)
 
-ranks-proof: $(VENV)/.installed ## Show that 1, 2 and 3 processes make the same run, and kill them KILLS times; they lose nothing
+ranks-proof: $(VENV)/.installed ## Show that 1, 2 and 3 processes make the same run, kill them KILLS times, and let some idle for ten minutes
 	OMP_NUM_THREADS=1 STREAM_TRAINER_KILLS=$(KILLS) $(BIN)/python -m pytest -m slow tests/system/ranks
 
 fault-table: $(VENV)/.installed ## Do faults to a trainer that Prometheus watches: seconds to alert, lines, recovery; needs root for one

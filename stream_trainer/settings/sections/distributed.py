@@ -17,7 +17,8 @@ class DistributedSettings(Section):
     """With `fsdp2`, let go of the others' part of a block after its forward pass, and fetch it again for the backward
     pass. False keeps it, which sends less and takes more memory."""
     timeout_s: Positive = 600.0
-    """Seconds that a process waits for the others within a step. Then all end, and no checkpoint is written."""
+    """Seconds that a process waits for the others in an exchange of gradients or weights. Then all end, and no
+    checkpoint is written. With `replicated` ranks meet before each exchange, and wait there as long as it takes."""
 
 
 def why_not_shared(settings: Any) -> str | None:

@@ -29,7 +29,7 @@ KILLS = int(os.environ.get("STREAM_TRAINER_KILLS", "3"))
 FEWEST, MOST = 12, 60  # records that come before each kill: some lives have too few for a step, and are killed idle
 QUIET_S = 4.0  # without a word for so long, a life is idle
 
-OURS = ("STREAM_TRAINER_KILLS", "STREAM_TRAINER_SEED")  # which a run would take for settings
+OURS = ("STREAM_TRAINER_KILLS", "STREAM_TRAINER_SEED", "STREAM_TRAINER_IDLE_S")  # which a run would take for settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(LONG_S * (2 + KILLS))]
 
