@@ -55,7 +55,7 @@ class PoolReport:
         pieces: passes that the pool was scored in.
         padding: share of padding in the tokens of these passes.
         second_pass_samples: samples that were run again for what was not kept of them, counted for each pass.
-        comparison: of the decision with a uniform one, if it was asked for.
+        comparison: of the decision with a uniform one, if it was asked for and there is a target to judge by.
     """
 
     losses_N: Tensor
@@ -163,7 +163,8 @@ class SelectionEngine:
         clipping and the optimizer's step are the caller's. Whatever was in `.grad` is overwritten.
 
         With a generator `rival`, on the CPU, `last.comparison` says what the update is worth beside one of as many
-        samples that the generator draws, seen from the next samples of the target. Nothing else changes.
+        samples that the generator draws, seen from samples of the target that its last refresh did not take. It is
+        None where that takes all. Nothing else changes.
 
         A refresh of the target that is not finite is refused and reported in `last`; raises TargetError if it is the
         first one.
@@ -301,9 +302,9 @@ class SelectionEngine:
         return Interaction(gradients, target, preconditioner, self.scoring)
 
     def _compare(self, seen: Interaction, decision: Decision, rival: torch.Generator) -> Comparison | None:
-        if self.target is None:
+        fresh = None if self.target is None else self.target.next(self.capture, self._budget.micro_tokens, self.world)
+        if fresh is None:
             return None
-        fresh = self.target.next(self.capture, self._budget.micro_tokens, self.world)
         coefficients = decision.coefficients_N if decision.coefficients_LN is None else decision.coefficients_LN
         return compare(seen.gradients, coefficients, (seen.target, fresh), seen.preconditioner, rival)
 

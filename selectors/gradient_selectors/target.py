@@ -181,12 +181,15 @@ class Target:
         other._refresh(capture, micro_tokens, ALONE)
         return other
 
-    def next(self, capture: GradientCapture, micro_tokens: int | None = None, world: World = ALONE) -> Gradient:
-        """The gradient of the next refresh's samples, as the model is now. Nothing of it enters `gradient`.
+    def next(self, capture: GradientCapture, micro_tokens: int | None = None, world: World = ALONE) -> Gradient | None:
+        """The gradient of samples whose turn is next, as the model is now. Nothing of it enters `gradient`.
 
-        Of the samples whose turn comes next, the least is in `gradient`: none before the set was gone through once.
+        None of them was in the last refresh. Of all samples the least of these is in `gradient`: nothing before the set
+        was gone through once. None where each refresh takes all samples, for then none is without a say.
         """
-        return seen(mean_gradient(capture, self._turn()[0], micro_tokens, world), world)
+        turn = self._turn()[0]
+        others = turn[: len(self.samples) - len(turn)]
+        return seen(mean_gradient(capture, others, micro_tokens, world), world) if others else None
 
     def _turn(self) -> tuple[list[Batch], int]:
         """The samples of the next refresh, and the number of the first of them."""

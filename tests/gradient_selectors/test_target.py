@@ -53,6 +53,26 @@ def test_the_first_refreshes_count_alike() -> None:
         torch.testing.assert_close(gradient[name], values, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("count", "judges"), [(2, [(2, 3), (4, 0), (1, 2)]), (4, [(4,), (3,), (2,)])])
+def test_who_judges_was_not_in_the_last_refresh(count: int, judges: list[tuple[int, ...]]) -> None:
+    """Samples that an update was chosen by find it better than it is. After each of three refreshes: the next of 5."""
+    capture, samples = GradientCapture(make_model("llama")), samples_of(5)
+    target = Target(samples, refresh_steps=1, refresh_samples=count)
+    for judge in judges:
+        target.current(capture)
+        found = target.next(capture)
+        assert found is not None
+        for name, values in mean_gradient(capture, [samples[i] for i in judge]).items():
+            torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-6)
+
+
+def test_nobody_judges_where_every_refresh_takes_all() -> None:
+    capture = GradientCapture(make_model("llama"))
+    target = Target(samples_of(5), refresh_samples=5)
+    target.current(capture)
+    assert target.next(capture) is None
+
+
 def test_a_target_goes_on_from_its_state() -> None:
     capture, samples = GradientCapture(make_model("llama")), samples_of(5)
     target, again = (Target(samples, refresh_steps=2, refresh_samples=2, decay=0.5) for _ in range(2))

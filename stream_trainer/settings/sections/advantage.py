@@ -14,7 +14,7 @@ class AdvantageSettings(Section):
 
     every_steps: Count | None = 32
     """Scored steps between comparisons; `null` for none. Each takes one pass over `target.refresh_samples` samples and
-    two updates' gradients."""
+    two updates' gradients. There are none where a refresh takes the whole target: nobody is left to judge."""
     window: Annotated[int, Field(ge=4)] = 16
     """Comparisons that are remembered, and that are needed before anything is said."""
     pays_from: Annotated[float, Field(ge=1)] = 1.1
