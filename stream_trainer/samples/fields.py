@@ -114,8 +114,8 @@ def _only_form(fields: dict[str, Any], ignored: Set[str]) -> dict[str, Any]:
     """The fields of the one form that is given, but for those that are `ignored`."""
     begun = {FORM_OF[name] for name in FORM_OF.keys() & fields.keys() - ignored}
     if len(begun) > 1:
-        names = ", ".join(name for form in FORMS if form in begun for name in form if name in fields)
-        raise SampleError("ambiguous_fields", f"{names} exclude each other; see samples.ignore")
+        listed = ", ".join(name for form in FORMS if form in begun for name in form if name in fields)
+        raise SampleError("ambiguous_fields", f"{listed} exclude each other; see samples.ignore")
     names = next(iter(begun), ())
     if not names or not fields.keys() >= set(names):
         raise SampleError("missing_fields", f"needs text, or prompt and response, or messages{_looks_like(fields)}")
