@@ -13,7 +13,7 @@ MAX_KINDS = 1000  # that are remembered, those seen last
 MAX_ERRORS = 5  # of other packages under one template, which pass in `HOLD_BACK_S` if each says something new
 KIND_CHARS = 300
 # Lines of all kinds together, in `OWN_S`: its client tells of an outage in a dozen ways, and we tell of it ourselves.
-PACKAGE_LINES = {"kafka": 5}
+PACKAGE_LINES = {"kafka": 3}
 
 _OURS = frozenset({"stream_trainer", "gradient_selectors"})
 _PLACEHOLDER = re.compile(r"%[-+ #0-9.*]*[a-zA-Z]|%\(\w+\)[a-z]")

@@ -57,7 +57,7 @@ def test_an_error_that_says_something_new_passes() -> None:
 def test_errors_without_end_do_not_flood_either() -> None:
     log = Log()
     for letter in "abcdefghijklmnopqrstuvwxyz":
-        log.tell("kafka.net", logging.ERROR, "Connection failed: %s", letter * 5)
+        log.tell("urllib3.pool", logging.ERROR, "Connection failed: %s", letter * 5)
     assert len(log.passed) == MAX_ERRORS
 
 
