@@ -148,7 +148,7 @@ class SelectionEngine:
         self.selector, self.route, self.mask, self.optimizer = selector, route, mask, optimizer
         self.scoring: Scoring = Exact() if scoring is None else scoring
         self.capture = model if isinstance(model, GradientCapture) else GradientCapture(model, autocast)
-        require_rows(self.capture, optimizer, self._budget)
+        require_rows(self.capture, optimizer)
         self.last: PoolReport | None = None
         self._warmup_steps = preconditioner_warmup_steps
         self._reports_utilities = reports_utilities

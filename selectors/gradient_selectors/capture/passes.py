@@ -139,7 +139,7 @@ def _add_to_gradient(parameter: nn.Parameter, factor: Factor, weights_N: Tensor,
     """Add `sum_i w_i g_i` to `.grad`, which is there already for a head that is tied to the embedding."""
     grad = parameter.grad
     if shards is not None:
-        rows = shards.scatter(weighted(factor, weights_N, parameter.shape))
+        rows = shards.scatter(weighted(factor, weights_N, parameter.shape, weights_N.device))
         parameter.grad = lying_as(parameter, rows if grad is None else own_rows(grad).add_(rows))
         return
     if grad is not None and grad.dtype == torch.float32:
@@ -150,9 +150,9 @@ def _add_to_gradient(parameter: nn.Parameter, factor: Factor, weights_N: Tensor,
     parameter.grad = added.to(parameter.dtype) if grad is None else grad.add_(added)
 
 
-def weighted(factor: Factor, weights_N: Tensor, shape: torch.Size) -> Tensor:
-    """`sum_i w_i g_i` of one factor, float32."""
-    out = torch.zeros(shape, dtype=torch.float32, device=weights_N.device)
+def weighted(factor: Factor, weights_N: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """`sum_i w_i g_i` of one factor, float32, on the device of the factor; the weights may lie elsewhere."""
+    out = torch.zeros(shape, dtype=torch.float32, device=device)
     if bool((weights_N != 0).any()):
         factor.add_weighted(weights_N, out, begin=True)
     return out

@@ -49,7 +49,6 @@ def add_weighted_gradient(
     capture: GradientCapture,
     batch: Batch,
     coefficients: Tensor,
-    micro_tokens: int | None = None,
 ) -> None:
     """Add `sum_i w_i g_i` to `total`, float32 by parameter name, without keeping a factor of any layer.
 
@@ -59,21 +58,20 @@ def add_weighted_gradient(
     model runs as its mode says: a dropout that is on draws anew.
     """
     layers = list(dict.fromkeys(layer_of(name) for name in capture.parameters))
-    for samples in pieces_of(batch.lengths, micro_tokens):
-        of_piece = coefficients[..., list(samples)]
 
-        def take(name: str, factor: Factor, of_piece: Tensor = of_piece) -> None:
-            row_n = of_piece if of_piece.ndim == 1 else of_piece[layers.index(layer_of(name))]
-            if capture.passes.shards is not None:  # this process's rows only: all of them are as large as the model
-                rows = capture.passes.shards.scatter(weighted(factor, row_n, capture.parameters[name].shape))
-                total[name] = rows if name not in total else total[name].add_(rows)
-                return
-            begin = name not in total
-            if begin:
-                total[name] = torch.empty(capture.parameters[name].shape, device=capture.device)
-            if bool((row_n != 0).any()):
-                factor.add_weighted(row_n, total[name], begin=begin)
-            elif begin:
-                total[name].zero_()
+    def take(name: str, factor: Factor) -> None:
+        row_N = coefficients if coefficients.ndim == 1 else coefficients[layers.index(layer_of(name))]
+        shape = capture.parameters[name].shape
+        if capture.passes.shards is not None:  # this process's rows only: all of them are as large as the model
+            rows = capture.passes.shards.scatter(weighted(factor, row_N, shape, capture.device))
+            total[name] = rows if name not in total else total[name].add_(rows)
+            return
+        begin = name not in total
+        if begin:
+            total[name] = torch.empty(shape, device=capture.device)
+        if bool((row_N != 0).any()):
+            factor.add_weighted(row_N, total[name], begin=begin)
+        elif begin:
+            total[name].zero_()
 
-        capture.run(batch.among(samples), keep=take)
+    capture.run(batch, keep=take)

@@ -17,10 +17,20 @@ from gradient_selectors.preconditioner import Preconditioner
 Measure = Callable[[str, Factor, Sequence[int]], Tensor]
 """Takes (parameter's name, factor, all of its samples), returns (n, ...) float32."""
 
+Spares = Callable[[int], Sequence[Batch]]
+"""Takes how many passes this process makes. Returns what it runs beside these, for others that make more."""
+
+
+def no_spares(_passes: int) -> Sequence[Batch]:
+    """A process makes its own passes only."""
+    return ()
+
 
 @dataclass
 class SecondPass:
     """How a pool's samples are run again, and what that has cost.
+
+    Over a sharded model each call is one of all ranks, of which some may run no sample: see `spares`.
 
     Attributes:
         samples: how many were run again, counted for each pass.
@@ -31,41 +41,55 @@ class SecondPass:
     batch: Batch
     micro_tokens: int | None
     factors_bytes: int | None
+    spares: Spares = no_spares
     samples: int = 0
     seconds: float = 0.0
 
     def weighted_gradient(self, samples: Sequence[int], coefficients: Tensor) -> dict[str, Tensor]:
-        """`sum_i w_i g_i` of some samples, with their coefficients, (n,) or (L, n)."""
+        """`sum_i w_i g_i` of some samples, with their coefficients, (n,) or (L, n).
+
+        Of a sharded model it is the sum over all ranks, of which each has its own rows.
+        """
         total: dict[str, Tensor] = {}
         started = time.perf_counter()
-        add_weighted_gradient(total, self.capture, self.batch.among(samples), coefficients, self.micro_tokens)
+        for places, batch in self._passes(samples):
+            of_pass = coefficients[..., list(places)] if places else torch.zeros(1)
+            add_weighted_gradient(total, self.capture, batch, of_pass)
         self._count(samples, started)
         return total
 
     def measured(self, samples: Sequence[int], names: Sequence[str], measure: Measure) -> dict[str, Tensor]:
-        """What `measure` says of each sample's gradient of some parameters, summed over factors, (n, ...) float32."""
-        found: dict[str, Tensor] = {}
-        started, batch = time.perf_counter(), self.batch.among(samples)
-        for part in pieces_of(batch.lengths, self.micro_tokens):
-            rows = torch.tensor(part, device=self.capture.device)
+        """What `measure` says of each sample's gradient of some parameters, summed over factors, (n, ...) float32.
 
-            def take(name: str, factor: Factor, rows: Tensor = rows) -> None:
-                if name in names:
-                    values = measure(name, factor, range(len(rows)))
-                    if name not in found:
-                        found[name] = values.new_zeros(len(samples), *values.shape[1:])
+        Without samples there is nothing. `measure` may be a call of all ranks.
+        """
+        found: dict[str, Tensor] = {}
+        started = time.perf_counter()
+        for places, batch in self._passes(samples):
+            rows = torch.tensor(places, dtype=torch.int64, device=self.capture.device)
+
+            def take(name: str, factor: Factor, rows: Tensor = rows, count: int = len(batch)) -> None:
+                if name not in names:
+                    return
+                values = measure(name, factor, range(count))
+                if len(rows) and name not in found:
+                    found[name] = values.new_zeros(len(samples), *values.shape[1:])
+                if len(rows):
                     found[name].index_add_(0, rows, values)
 
-            self.capture.run(batch.among(part), keep=take)
+            self.capture.run(batch, keep=take)
         self._count(samples, started)
         return found
 
-    def groups(self, samples: Sequence[int], names: Sequence[str]) -> Iterator[list[str]]:
-        """Parameters whose written gradients fit the budget together; one that does not is a group by itself."""
+    def groups(self, count: int, names: Sequence[str]) -> Iterator[list[str]]:
+        """Parameters whose gradients, written out for so many samples, fit the budget together.
+
+        One that does not is a group by itself.
+        """
         group: list[str] = []
         used = 0
         for name in names:
-            needed = 4 * len(samples) * self.capture.parameters[name].numel()
+            needed = 4 * count * self.capture.parameters[name].numel()
             if group and self.factors_bytes is not None and used + needed > self.factors_bytes:
                 yield group
                 group, used = [], 0
@@ -73,13 +97,23 @@ class SecondPass:
             used += needed
         yield group
 
+    def _passes(self, samples: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Batch]]:
+        """What is run: some of the samples, by their places among these, and with no place what counts for nothing."""
+        batch = self.batch.among(samples) if samples else None
+        pieces = [] if batch is None else pieces_of(batch.lengths, self.micro_tokens)
+        for spare in self.spares(len(pieces)):
+            yield (), spare
+        for piece in pieces:
+            assert batch is not None
+            yield piece, batch.among(piece)
+
     def _count(self, samples: Sequence[int], started: float) -> None:
         self.samples += len(samples)
         self.seconds += time.perf_counter() - started
 
 
 @dataclass
-class _Answers:
+class Answers:
     """What second passes have found, for as long as the same is asked.
 
     Attributes:
@@ -125,7 +159,7 @@ class PoolInPieces(PoolGradients):
     second: SecondPass
     target: Gradient
     preconditioner: Preconditioner
-    _answers: _Answers = field(default_factory=_Answers, init=False, repr=False)
+    _answers: Answers = field(default_factory=Answers, init=False, repr=False)
 
     @torch.no_grad()
     def dots(self, direction: Gradient) -> dict[str, Tensor]:
@@ -175,7 +209,7 @@ class PoolInPieces(PoolGradients):
         found, asked = self._answers, tuple(samples)
         if found.wrote != asked or name not in found.written:
             names = [other for other in self.shapes if other in self.let_go]
-            group = next(self.second.groups(samples, names[names.index(name) :]))
+            group = next(self.second.groups(len(samples), names[names.index(name) :]))
             found.wrote, found.written = asked, self.second.measured(samples, group, self._written)
         return found.written[name][:, lo:hi].clone()
 
@@ -210,7 +244,7 @@ class PoolInPieces(PoolGradients):
         """Exact K within some parameters, of gradients written out for as many parameters at once as fit the budget."""
         grams = {}
         losses_n = self.losses_N[list(samples)]
-        for group in self.second.groups(samples, names):
+        for group in self.second.groups(len(samples), names):
             written = self.second.measured(samples, group, self._written)
             for name in group:
                 alone = PoolGradients(losses_n, {name: [Written(written.pop(name))]}, self.shapes)

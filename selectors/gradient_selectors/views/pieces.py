@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.capture import GradientCapture
@@ -27,7 +27,7 @@ from gradient_selectors.capture.joined import Joined, Reduced, WrittenMatrix, jo
 from gradient_selectors.capture.kinds import NARROW, is_written_out
 from gradient_selectors.capture.pieces import pieces_of
 from gradient_selectors.preconditioner import Preconditioner
-from gradient_selectors.views.again import PoolInPieces, SecondPass
+from gradient_selectors.views.again import PoolInPieces, SecondPass, Spares, no_spares
 from gradient_selectors.views.scoring import Scoring
 
 Form = Literal["factors", "smaller", "reduced"]
@@ -46,6 +46,22 @@ class Budget:
 
     micro_tokens: int | None = None
     factors_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of a pool that several score.
+
+    Attributes:
+        num_tokens: of the longest sample of all.
+        keeps: whether all ranks keep every factor, or none keeps those of large matrices; None where each does as its
+            own part fits the budget.
+        spares: passes that are made for other ranks.
+    """
+
+    num_tokens: int
+    keeps: bool | None = None
+    spares: Spares = no_spares
 
 
 @dataclass
@@ -101,20 +117,24 @@ def score_pool(
     target: Gradient,
     preconditioner: Preconditioner,
     budget: Budget,
-    num_tokens: int | None = None,
+    part: Part | None = None,
 ) -> PoolGradients:
     """One forward and one backward pass over the pool, in pieces; `scoring` gets ready for it.
 
-    The answers are those of the whole pool at once, but for rounding. `num_tokens`: of the longest sample, where the
-    batch is only a part of the pool.
+    The answers are those of the whole pool at once, but for rounding. `part`: where the batch is one of a pool.
     """
     head_direction = scoring.start(target, preconditioner, capture.head)
     pieces = pieces_of(batch.lengths, budget.micro_tokens)
     forms = _forms(capture, batch.lengths, pieces, budget.factors_bytes)
-    longest = num_tokens or batch.input_ids_NT.shape[1]
-    keeper = _Keeper(capture, scoring, target, preconditioner, longest, "factors", None)
+    if part is not None and part.keeps is not None:
+        forms = ["factors" if part.keeps else "reduced"] * len(pieces)
+    longest = batch.input_ids_NT.shape[1] if part is None else part.num_tokens
+    keeper = _Keeper(capture, scoring, target, preconditioner, longest, forms[0], None)
+    spares = no_spares if part is None else part.spares
+    for spare in spares(len(pieces)):
+        capture.run(spare, head_direction, keeper)
     if len(pieces) == 1 and forms == ["factors"]:
-        return capture.run(batch, head_direction, keeper if num_tokens else None)
+        return capture.run(batch, head_direction, None if part is None else keeper)
     found: list[PoolGradients] = []
     for samples, form in zip(pieces, forms, strict=True):
         keeper.form = form
@@ -130,7 +150,7 @@ def score_pool(
         reduced=frozenset(i for own, form in zip(pieces, forms, strict=True) if form == "reduced" for i in own),
         let_go=frozenset(left),
         without_rows=frozenset(name for name, parts in left.items() if parts[0].rows_n is None),
-        second=SecondPass(capture, batch, budget.micro_tokens, budget.factors_bytes),
+        second=SecondPass(capture, batch, budget.micro_tokens, budget.factors_bytes, spares),
         target=target,
         preconditioner=preconditioner,
     )
@@ -166,17 +186,35 @@ def _forms(
     Factors of experts are kept of all pieces, and leave that much less to the others.
     """
     tokens = [sum(lengths[i] for i in samples) for samples in pieces]
-    shapes = [capture.parameters[name].shape for name in sorted(capture.matrices)]
-    size = (capture.passes.autocast or next(iter(capture.parameters.values())).dtype).itemsize
-    head = 0 if capture.head is None else len(capture.parameters[capture.head])
-    of_experts = sum(tokens) * sum(experts.numbers_of_token for experts in capture.experts) * size
-    of_others = sum(tokens) * (sum(p + d for p, d in shapes) + head) * size
-    if factors_bytes is None or of_others + of_experts <= factors_bytes:
+    if factors_bytes is None or keeps_all(capture, sum(tokens), factors_bytes):
         return ["factors"] * len(pieces)
-    factors_bytes = max(0, factors_bytes - of_experts)
+    shapes, size = _shapes(capture), _bytes_of_number(capture)
+    factors_bytes = max(0, factors_bytes - sum(tokens) * _numbers_of_experts(capture) * size)
     forms: list[Form] = []
     for samples, count in zip(pieces, tokens, strict=True):
         needed = sum(min(count * (p + d) * size, 4 * len(samples) * p * d) for p, d in shapes)
         forms.append("smaller" if needed <= factors_bytes else "reduced")
         factors_bytes -= needed if needed <= factors_bytes else 0
     return forms
+
+
+def keeps_all(capture: GradientCapture, tokens: int, factors_bytes: int | None) -> bool:
+    """Whether all factors of samples with so many tokens fit the budget."""
+    if factors_bytes is None:
+        return True
+    head = 0 if capture.head is None else len(capture.parameters[capture.head])
+    of_token = sum(p + d for p, d in _shapes(capture)) + head + _numbers_of_experts(capture)
+    return tokens * of_token * _bytes_of_number(capture) <= factors_bytes
+
+
+def _shapes(capture: GradientCapture) -> list[Size]:
+    return [capture.parameters[name].shape for name in sorted(capture.matrices)]
+
+
+def _numbers_of_experts(capture: GradientCapture) -> int:
+    """That factors of experts take for each token."""
+    return sum(experts.numbers_of_token for experts in capture.experts)
+
+
+def _bytes_of_number(capture: GradientCapture) -> int:
+    return (capture.passes.autocast or next(iter(capture.parameters.values())).dtype).itemsize

@@ -16,8 +16,7 @@ from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient
 from gradient_selectors.capture.shards import is_sharded, own_rows
 from gradient_selectors.preconditioner import AdamPreconditioner, Preconditioner, SelectiveOptimizer
-from gradient_selectors.views.pieces import Budget
-from gradient_selectors.views.shared import SharedPool
+from gradient_selectors.views.shared import Holdings, SharedPool
 from gradient_selectors.world.base import World
 from gradient_selectors.world.deal import own_span
 from gradient_selectors.world.rows import RowsGradient, at_rows, whole
@@ -48,12 +47,10 @@ class RowsPreconditioner(AdamPreconditioner):
         return self.usual_sizes[name]
 
 
-def require_rows(capture: GradientCapture, optimizer: torch.optim.Optimizer, budget: Budget) -> None:
+def require_rows(capture: GradientCapture, optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError for what a sharded model does not go with, if it is one."""
     if not capture.is_sharded:
         return
-    if budget.factors_bytes is not None:
-        raise ValueError("a sharded model needs the factors of its whole pool; leave factors_bytes out")
     if isinstance(optimizer, SelectiveOptimizer):
         raise ValueError(f"{type(optimizer).__name__} needs whole parameters; use torch's AdamW with a sharded model")
     if not all(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
@@ -109,12 +106,20 @@ class ShardedPool(SharedPool):
             return super().gram_of(name, samples, preconditioner)
         diagonal, (first, _) = self._own_diagonal(name, preconditioner), own_span(self._world, self.shapes[name][0])
         root = None if diagonal is None else diagonal.sqrt()
-        return self.held.gram_at(name, samples, None, root, first)
+        return self._holding(name, samples).gram_at(name, samples, None, root, first)
+
+    @torch.no_grad()
+    def weighted_gradient_of(self, name: str, coefficients: Tensor) -> Tensor:
+        return whole(self._world, self.update_of(name, coefficients), self.shapes[name][0])
 
     @torch.no_grad()
     def update_of(self, name: str, coefficients: Tensor) -> Tensor:
         own_n = self.held.own_coefficients(coefficients)
         return self._world.scatter(self.held.local.weighted_gradient_of(name, own_n))
+
+    def _holding(self, _name: str, _samples: Sequence[int]) -> Holdings:
+        """What holds some samples' gradients of a parameter."""
+        return self.held
 
     @property
     def _world(self) -> World:

@@ -6,11 +6,12 @@ from gradient_selectors.capture.batch import Batch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.factors import Factor, Lookup, MatrixFactor, TokenRows
 from gradient_selectors.capture.gradients import Gradient, PoolGradients
-from gradient_selectors.capture.pieces import pieces_of
 from gradient_selectors.preconditioner import Preconditioner
-from gradient_selectors.views.pieces import Budget, score_pool
+from gradient_selectors.views.again import Spares
+from gradient_selectors.views.pieces import Budget, Part, keeps_all, score_pool
 from gradient_selectors.views.scoring import Scoring
 from gradient_selectors.views.sharded import ShardedPool
+from gradient_selectors.views.sharded_again import ShardedInPieces
 from gradient_selectors.views.shared import Holdings, SharedFactor, SharedMatrix, SharedPool, SharedTable
 from gradient_selectors.views.sketches import Sketched
 from gradient_selectors.world.base import World, together
@@ -35,18 +36,20 @@ def score_together(
     shares = Shares.of(world, batch.lengths)
     shortest = min(range(len(batch)), key=lambda i: batch.lengths[i])  # of a rank that has none; it counts for nothing
     own, num_tokens = batch.among(shares.own or [shortest]), batch.input_ids_NT.shape[1]
+    part = Part(num_tokens)
+    if capture.is_sharded:
+        part = Part(num_tokens, _keeps(capture, batch, shares, budget), _spares(world, batch.among([shortest])))
     _get_ready(scoring, target, preconditioner, capture.head)
-    passes = _missing_passes(world, capture, own, budget)
     with together(world, has_calls=capture.is_sharded):
-        local = score_pool(capture, own, scoring, target, preconditioner, budget, num_tokens)
-        for _ in range(passes):
-            capture.run(batch.among([shortest]), keep=_nothing)
+        local = score_pool(capture, own, scoring, target, preconditioner, budget, part)
     kinds = _agreed_kinds(world, local)
     held = Holdings(local, shares)  # and not the pool: one that holds itself would outlive its step
     made = {PLAIN: SharedFactor, MATRIX: SharedMatrix, TOKENS: SharedTable, LOOKUPS: SharedFactor}
     factors = {name: [made[kind](held, name)] for name, kind in kinds.items() if kind != NOTHING}
     by_index = frozenset(name for name, kind in kinds.items() if kind == LOOKUPS)
-    pool_type = ShardedPool if capture.is_sharded else SharedPool
+    pool_type = SharedPool
+    if capture.is_sharded:
+        pool_type = ShardedPool if part.keeps else ShardedInPieces
     return pool_type(held.spread(local.losses_N), factors, local.shapes, held, by_index)
 
 
@@ -60,15 +63,15 @@ def _get_ready(scoring: Scoring, target: Gradient, preconditioner: Preconditione
             _ = target[name]
 
 
-def _missing_passes(world: World, capture: GradientCapture, own: Batch, budget: Budget) -> int:
-    """How many passes this rank makes fewer than others: over a sharded model all must make as many."""
-    if not capture.is_sharded:
-        return 0
-    return missing(world, len(pieces_of(own.lengths, budget.micro_tokens)))
+def _keeps(capture: GradientCapture, batch: Batch, shares: Shares, budget: Budget) -> bool:
+    """Whether the factors of every rank's samples fit its budget: one that lets go makes passes that all must make."""
+    most = max(sum(batch.lengths[i] for i in share) for share in shares.of_ranks)
+    return keeps_all(capture, most, budget.factors_bytes)
 
 
-def _nothing(_name: str, _factor: Factor) -> None:
-    """Kept of a pass that only others need."""
+def _spares(world: World, shortest: Batch) -> Spares:
+    """Over a sharded model all ranks make as many passes, and one with fewer pieces runs the shortest sample again."""
+    return lambda passes: [shortest] * missing(world, passes)
 
 
 def _agreed_kinds(world: World, local: PoolGradients) -> Mapping[str, int]:

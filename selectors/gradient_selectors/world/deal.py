@@ -50,6 +50,10 @@ class Shares:
         places = torch.tensor(order, dtype=torch.int64, device=own.device).argsort()
         return everything[places]
 
+    def only(self, samples: Sequence[int]) -> "Shares":
+        """Those of some samples."""
+        return Shares(self.world, tuple(tuple(i for i in share if i in samples) for share in self.of_ranks))
+
     def among(self, samples: Sequence[int]) -> list[list[int]]:
         """Of each rank: the places among `samples` of those that are its own."""
         owned = [frozenset(share) for share in self.of_ranks]

@@ -56,7 +56,6 @@ def _why_not_sharded(settings: Any) -> str | None:
     allowed: dict[str, tuple[object, ...]] = {
         "selection.mask": ("none",),
         "optimizer.moments": ("float32",),
-        "memory.factors_gb": (None,),
         "target.watch": (False,),
     }
     found = {name: attrgetter(name)(settings) for name in allowed}

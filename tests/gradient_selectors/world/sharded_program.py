@@ -38,11 +38,6 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def for_ranks(options: dict[str, Any]) -> dict[str, Any]:
-    """A case's options, without the budget that a sharded model does not go with."""
-    return {name: value for name, value in options.items() if name != "factors_bytes"}
-
-
 def main(folder: Path, cases: list[str]) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=100))
     world = Ranks(timedelta(seconds=100))
@@ -54,12 +49,13 @@ def main(folder: Path, cases: list[str]) -> None:
         assert all(is_sharded(p) for p in model.parameters())
         collectives = Collectives()
         with collectives:
-            found = course(world, model, capture, **for_ranks(options))
+            found = course(world, model, capture, **options)
         weights = {name: p.full_tensor() for name, p in model.named_parameters()}
         told = {
             "chosen": found.chosen,
             "coefficients": found.coefficients,
             "losses": found.losses,
+            "again": found.again,
             "mean": found.mean,
             "weights": weights,
             "own": sum(p.to_local().numel() for p in model.parameters()),

@@ -29,6 +29,8 @@ from tests.helpers.tiny_models import shake, with_config
 
 STEPS, CLOSE = 3, 1e-5
 EPS = 1e-4  # at 1e-8 Adam makes whole steps of what is rounding only, as of the bias of keys
+ONE = ((9,), (12,))  # which one rank has, and no other has any
+TOKEN_BYTES = 9264  # that factors of the wide model take for a token
 LENGTHS = ((9, 7, 12, 8, 6, 10, 11), (5, 12, 9, 9, 7, 8, 6))
 
 
@@ -41,6 +43,7 @@ class Course:
     weights: dict[str, Tensor]
     losses: list[Tensor]
     calls: list[Any]
+    again: list[int]
     mean: float = 0.0
 
 
@@ -60,17 +63,17 @@ def course(world: World, model: Any, prepared: GradientCapture | None = None, **
         MaskedAdamW(named.items(), lr=1e-3, eps=EPS) if masked else torch.optim.AdamW(trained, lr=1e-3, eps=EPS)
     )
     options = {name: value() if callable(value) else value for name, value in options.items()}
-    weigh = options.pop("weigh", FilterThenWeight(batch_size=3))
+    weigh, lengths = options.pop("weigh", FilterThenWeight(batch_size=3)), options.pop("lengths", LENGTHS)
     target = [make_batch((8, 10, 6), seed=50)]
     engine = SelectionEngine(
         prepared or model, optimizer, weigh, target=target, refresh_steps=2, world=world, **options
     )
-    found = Course([], [], {}, [], [])
+    found = Course([], [], {}, [], [], [])
     for step in range(STEPS):
         rival = torch.Generator().manual_seed(step) if step == 1 else None
         if step == 2:  # which leaves no trace
-            engine.rehearse(make_batch(LENGTHS[0], seed=9))
-        decision = engine.backward(make_batch(LENGTHS[step % 2], seed=step), rival=rival)
+            engine.rehearse(make_batch(lengths[0], seed=9))
+        decision = engine.backward(make_batch(lengths[step % 2], seed=step), rival=rival)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -78,6 +81,7 @@ def course(world: World, model: Any, prepared: GradientCapture | None = None, **
         given = decision.coefficients_N if decision.coefficients_LN is None else decision.coefficients_LN
         found.coefficients.append(given)
         found.losses.append(engine.losses_N)
+        found.again.append(0 if engine.last is None else engine.last.second_pass_samples)
     found.mean = mean_loss(engine.capture, [make_batch((9, 7, 12), seed=4)], world=world)
     found.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     found.calls = getattr(world, "calls", [])
@@ -93,6 +97,19 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "sketch": (wide_model, {"scoring": Sketched}),
     "sketch_in_pieces": (wide_model, {"scoring": Sketched, "micro_tokens": 20, "factors_bytes": 0}),
     "exact_in_pieces": (wide_model, {"micro_tokens": 20, "factors_bytes": 0}),
+    "gast_in_pieces": (
+        wide_model,
+        {"scoring": Sketched, "route": lambda: Gast(per_layer=1), "micro_tokens": 20, "factors_bytes": 0},
+    ),
+    # A budget that the second of two ranks goes beyond at the first step, and neither at the second.
+    "few_let_go": (
+        wide_model,
+        {"scoring": Sketched, "weigh": lambda: FilterThenWeight(batch_size=1), "factors_bytes": 31 * TOKEN_BYTES},
+    ),
+    "one_sample": (
+        wide_model,
+        {"scoring": Sketched, "weigh": lambda: FilterThenWeight(batch_size=1), "lengths": ONE, "factors_bytes": 0},
+    ),
     "gast": (lambda: make_model("llama"), {"route": lambda: Gast(per_layer=1)}),
     "greedy": (lambda: make_model("llama"), {"weigh": lambda: Greedy(batch_size=3)}),
     "mask": (lambda: make_model("llama"), {"mask": lambda: DualSft(MaskRule(density=0.2), refresh_steps=3)}),
@@ -100,7 +117,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-LONG = ("conv1d", "checkpointing", "sketch_in_pieces", "exact_in_pieces", "greedy")
+IN_PIECES = ("sketch_in_pieces", "exact_in_pieces", "gast_in_pieces", "few_let_go", "one_sample")
+LONG = (*IN_PIECES, "conv1d", "checkpointing", "greedy")
 
 
 @pytest.mark.parametrize(

@@ -8,19 +8,17 @@ import torch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.engine import SelectionEngine
 from gradient_selectors.mask.masked_adamw import MaskedAdamW
-from gradient_selectors.views.pieces import Budget
 from gradient_selectors.views.sharded import require_rows
 from gradient_selectors.world.base import Alone
 from gradient_selectors.world.deal import spans_of
 
 from tests.gradient_selectors.world.processes import run_to_end
-from tests.gradient_selectors.world.sharded_program import for_ranks
 from tests.gradient_selectors.world.test_ranks_agree import CASES, CLOSE, course
 from tests.helpers.oracle import make_model
 
 PROGRAM = "tests.gradient_selectors.world.sharded_program"
-QUICK = ("full", "lora", "sketch_in_pieces", "plain")
-REST = ("tied", "gast", "conv1d", "checkpointing", "sketch", "exact_in_pieces", "greedy")
+QUICK = ("full", "lora", "sketch_in_pieces", "few_let_go", "one_sample", "plain")
+REST = ("tied", "gast", "gast_in_pieces", "conv1d", "checkpointing", "sketch", "exact_in_pieces", "greedy")
 PATIENCE_S = 250
 
 
@@ -43,7 +41,8 @@ def test_ranks_with_rows_choose_what_one_process_chooses(size: int, cases: tuple
     found = on_processes(size, tmp_path, cases)
     for case, ranks in found.items():
         make, options = CASES[case]
-        alone, first = course(Alone(), make(), **for_ranks(options)), ranks[0]
+        keeps_all = {name: value for name, value in options.items() if name != "factors_bytes"}
+        alone, first = course(Alone(), make(), **keeps_all), ranks[0]
         assert first["chosen"] == alone.chosen, case
         for ours, wanted in zip(first["coefficients"], alone.coefficients, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=CLOSE, atol=CLOSE)
@@ -55,6 +54,7 @@ def test_ranks_with_rows_choose_what_one_process_chooses(size: int, cases: tuple
         assert sum(rank["own"] for rank in ranks) == sum(w.numel() for w in first["weights"].values()), case
         assert max(rank["own"] for rank in ranks) < 0.6 * sum(rank["own"] for rank in ranks)
         assert first["calls"]
+        runs_again(case, ranks, alone.chosen)
         for other in ranks[1:]:
             assert other["calls"] == first["calls"], case
             assert all(torch.equal(other["weights"][name], first["weights"][name]) for name in first["weights"])
@@ -64,12 +64,26 @@ def test_ranks_with_rows_choose_what_one_process_chooses(size: int, cases: tuple
     assert all(words != "nothing" for words in told)
 
 
+def runs_again(case: str, ranks: list[dict[str, Any]], chosen: list[list[int]]) -> None:
+    """Where factors are let go, the samples that all ranks run again are those that were chosen."""
+    first, second, third = (sum(of_step) for of_step in zip(*(rank["again"] for rank in ranks), strict=True))
+    if "factors_bytes" not in CASES[case][1]:
+        assert (first, second, third) == (0, 0, 0)
+    elif case == "few_let_go":
+        assert (first, second, third) == (len(chosen[0]), 0, len(chosen[2]))
+    elif case in ("sketch_in_pieces", "one_sample"):
+        assert (first, third) == (len(chosen[0]), len(chosen[2]))
+        assert second > len(chosen[1])  # two updates are compared beside
+    else:
+        assert min(first, second, third) > 0
+
+
 def test_a_whole_model_is_left_as_it_is() -> None:
     model = make_model("llama")
     capture = GradientCapture(model)
     assert not capture.is_sharded
     masked: Any = MaskedAdamW(model.named_parameters(), lr=1e-3)
-    require_rows(capture, masked, Budget(None, 0))
+    require_rows(capture, masked)
     assert SelectionEngine(capture, masked, CASES["plain"][1]["weigh"]()).capture is capture
 
 

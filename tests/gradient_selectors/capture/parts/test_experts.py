@@ -6,7 +6,7 @@ import pytest
 import torch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.parts.expert_factors import ExpertOuter
-from gradient_selectors.capture.pieces import add_weighted_gradient
+from gradient_selectors.capture.pieces import add_weighted_gradient, pieces_of
 from gradient_selectors.preconditioner import plain
 from gradient_selectors.views import pieces
 from gradient_selectors.views.interaction import Interaction
@@ -54,7 +54,8 @@ def test_pieces_of_a_pool_add_up(checkpointing: bool) -> None:
     model = make_model("gpt-oss", gradient_checkpointing=checkpointing)
     capture, batch = GradientCapture(model), make_batch(LENGTHS)
     weights, total = torch.tensor([0.1, 0.4, 0.7, 1.3]), dict[str, torch.Tensor]()
-    add_weighted_gradient(total, capture, batch, weights, micro_tokens=12)
+    for piece in pieces_of(LENGTHS, micro_tokens=12):
+        add_weighted_gradient(total, capture, batch.among(piece), weights[list(piece)])
     oracle = dense(model, batch)
     assert relative_error(oracle.flat(total), oracle.update(weights)) < EXACT
 
