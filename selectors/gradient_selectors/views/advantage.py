@@ -5,6 +5,7 @@ an update is worth its direction: Adam makes all of them about equally long. So 
 length of its update in the metric of P: of `U = sum_i w_i g_i` it is `<U, P G'> / sqrt(<U, P U>)`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ def compare(
     """Compare what was chosen with a uniform draw; None where nothing was, or a gradient is not finite.
 
     `coefficients`: (N,) or (L, N). `targets`: the gradient that chose, and G'. `generator`, on the CPU, draws. One
-    parameter at a time is as large as the model.
+    parameter at a time: all are as large as the model. One update after the other: in pieces each takes another pass.
     """
     largest_N = coefficients if coefficients.ndim == 1 else coefficients.amax(0)
     usable = gradients.losses_N.isfinite().nonzero().squeeze(1).tolist()
@@ -52,26 +53,28 @@ def compare(
         return None
     uniform_N = torch.zeros(gradients.num_samples)
     uniform_N[[usable[i] for i in torch.randperm(len(usable), generator=generator)[:chosen]]] = 1 / chosen
-    sums = torch.zeros(7, dtype=torch.float64)
-    for name in sorted(gradients.factors):
-        diagonal = preconditioner(name)
-        choosing, fresh = (target[name].flatten().float() for target in targets)
-        updates = [gradients.weighted_gradient_of(name, w).flatten().float() for w in (coefficients, uniform_N)]
-        sums += _products(diagonal, choosing, fresh, updates)
-    if not bool(sums.isfinite().all()):
+    names, (choosing, fresh) = sorted(gradients.factors), targets
+    agreeing = _summed(_products(preconditioner(name), choosing[name], fresh[name]) for name in names)
+    sides = [
+        _summed(_products(preconditioner(n), gradients.weighted_gradient_of(n, w), fresh[n]) for n in names)
+        for w in (coefficients, uniform_N)
+    ]
+    if not all(bool(sums.isfinite().all()) for sums in (agreeing, *sides)):
         return None
-    aligned = [float(sums[i]) / max(float(sums[i + 2]), TINY) ** 0.5 for i in range(2)]
-    return Comparison(aligned[0], aligned[1], float(sums[4]) / max(float(sums[5] * sums[6]), TINY) ** 0.5)
+    aligned = [float(sums[0]) / max(float(sums[1]), TINY) ** 0.5 for sums in sides]
+    both = max(float(agreeing[1] * agreeing[2]), TINY) ** 0.5
+    return Comparison(aligned[0], aligned[1], float(agreeing[0]) / both)
 
 
-def _products(diagonal: Tensor | None, choosing: Tensor, fresh: Tensor, updates: list[Tensor]) -> Tensor:
-    """Inner products in the metric of P: of both updates with G' and with themselves, then of the targets."""
+def _products(diagonal: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Inner products in the metric of P: of one with the other, and of each with itself."""
+    one, other = left.flatten().float(), right.flatten().float()
+    weighed = (one, other) if diagonal is None else (one * diagonal.flatten(), other * diagonal.flatten())
+    return torch.stack([torch.dot(weighed[0], other), torch.dot(weighed[0], one), torch.dot(weighed[1], other)])
 
-    def product(left: Tensor, right: Tensor) -> Tensor:
-        weighed = left if diagonal is None else left * diagonal.flatten()
-        return torch.dot(weighed, right)
 
-    found = [product(update, fresh) for update in updates]
-    found += [product(update, update) for update in updates]
-    found += [product(choosing, fresh), product(choosing, choosing), product(fresh, fresh)]
-    return torch.stack(found).double().cpu()
+def _summed(products: Iterable[Tensor]) -> Tensor:
+    total = torch.zeros(3, dtype=torch.float64)
+    for found in products:
+        total += found.double().cpu()
+    return total
