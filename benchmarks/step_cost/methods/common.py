@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import torch
+from gradient_selectors.capture.shards import own_part
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -131,7 +132,7 @@ def check_moments(optimizer: torch.optim.Optimizer, parameters: dict[str, Any]) 
         optimizer.state[parameter] = {
             "step": torch.tensor(float(CHECK_STEP)),
             "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": moment.to(parameter.device),
+            "exp_avg_sq": own_part(parameter, moment),
         }
 
 
