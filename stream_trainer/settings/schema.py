@@ -214,8 +214,9 @@ class MemorySettings(Section):
 
     factors_gb: NonNegative | None = 4.0
     """Gigabytes of a pool's factors that are kept between scoring and update. Chosen samples beyond it are run again
-    for the update, which takes time; 0 keeps nothing, so that memory follows the chosen samples. Has no effect with
-    `selection.scoring: rank_one`, which keeps all; so does `null`."""
+    for the update, which takes time; 0 keeps nothing, so that memory follows the chosen samples. On several processes
+    it is for each of them; with `distributed.mode: fsdp2` all factors of every process are kept, or none of a large
+    matrix. Has no effect with `selection.scoring: rank_one`, which keeps all; so does `null`."""
 
 
 class EvaluationSettings(Section):

@@ -33,7 +33,6 @@ def test_what_is_for_one_process_is_refused(sections: dict[str, dict[str, Any]],
 IN_ROWS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("selection.mask=dual_sft", {"selection": {"mask": "dual_sft"}}),
     ("optimizer.moments=int8", {"optimizer": {"moments": "int8"}}),
-    ("memory.factors_gb=2.0", {"memory": {"factors_gb": 2.0}}),
     ("target.watch=true", {"target": {"watch": True}}),
     ("model.lora.base=bfloat16", {"model": {"dtype": "bfloat16", "lora": {"base": "bfloat16"}}}),
 ]
@@ -43,11 +42,12 @@ IN_ROWS: list[tuple[str, dict[str, dict[str, Any]]]] = [
 def test_what_does_not_go_with_a_model_in_rows_is_refused(
     said: str, sections: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    config = configuration(tmp_path, jsonl(tmp_path / "s"), **({"memory": {"factors_gb": None}} | sections))
+    config = configuration(tmp_path, jsonl(tmp_path / "s"), **sections)
     Settings(**config, distributed={"mode": "replicated"})
     with pytest.raises(ValueError, match=rf"{said} does not go with distributed.mode=fsdp2 yet; set it to "):
         Settings(**config, distributed={"mode": "fsdp2"})
-    assert Settings(**configuration(tmp_path, jsonl(tmp_path / "s"), memory={"factors_gb": None}))
+    plain = configuration(tmp_path, jsonl(tmp_path / "s"), memory={"factors_gb": 0})
+    assert Settings(**plain, distributed={"mode": "fsdp2"})
 
 
 def test_several_processes_are_refused_unless_the_settings_say_so(

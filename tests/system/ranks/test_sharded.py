@@ -37,7 +37,11 @@ def settings(folder: Path, model: dict[str, Any], mode: str = "fsdp2", **section
     stream = folder.parent / "samples.jsonl"
     if not stream.exists():
         write_lines(stream, goods(RECORDS))
-    base: dict[str, Any] = {"memory": {"factors_gb": None}, "optimizer": {"learning_rate": 1e-3, "eps": 1e-4}}
+    # In rows nothing is kept for the update; else everything is.
+    base: dict[str, Any] = {
+        "memory": {"factors_gb": 0 if mode == "fsdp2" else None},
+        "optimizer": {"learning_rate": 1e-3, "eps": 1e-4},
+    }
     model = {**saved_model(folder.parent), **model}
     return configuration(folder, jsonl(stream), model=model, distributed={"mode": mode}, **(base | sections))
 
