@@ -12,7 +12,7 @@ from gradient_selectors.mask.dual_sft import DualSft
 from gradient_selectors.mask.masked_adamw import MaskedAdamW
 from gradient_selectors.mask.rule import MaskRule
 from gradient_selectors.route.gast import Gast
-from gradient_selectors.target import mean_loss
+from gradient_selectors.target import Target, mean_loss
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.rank_one import RankOne
 from gradient_selectors.views.sketches import Sketched
@@ -64,10 +64,9 @@ def course(world: World, model: Any, prepared: GradientCapture | None = None, **
     )
     options = {name: value() if callable(value) else value for name, value in options.items()}
     weigh, lengths = options.pop("weigh", FilterThenWeight(batch_size=3)), options.pop("lengths", LENGTHS)
-    target = [make_batch((8, 10, 6), seed=50)]
-    engine = SelectionEngine(
-        prepared or model, optimizer, weigh, target=target, refresh_steps=2, world=world, **options
-    )
+    # A refresh leaves one sample out, by which an update is compared with another.
+    target = Target.of([make_batch((8, 10, 6), seed=50)], refresh_steps=2, refresh_samples=2)
+    engine = SelectionEngine(prepared or model, optimizer, weigh, target=target, world=world, **options)
     found = Course([], [], {}, [], [], [])
     for step in range(STEPS):
         rival = torch.Generator().manual_seed(step) if step == 1 else None
