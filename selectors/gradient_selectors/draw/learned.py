@@ -28,7 +28,7 @@ SAME = 0.95  # correlation of what waits, predicted before and after a probe, fr
 LONGER = 3  # times as many steps to the next probe as to this one
 # Times as sure that utilities tell nothing of quality: within a subject they put clean samples above spoiled ones with
 # an AUC of 0.6 to 0.7, and losses with 0.9, but a few of them would outweigh what many losses say.
-SLOWLY = 4.0
+SLOWLY = 2.0
 TINY = 1e-9
 
 
