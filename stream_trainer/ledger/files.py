@@ -8,6 +8,7 @@ index first, so that a segment that is there has its index.
 import hashlib
 import json
 import shutil
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -154,8 +155,17 @@ def hash_of(name: str) -> int:
 
 def trained_in(table: pa.Table) -> list[list[object]]:
     """Topic, partition, number, first and last offset of the records that were trained on."""
-    trained = table.filter(pc.equal(table["outcome"], Outcome.TRAINED.value))
+    trained = table.filter(pc.equal(table["outcome"], literal(Outcome.TRAINED.value)))
     by = trained.group_by(["topic", "partition"], use_threads=False)
     found = by.aggregate([("offset", "count"), ("offset", "min"), ("offset", "max")])
     names = ("topic", "partition", "offset_count", "offset_min", "offset_max")
     return [[row[name] for name in names] for row in found.to_pylist()]
+
+
+def literal(value: int | str) -> pa.Scalar:
+    """A value that a column is compared with. `pa.scalar` would load pandas first, where that is installed."""
+    if isinstance(value, int):
+        return pa.Array.from_buffers(pa.int64(), 1, [None, pa.py_buffer(struct.pack("=q", value))])[0]
+    text = value.encode()
+    bounds = struct.pack("=ii", 0, len(text))
+    return pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(bounds), pa.py_buffer(text)])[0]

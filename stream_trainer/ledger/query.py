@@ -7,6 +7,7 @@ trainer that merges segments meanwhile takes away files under our hands: the que
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stream_trainer.ledger.files import POSITION, SCHEMA, SUMMARY, hash_of, trained_in
+from stream_trainer.ledger.files import POSITION, SCHEMA, SUMMARY, hash_of, literal, trained_in
 from stream_trainer.ledger.names import FOLDER, Segment, segments_in
 from stream_trainer.records import Outcome
 
@@ -88,9 +89,19 @@ def _matching(path: Path, equal: Mapping[str, Any], found: Found) -> Iterator[di
             if all(_may_hold(group.column(columns[name]).statistics, value) for name, value in equal.items()):
                 found.groups_read += 1
                 asked = file.read_row_group(i, list(equal), use_threads=False)
-                mask = reduce(pc.and_kleene, [pc.equal(asked[name], value) for name, value in equal.items()])
+                mask = reduce(pc.and_kleene, [pc.equal(asked[name], literal(value)) for name, value in equal.items()])
                 if pc.any(mask).as_py():
-                    yield from file.read_row_group(i, use_threads=False).filter(mask).to_pylist()
+                    yield from _as_dicts(file.read_row_group(i, use_threads=False).filter(mask))
+
+
+def _as_dicts(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Rows by column. pyarrow would load pandas to make times of numbers, where that is installed."""
+    if "time" not in table.column_names:  # of an index
+        yield from table.to_pylist()
+        return
+    times = table["time"].cast(pa.int64()).to_pylist()
+    for row, ms in zip(table.drop_columns("time").to_pylist(), times, strict=True):
+        yield {**row, "time": datetime.fromtimestamp(ms / 1000, UTC)}
 
 
 def _may_hold(statistics: Any, value: Any) -> bool:
@@ -130,7 +141,7 @@ def _trained_of(path: Path, epoch: int, step: int) -> list[Any]:
         if not groups:
             return []
         table = file.read_row_groups(groups, [*POSITION, "outcome", *limits], use_threads=False)
-    held = reduce(pc.and_, [pc.less_equal(table[name], limit) for name, limit in limits.items()])
+    held = reduce(pc.and_, [pc.less_equal(table[name], literal(limit)) for name, limit in limits.items()])
     return list(trained_in(table.filter(held)))
 
 
@@ -150,7 +161,8 @@ def redone(directory: Path, epoch: int, step: int) -> bool:
                 newest = max(high for _, high in _bounds(file, "epoch"))
                 if newest > epoch and min(low for low, _ in _bounds(file, "checkpoint")) < step:
                     table = file.read(["epoch", "step"], use_threads=False)
-                    later = pc.and_kleene(pc.greater(table["epoch"], epoch), pc.less_equal(table["step"], step))
+                    anew = pc.greater(table["epoch"], literal(epoch))
+                    later = pc.and_kleene(anew, pc.less_equal(table["step"], literal(step)))
                     if pc.any(later).as_py():
                         return True
         return False

@@ -1,6 +1,9 @@
 """`stream-trainer ledger show` on a ledger of two trainers, three checkpoints and two versions."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +139,23 @@ def test_a_damaged_segment_is_one_line(place: Path, capsys: pytest.CaptureFixtur
         path.write_bytes(b"PAR1 and no more")
     assert ask(place, "--partition=3", "--offset=10") == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_no_question_waits_for_pandas(place: Path) -> None:
+    """A module of that name tells of its import. What pyarrow does by itself shows that it would."""
+    (place / "pandas.py").write_text("print('pandas'); raise ImportError")
+    command = ["ledger", "show", f"--dir={place / 'checkpoints'}", f"--models={place / 'models'}"]
+    code = (
+        "import pyarrow; from stream_trainer.cli import main\n"
+        "for question in ('--id=a', '--step=2', '--version=v000003-step-3'):\n"
+        f"    assert main([*{command}, question]) == 0\n"
+        "print('asked'); pyarrow.scalar(1)"
+    )
+    paths = os.pathsep.join([str(place), *filter(None, sys.path)])
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 0, found.stderr
+    answers, beyond = found.stdout.split("asked\n")
+    assert "pandas" not in answers
+    assert "pandas" in beyond
