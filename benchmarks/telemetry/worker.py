@@ -3,7 +3,8 @@
     python -m benchmarks.telemetry.worker '{"variant": "all", "folder": "...", "steps": 400, "port": 9000, ...}'
 
 Answers are JSON, one object a line: the seconds of each step, of the processor and of the wall, whatever thread they
-were spent by. With the variant `off` nothing is watched: no metric is written, there is no page, no ledger, and no log.
+were spent by, and those of the processor that the ledger's calls took. With the variant `off` nothing is watched: no
+metric is written, there is no page, no ledger, and no log.
 """
 
 import json
@@ -21,6 +22,7 @@ from prometheus_client import Counter, Enum, Gauge, Histogram
 from stream_trainer import service
 from stream_trainer.demo.run import INTAKE, MODEL_CONFIG, WAITING
 from stream_trainer.demo.stream import write_stream
+from stream_trainer.ledger.book import Ledger
 from stream_trainer.monitoring.logs import configure_logging
 from stream_trainer.monitoring.metrics import Metrics
 from stream_trainer.monitoring.pages import Health
@@ -60,17 +62,18 @@ class KeptProgress(Progress):
 class Turns:
     """Holds the service up after its step, until it is its turn again."""
 
-    def __init__(self, replies: TextIO, ready: Callable[[], None]) -> None:
-        self._replies, self._ready = replies, ready
+    def __init__(self, replies: TextIO, ready: Callable[[], None], in_ledger: list[float]) -> None:
+        self._replies, self._ready, self._in_ledger = replies, ready, in_ledger
         self._left = self._began = 0
-        self._steps: list[tuple[float, float]] = []
+        self._steps: list[tuple[float, float, float]] = []
         self._from: tuple[float, float] | None = None
 
     def on_step(self, *_: object) -> None:
         now = time.process_time(), time.perf_counter()
         if self._from is not None:
-            self._steps.append((now[0] - self._from[0], now[1] - self._from[1]))
+            self._steps.append((now[0] - self._from[0], now[1] - self._from[1], sum(self._in_ledger)))
             self._left -= 1
+        self._in_ledger.clear()
         if self._left <= 0:
             self._wait()
         self._from = time.process_time(), time.perf_counter()
@@ -78,7 +81,8 @@ class Turns:
     def _wait(self) -> None:
         if self._from is None:
             self._ready()
-        answer = {"processor_s": [step[0] for step in self._steps], "wall_s": [step[1] for step in self._steps]}
+        names = ("processor_s", "wall_s", "ledger_s")
+        answer = {name: [step[i] for step in self._steps] for i, name in enumerate(names)}
         self._replies.write(json.dumps(answer) + "\n")
         self._replies.flush()
         self._steps, line = [], sys.stdin.readline()
@@ -100,7 +104,8 @@ def main(job: dict[str, Any]) -> None:
             stack.enter_context(shown(progress, "telemetry", log))
         else:
             _write_no_metric()
-        turns = Turns(replies, (lambda: progress.fill(job["partitions"])) if watched else lambda: None)
+        in_ledger = _timed_ledger() if job["variant"] == "ledger" else []
+        turns = Turns(replies, (lambda: progress.fill(job["partitions"])) if watched else lambda: None, in_ledger)
         settings = settings_of(folder, job)
         service.serve(settings, threading.Event(), Watcher(turns.on_step), progress=progress if watched else None)
     raise SystemExit("the stream ended before the measurement")
@@ -115,6 +120,23 @@ def _write_no_metric() -> None:
         setattr(kind, name, nothing)
     for name in ("observe_step", "observe_stages", "observe_advantage"):
         setattr(trainer, name, nothing)
+
+
+def _timed_ledger() -> list[float]:
+    """Seconds of the processor that each call of the ledger takes from now on, in whatever thread."""
+    found: list[float] = []
+
+    def timed(call: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            began = time.thread_time()
+            call(*args)
+            found.append(time.thread_time() - began)
+
+        return run
+
+    for name in ("note", "write", "saved"):
+        setattr(Ledger, name, timed(getattr(Ledger, name)))
+    return found
 
 
 def settings_of(folder: Path, job: dict[str, Any]) -> Settings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from stream_trainer.checkpoints.ownership import Owner
 from stream_trainer.checkpoints.trouble import remedy_of
 from stream_trainer.errors import CheckpointError
-from stream_trainer.ledger.files import put, read, rows_of, table_of
+from stream_trainer.ledger.files import put, read, rows_of, table_of, trained_in
 from stream_trainer.ledger.names import FOLDER, segments_in
 from stream_trainer.ledger.tidy import clear, drop_after, merge, prune
 from stream_trainer.records import Decided, Outcome
@@ -39,6 +39,7 @@ class Ledger:
 
     def begin(self) -> None:
         """Drop what the checkpoint that the run resumes from does not hold. Raises CheckpointError, FencedError."""
+        trained_in(table_of((), self.owner.epoch, 0, 0))  # for its first table pyarrow loads modules: not between steps
         try:
             clear(self.directory)
             gone = drop_after(self.directory, self.owner, self.durable)

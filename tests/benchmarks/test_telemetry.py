@@ -8,6 +8,12 @@ import pytest
 from benchmarks.telemetry import __main__ as telemetry
 from benchmarks.telemetry.worker import MODELS
 
+FACTORS = {"off": 1.0, "ledger": 1.02, "all": 1.01}
+
+
+def turn_of(factor: float, *seconds: float) -> dict[str, list[float]]:
+    return {"processor_s": [factor * step for step in seconds], "ledger_s": [0.004 * step for step in seconds]}
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -22,6 +28,8 @@ def test_the_command_writes_every_model_and_variant(tmp_path: Path, capsys: pyte
         assert row["steps"] == telemetry.TURN_STEPS
         assert row["off_ms"] > 0
         assert row["share_low"] <= row["share_high"]
+        assert ("own_share" in row) == (row["variant"] == "ledger")
+    assert all(row["own_ms"] > 0 for row in written["telemetry"] if row["variant"] == "ledger")
     scrapes = written["scrapes"]
     assert scrapes["partitions"] == 100
     assert scrapes["bytes"] > 100 * 4 * 50
@@ -30,8 +38,7 @@ def test_the_command_writes_every_model_and_variant(tmp_path: Path, capsys: pyte
 
 
 def test_the_cost_is_that_of_the_same_steps() -> None:
-    off = [[0.1, 0.2], [0.4, 0.1]]
-    rounds = {"off": off, "all": [[1.01 * step for step in turn] for turn in off]}
+    rounds = {name: [turn_of(factor, 0.1, 0.2), turn_of(factor, 0.4, 0.1)] for name, factor in FACTORS.items()}
     row = telemetry.summarise("all", rounds)
     assert row["steps"] == 4
     assert row["share_of_sums"] == pytest.approx(0.01)
@@ -39,6 +46,10 @@ def test_the_cost_is_that_of_the_same_steps() -> None:
     assert row["off_ms"] == pytest.approx(150)
     assert row["cost_ms"] == pytest.approx(1.5)
     assert row["share_low"] <= row["share"] <= row["share_high"]
+    assert "own_share" not in row
+    ledger = telemetry.summarise("ledger", rounds)
+    assert ledger["own_ms"] == pytest.approx(0.8)  # the mean: of what a checkpoint costs, each step has its part
+    assert ledger["own_share"] == pytest.approx(0.8 / 150)
 
 
 @pytest.mark.parametrize(
