@@ -141,8 +141,7 @@ def test_what_is_saved_is_what_peft_loads_onto_the_base(base: str, directory: Pa
 
 
 def served(model: Any) -> Any:
-    """Without dropout, and without what bitsandbytes does on processors with AVX-512: it lays the weights out anew, which
-    refuses models as small as these."""
+    """Without dropout, and without the layout of weights that bitsandbytes has for AVX-512: it refuses small models."""
     for module in model.eval().modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
