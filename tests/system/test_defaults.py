@@ -50,7 +50,7 @@ def test_what_is_learned_draws_and_sketches_score_the_probes(
     assert engine.target is not None
     assert (engine.target.refresh_samples, len(engine.target.samples)) == (4, 12)
     assert (engine.route, engine.mask) == (None, None)
-    assert [len(step.ids) for step in steps[:5]] == [6, 6, 4, 4, 6]  # probes at 0, 1 and 4
+    assert [len(step.ids) for step in steps[:9]] == [6, *[4] * 7, 6]  # probes at 0 and 8
     candidates = [name for step in steps for name in step.ids]
     assert len(candidates) == len(set(candidates)) < RECORDS
     assert all(len(step.selected) <= 4 for step in steps)

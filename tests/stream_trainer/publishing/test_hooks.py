@@ -198,7 +198,8 @@ def test_a_version_is_a_commit_of_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
         hooks_of(tmp_path, hub=hub)["hub"](path)
     created = json.loads(next(body for page, _, body in asked if page == "/api/repos/create"))
     assert created.get("private") or created.get("visibility") == "private", created
-    assert {key for _, key, _ in asked} == {"Bearer hf_secret"}
+    # Once a day the client asks for a list of its own, without a key.
+    assert {page for page, key, _ in asked if key != "Bearer hf_secret"} <= {"/api/agent-harnesses"}
     header = next(line["value"] for line in committed if line["key"] == "header")
     assert header["summary"] == "v000001-step-3, step 3"
     names = {line["value"]["path"] for line in committed if line["key"] == "file"}
