@@ -36,7 +36,7 @@ LIBRARY_ROOMS = {
     "draw": ("features",),
     "weigh": ("draw", "views", "world", "capture", "preconditioner", "state"),
     "route": ("weigh", "views"),
-    "mask": ("target", "capture", "preconditioner"),
+    "mask": ("target", "world", "capture", "preconditioner"),
     "engine": ("mask", "route", "weigh", "views", "target", "world", "capture", "preconditioner", "state"),
     "offline": ("mask", "draw", "features", "target", "capture", "preconditioner"),
     "integrations": ("engine", "mask", "route", "weigh", "views", "target", "state"),

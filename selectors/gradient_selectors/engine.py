@@ -148,7 +148,7 @@ class SelectionEngine:
         self.selector, self.route, self.mask, self.optimizer = selector, route, mask, optimizer
         self.scoring: Scoring = Exact() if scoring is None else scoring
         self.capture = model if isinstance(model, GradientCapture) else GradientCapture(model, autocast)
-        require_rows(self.capture, optimizer)
+        require_rows(self.capture, optimizer, None if mask is None else mask.anchors)
         self.last: PoolReport | None = None
         self._warmup_steps = preconditioner_warmup_steps
         self._reports_utilities = reports_utilities
@@ -253,7 +253,8 @@ class SelectionEngine:
     @property
     def preconditioner(self) -> Preconditioner:
         """P of the coming step; of a sharded model, a call of all ranks."""
-        return in_rows(self.world, preconditioner_of(self.optimizer, self.capture.parameters, self._warmup_steps))
+        parameters = self.capture.parameters
+        return in_rows(self.world, preconditioner_of(self.optimizer, parameters, self._warmup_steps), parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next pass depends on, beside model and optimizer: nested dictionaries of tensors and JSON values."""
@@ -352,7 +353,7 @@ class SelectionEngine:
     def _finite_gradient(self) -> Gradient | None:
         """What is in `.grad`; None where it is not finite: it would spoil the mask's averages."""
         left = {name: p.grad for name, p in self.capture.parameters.items() if p.grad is not None}
-        return left if is_finite(left) else None
+        return left if is_finite(seen(left, self.world)) else None
 
 
 def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if the gradient is as large as is usual in its parameter: `anticipated`. The ord
 P does not factor, so Gram matrices under it need gradients written out. `rank_one` fits `P ~ x y^T`, which does.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -73,8 +74,16 @@ def _may_hold_zero(values: Tensor) -> bool:
     return values.device.type != "cpu" or not values.numel() or bool(values.min() == 0)
 
 
+class RowwisePreconditioner(ABC):
+    """A preconditioner that gives some rows of a parameter by themselves."""
+
+    @abstractmethod
+    def __call__(self, name: str, rows: Tensor | None = None) -> Tensor | None:
+        """P of a parameter, or of these rows of it (int64)."""
+
+
 @dataclass(frozen=True, eq=False)
-class AdamPreconditioner:
+class AdamPreconditioner(RowwisePreconditioner):
     """P from the anticipated state of a torch Adam or AdamW; parameters without state yet get the plain P = 1.
 
     Learning rates count relative to the largest one, so a warm-up that starts at zero does not erase P. It is computed
@@ -115,7 +124,7 @@ class SelectiveOptimizer(Protocol):
     """An optimizer that knows its own preconditioner, as `MaskedAdamW` does."""
 
     def current_preconditioner(self, *, warm: bool) -> Preconditioner:
-        """P of the next step; `warm` says whether its moments may be trusted."""
+        """P of the next step; `warm` says whether its moments may be trusted. Of parameters in rows, of this rank's."""
 
 
 def preconditioner_of(
@@ -142,7 +151,7 @@ def preconditioner_of(
 
 def at_rows(preconditioner: Preconditioner, name: str, rows: Tensor | None) -> Tensor | None:
     """P of some rows of a parameter, or of all. A pool's tokens touch few of a large table's."""
-    if isinstance(preconditioner, AdamPreconditioner):
+    if isinstance(preconditioner, RowwisePreconditioner):
         return preconditioner(name, rows)
     values = preconditioner(name)
     return values if values is None or rows is None else values[rows]

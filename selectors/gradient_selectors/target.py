@@ -88,12 +88,15 @@ def _spares(world: World, capture: GradientCapture, samples: Sequence[Batch], pa
 
 
 def in_place(state: Mapping[str, Any], parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state of a run with the target's gradient as the parameters lie: in rows, if they do."""
-    target = state.get("target")
-    if not target or not any(map(is_sharded, parameters.values())):
+    """The state of a run with what is as large as the parameters as these lie: in rows, if they do."""
+    if not any(map(is_sharded, parameters.values())):
         return state
-    own = {name: own_part(parameters[name], values) for name, values in target["gradient"].items()}
-    return {**state, "target": {**target, "gradient": own}}
+    lying = dict(state)
+    for part, name in (("target", "gradient"), ("mask", "average")):
+        if state.get(part):
+            own = {key: own_part(parameters[key], values) for key, values in state[part][name].items()}
+            lying[part] = {**state[part], name: own}
+    return lying
 
 
 def seen(gradient: Mapping[str, Tensor], world: World) -> Gradient:

@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from gradient_selectors.mask.rule import MaskRule, choose_units
+from gradient_selectors.world.base import World
 from torch import Tensor
 
 from benchmarks import mask_refresh
 from benchmarks.mask_refresh import PHASES, TINY, make_model, sorted_masks, summarise
 
 
-def nothing_from_the_first(keys: dict[str, Tensor], sizes: Mapping[str, int], rule: MaskRule) -> dict[str, Tensor]:
+def nothing_from_the_first(
+    keys: dict[str, Tensor], sizes: Mapping[str, int], rule: MaskRule, world: World
+) -> dict[str, Tensor]:
     """A choice that lacks one weight."""
-    chosen = choose_units(keys, sizes, rule)
+    chosen = choose_units(keys, sizes, rule, world)
     name = next(name for name, units in chosen.items() if len(units))
     return {**chosen, name: chosen[name][1:]}
 

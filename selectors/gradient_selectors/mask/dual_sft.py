@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from gradient_selectors.capture.batch import Batch, micro_batches
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient, PoolGradients
+from gradient_selectors.capture.shards import own_rows
 from gradient_selectors.mask.masked_adamw import MaskChange, MaskedAdamW
 from gradient_selectors.mask.rule import MaskRule, choose_units, unit_keys, unit_size
 from gradient_selectors.mask.self_distillation import prior_gradient
 from gradient_selectors.target import MICRO_BATCH, mean_gradient
+from gradient_selectors.world.rows import RowsGradient
 
 Curvature = Callable[[str], Tensor | None]
 """The curvature proxy h of a parameter by name, in the parameter's shape; None stands for zero."""
@@ -117,9 +119,11 @@ def masked_curvature(optimizer: MaskedAdamW, mean: Gradient) -> Curvature:
 
     For those it is estimated as `ratio * G^2`, the ratio of second moment to squared mean being that of the parameter's
     kept weights, or of all kept weights where the parameter has none. Zero would favour masked weights over kept ones.
+    Where parameters lie in rows, `mean` and the proxy are of this rank's, and this is a call of all ranks.
     """
     known = {name: optimizer.second_moments(name) for name in mean}
-    sums = {name: _moment_sums(*known[name], values) for name, values in mean.items()}
+    totals = optimizer.world.sum(torch.stack([_moment_sums(*known[name], values) for name, values in mean.items()]))
+    sums = dict(zip(mean, totals.tolist(), strict=True))
     overall = _ratio(*(sum(sums[name][i] for name in sums) for i in range(2)))
 
     def curvature(name: str) -> Tensor:
@@ -131,10 +135,10 @@ def masked_curvature(optimizer: MaskedAdamW, mean: Gradient) -> Curvature:
     return curvature
 
 
-def _moment_sums(units: Tensor, second: Tensor, mean: Tensor) -> tuple[float, float]:
-    """Sums of the second moment and of the squared mean where the former is known."""
+def _moment_sums(units: Tensor, second: Tensor, mean: Tensor) -> Tensor:
+    """Sums of the second moment and of the squared mean where the former is known, (2,) float64."""
     squares = mean.reshape(-1, second.shape[1]).index_select(0, units).square_()
-    return float(second.sum(dtype=torch.float64)), float(squares.sum(dtype=torch.float64))
+    return torch.stack([second.sum(dtype=torch.float64), squares.sum(dtype=torch.float64)])
 
 
 def _ratio(second: float, squared_mean: float) -> float:
@@ -174,6 +178,7 @@ class DualSft:
     observed as it was chosen from.
 
     Keeps one float32 number for each parameter's every element, masked ones too: without it none could be called back.
+    Of parameters that lie in rows on several ranks each keeps that of its own rows, and a refresh is a call of all.
 
     Examples:
         >>> from gradient_selectors import DualSft, MaskRule
@@ -222,9 +227,9 @@ class DualSft:
                 self._average[name] = torch.zeros_like(values)
         for name, average in self._average.items():
             if name in gradient:
-                average.lerp_(gradient[name], 1 - self.decay)
+                own_rows(average).lerp_(own_rows(gradient[name]), 1 - self.decay)
             else:
-                average.mul_(self.decay)
+                own_rows(average).mul_(self.decay)
         self._observed += 1
         if self._since_refresh is not None:
             self._since_refresh += 1
@@ -260,7 +265,7 @@ class DualSft:
             raise ValueError("no gradient has been observed yet; call observe first")
         keys = self._unit_keys(optimizer, target, prior, anchor)
         sizes = {name: unit_size(p.shape, self.rule.granularity) for name, p in optimizer.parameters.items()}
-        change = optimizer.replace_units(choose_units(keys, sizes, self.rule))
+        change = optimizer.replace_units(choose_units(keys, sizes, self.rule, optimizer.world))
         self._since_refresh = 0
         return change
 
@@ -270,9 +275,13 @@ class DualSft:
         """A key for each unit in the order of the column scores, in the memory of the mean gradient."""
         corrected = 1 - self.decay**self._observed
         mean = {
-            name: self._average[name] / corrected if name in self._average else torch.zeros_like(p, dtype=torch.float32)
+            name: own_rows(self._average[name]) / corrected
+            if name in self._average
+            else torch.zeros_like(own_rows(p), dtype=torch.float32)
             for name, p in optimizer.parameters.items()
         }
+        if isinstance(target, RowsGradient):
+            target = target.own
         curvature = masked_curvature(optimizer, mean)
         keys = {}
         for name in optimizer.parameters:

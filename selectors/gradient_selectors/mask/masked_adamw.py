@@ -10,17 +10,30 @@ learning rates long, for its second moment is slower to fill than its first.) On
 again. Units that joined together form a cohort and lie together, so ages cost two numbers for each cohort.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradient_selectors.capture.shards import is_sharded, lying_as, own_rows
+from gradient_selectors.mask.anticipating import Usual, moment_sums, values_of_kept
+from gradient_selectors.mask.cohorts import (
+    FIELDS,
+    ages,
+    cohorts_of,
+    count_moved,
+    empty_state,
+    per_unit,
+    spread,
+    state_between,
+    whole_state,
+)
 from gradient_selectors.mask.rule import Granularity, positions_of, unit_size
 from gradient_selectors.preconditioner import Preconditioner, plain
-
-FIELDS = ("step", "kept", "exp_avg", "exp_avg_sq", "cohort_sizes", "cohort_joined")
+from gradient_selectors.world.base import Alone, World, gathered
+from gradient_selectors.world.deal import own_span
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         >>> change.kept, optimizer.density
         (2, 0.25)
 
+    Of parameters that lie in rows on several ranks each has the moments of its own rows. A change of the mask and
+    `state_dict` are then calls of all ranks, and so is what says so.
+
     State of a parameter with m kept units of s weights in c cohorts: `kept` (m,) int32 positions, `exp_avg` and
     `exp_avg_sq` (m, s) in the parameter's dtype, `step` () int64 updates made, `cohort_sizes` (c,) and `cohort_joined`
     (c,) int64: how many units joined at which step.
@@ -67,10 +83,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         granularity: Granularity = "weight",
+        world: World | None = None,
     ) -> None:
         """`params`: (name, parameter) pairs, or groups of them; masks go by these names.
 
-        Raises ValueError for parameters without names, or that are not contiguous.
+        `world`: the ranks, where parameters lie in rows on them; else it counts for nothing. Raises ValueError for
+        parameters without names, or that are not contiguous, and for rows without a world.
         """
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if any("param_names" not in group for group in self.param_groups):
@@ -80,6 +98,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         for name, parameter in self.parameters.items():
             if not parameter.is_contiguous():
                 raise ValueError(f"parameter {name} is not contiguous; store it so")
+        lies_in_rows = any(map(is_sharded, self.parameters.values()))
+        if lies_in_rows and world is None:
+            raise ValueError("the parameters lie in rows on several ranks; give MaskedAdamW their world")
+        self.world: World = world if lies_in_rows and world is not None else Alone()
+        self._kept = dict.fromkeys(self.parameters, 0)  # weights that may move, of all ranks
 
     @torch.no_grad()
     def replace_mask(self, masks: Mapping[str, Tensor]) -> MaskChange:
@@ -92,26 +115,26 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def replace_units(self, units: Mapping[str, Tensor]) -> MaskChange:
-        """`replace_mask` by the positions of the units of each parameter that may move, (m,) int32, ascending."""
-        counts = {name: self._replace(name, units[name]) for name in self.parameters}
-        sizes = {name: unit_size(parameter.shape, self.granularity) for name, parameter in self.parameters.items()}
-        kept, joined, left = (sum(counts[name][i] * sizes[name] for name in counts) for i in range(3))
+        """`replace_mask` by the positions of the units of each parameter that may move, (m,) int32, ascending.
+
+        Where parameters lie in rows, the positions are among this rank's.
+        """
+        counts = [self._replace(name, units[name]) for name in self.parameters]
+        sums = self.world.sum(torch.tensor(counts, device=next(iter(self.parameters.values())).device))
+        weights = [self._unit_size(name) * of_name.cpu() for name, of_name in zip(self.parameters, sums, strict=True)]
+        self._kept = {name: int(of_name[0]) for name, of_name in zip(self.parameters, weights, strict=True)}
+        kept, joined, left = torch.stack(weights).sum(0).tolist()
         return MaskChange(kept, joined, left)
 
     @property
     def density(self) -> float:
         """Share of all weights that may move; 0 before the first mask."""
-        kept: int = sum(state["exp_avg"].numel() for state in self.state.values())
-        return kept / sum(parameter.numel() for parameter in self.parameters.values())
+        return sum(self._kept.values()) / sum(parameter.numel() for parameter in self.parameters.values())
 
     @property
     def densities(self) -> dict[str, tuple[int, int]]:
         """Of each parameter, the weights that may move and all of them."""
-        kept = {name: self.state.get(parameter) for name, parameter in self.parameters.items()}
-        return {
-            name: (state["exp_avg"].numel() if state else 0, self.parameters[name].numel())
-            for name, state in kept.items()
-        }
+        return {name: (self._kept[name], parameter.numel()) for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -121,10 +144,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state.get(parameter)
-                if parameter.grad is not None and state and len(state["kept"]):
-                    _update(parameter, state, group)
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if parameter.grad is not None and self._kept[name]:
+                    _update(own_rows(parameter), own_rows(parameter.grad), self.state[parameter], group)
         return loss
 
     @torch.no_grad()
@@ -137,17 +159,18 @@ class MaskedAdamW(torch.optim.Optimizer):
             if not state:
                 parameter.grad.zero_()
                 continue
-            kept, grad = state["kept"].long(), parameter.grad.reshape(-1, state["exp_avg"].shape[1])
+            rows = own_rows(parameter.grad)
+            kept, grad = state["kept"].long(), rows.reshape(-1, state["exp_avg"].shape[1])
             grads = grad[kept]
-            parameter.grad = grad.zero_().index_copy_(0, kept, grads).view(parameter.shape)
+            parameter.grad = lying_as(parameter, grad.zero_().index_copy_(0, kept, grads).view(rows.shape))
 
     def mask(self, name: str) -> Tensor:
-        """The mask of a parameter as numbers: 1 where it may move, else 0. As a P, plain inner products."""
-        parameter = self.parameters[name]
-        state = self.state.get(parameter)
-        if not state:
-            return torch.zeros_like(parameter)
-        return _spread(parameter, state, torch.ones_like(state["exp_avg"]), 0.0)
+        """The mask of a parameter as numbers: 1 where it may move, else 0. As a P, plain inner products.
+
+        Of a parameter in rows, that of this rank's.
+        """
+        own, state = own_rows(self.parameters[name]), self.state.get(self.parameters[name])
+        return spread(own, state, torch.ones_like(state["exp_avg"]), 0.0) if state else torch.zeros_like(own)
 
     @torch.no_grad()
     def preconditioner(self, name: str) -> Tensor:
@@ -155,36 +178,19 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Learning rates count relative to the largest one. Units without any update yet have no P of their own and get
         the mean of the parameter's others; a parameter without any gets its mask. Weights without any gradient have
-        P = 0, as in `preconditioner.adam_preconditioner`.
+        P = 0, as in `preconditioner.adam_preconditioner`. Of a parameter in rows, P of this rank's: a call of all.
         """
-        parameter = self.parameters[name]
-        state = self.state.get(parameter)
-        ages_c = _ages(state) if state else torch.zeros(0)
-        if not state or not bool((ages_c > 0).any()):
-            return self.mask(name).float()
-        group = self._group_of(name)
-        top_rate = max(g["lr"] for g in self.param_groups) or 1.0
-        (beta1, beta2), rate = group["betas"], (group["lr"] / top_rate if group["lr"] else 1.0)
-        scale_m1 = _per_unit(state, rate * (1 - beta1) / (1 - beta1 ** (ages_c + 1)))
-        moved_m = _per_unit(state, ages_c).expand(len(state["kept"]), 1).squeeze(1) > 0
-        # As `anticipated` has it: with one more gradient of the usual size, zero where there was none yet.
-        second = state["exp_avg_sq"].float()
-        num_seen = second.count_nonzero().clamp(min=1)
-        usual = (second / _per_unit(state, 1 - beta2 ** ages_c.clamp(min=1))).sum() / num_seen
-        after = (second * beta2 + (1 - beta2) * usual) / _per_unit(state, 1 - beta2 ** (ages_c + 1))
-        values = (scale_m1 / (after.sqrt_() + group["eps"])).mul_(second != 0)
-        values[~moved_m] = values.sum() / num_seen
-        return _spread(parameter, state, values, 0.0)
+        return self._anticipated(name, self._usual([name])[name])
 
     @torch.no_grad()
     def second_moments(self, name: str) -> tuple[Tensor, Tensor]:
         """Where a second moment is known, (m,) positions of units, and what it is, (m, s) float32, corrected for bias.
 
-        Units without any update yet have none.
+        Units without any update yet have none. Of a parameter in rows, those of this rank's.
         """
-        state = self.state.get(self.parameters[name]) or self._empty_state(self.parameters[name])
-        ages_c = _ages(state)
-        settled_m1 = _per_unit(state, 1 - self._group_of(name)["betas"][1] ** ages_c)
+        state = self.state.get(self.parameters[name]) or self._empty_state(name)
+        ages_c = ages(state)
+        settled_m1 = per_unit(state, 1 - self._group_of(name)["betas"][1] ** ages_c)
         second = state["exp_avg_sq"].float() / settled_m1
         if bool((ages_c > 0).all()):
             return state["kept"], second
@@ -194,23 +200,31 @@ class MaskedAdamW(torch.optim.Optimizer):
     def current_preconditioner(self, *, warm: bool) -> Preconditioner:
         """P of the next step: `preconditioner`, or while the moments cannot be trusted the mask alone.
 
-        Before there is any mask, everything counts: the first one is chosen from what the first step finds.
+        Before there is any mask, everything counts: the first one is chosen from what the first step finds. Where
+        parameters lie in rows, it is of this rank's, and to ask for it a call of all ranks; to call it is none.
         """
         if not self.density:
             return plain
-        return self.preconditioner if warm else self.mask
+        if not warm:
+            return self.mask
+        if self.world.size == 1:
+            return self.preconditioner
+        usual = self._usual(list(self.parameters))
+        return lambda name: self._anticipated(name, usual[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Flat, as `<parameter name>.<field>`, and without the settings of groups: these stay as they are given.
 
-        Tensors share memory with the live ones.
+        Tensors share memory with the live ones. Those of parameters in rows are whole, and on the CPU.
         """
-        return {
-            f"{name}.{field}": self.state[parameter][field]
-            for name, parameter in self.parameters.items()
-            if self.state.get(parameter)
-            for field in FIELDS
-        }
+        states = {name: self.state[p] for name, p in self.parameters.items() if self.state.get(p)}
+        if self.world.size > 1:
+            ranks = gathered(self.world, {name: cohorts_of(state) for name, state in states.items()})
+            states = {
+                name: whole_state(self.world, state, self._span(name)[0], [rank[name] for rank in ranks])
+                for name, state in states.items()
+            }
+        return {f"{name}.{field}": state[field] for name, state in states.items() for field in FIELDS}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a copy of what `state_dict` returned. Raises ValueError, naming a parameter that does not fit."""
@@ -224,8 +238,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         for name, fields in found.items():
             self._check_fields(name, fields)
         self.state.clear()
+        self._kept |= {name: found[name]["exp_avg"].numel() if name in found else 0 for name in self.parameters}
         for name, fields in found.items():
             parameter = self.parameters[name]
+            if self.world.size > 1:
+                fields = state_between(fields, *self._span(name))
             self.state[parameter] = {
                 field: fields[field].clone().to(parameter.device if field in FIELDS[1:4] else "cpu") for field in FIELDS
             }
@@ -233,21 +250,70 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _group_of(self, name: str) -> dict[str, Any]:
         return next(group for group in self.param_groups if name in group["param_names"])
 
+    def _unit_size(self, name: str) -> int:
+        return unit_size(self.parameters[name].shape, self.granularity)
+
+    def _empty_state(self, name: str) -> dict[str, Tensor]:
+        return empty_state(own_rows(self.parameters[name]), self._unit_size(name))
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """Which of a parameter's units are this rank's, `first:last`."""
+        shape, count = self.parameters[name].shape, self.parameters[name].numel() // self._unit_size(name)
+        if self.world.size == 1:
+            return 0, count
+        first, last = own_span(self.world, shape[0])
+        return first * count // shape[0], last * count // shape[0]
+
+    def _usual(self, names: Sequence[str]) -> dict[str, Usual | None]:
+        """What is usual in some parameters, None where nothing has moved: a call of all ranks."""
+        states = {name: self.state.get(self.parameters[name]) or self._empty_state(name) for name in names}
+        counts = self.world.facts([count_moved(state) for state in states.values()])
+        moved = {n: sum(ranks) * self._unit_size(n) for n, ranks in zip(names, zip(*counts, strict=True), strict=True)}
+        sums = self.world.sum(torch.stack([moment_sums(state, self._group_of(n)) for n, state in states.items()]))
+        second, seen = (sums[:, 0] / sums[:, 1].clamp(min=1)).float(), sums[:, 1].clamp(min=1)
+        at = {name: i for i, name in enumerate(names)}
+        joined = [name for name in names if 0 < moved[name] < self._kept[name]]
+        values = dict[str, Tensor]()
+        if joined:
+            own = [self._values_of_kept(name, second[at[name]]).sum().double() for name in joined]
+            totals = self.world.sum(torch.stack(own))
+            values = {name: total / seen[at[name]] for name, total in zip(joined, totals, strict=True)}
+        return {name: Usual(second[at[name]], values.get(name)) if moved[name] else None for name in names}
+
+    def _values_of_kept(self, name: str, usual: Tensor) -> Tensor:
+        """P of a parameter's kept units; learning rates count relative to the largest one."""
+        group, top_rate = self._group_of(name), max(g["lr"] for g in self.param_groups) or 1.0
+        rate = group["lr"] / top_rate if group["lr"] else 1.0
+        return values_of_kept(self.state[self.parameters[name]], group, rate, usual)
+
+    def _anticipated(self, name: str, usual: Usual | None) -> Tensor:
+        """P of a parameter, or of this rank's rows of it."""
+        if usual is None:
+            return self.mask(name).float()
+        parameter = self.parameters[name]
+        state, values = self.state[parameter], self._values_of_kept(name, usual.second)
+        if usual.value is not None:
+            has_moved = per_unit(state, ages(state)).expand(len(values), 1) > 0
+            values = torch.where(has_moved, values, usual.value.to(values))
+        return spread(own_rows(parameter), state, values, 0.0)
+
     def _selected_units(self, name: str, mask: Tensor | None) -> Tensor:
         """Positions of the units that a mask selects, (m,) int32."""
         parameter = self.parameters[name]
         if mask is None or mask.dtype != torch.bool or mask.shape != parameter.shape:
             raise ValueError(f"the mask of {name} must be bool of shape {tuple(parameter.shape)}")
-        units = mask.to(parameter.device).reshape(-1, unit_size(parameter.shape, self.granularity))
+        units = mask.to(parameter.device).reshape(-1, self._unit_size(name))
         if units.shape[1] > 1 and not torch.equal(units.all(1), units.any(1)):
             raise ValueError(f"the mask of {name} cuts through a row; use granularity='weight'")
-        return positions_of(units[:, 0], name)
+        first, last = self._span(name)
+        return positions_of(units[first:last, 0], name)
 
     def _replace(self, name: str, chosen: Tensor) -> tuple[int, int, int]:
         """New state of one parameter; returns units kept, joined and left."""
         parameter = self.parameters[name]
-        state = self.state.get(parameter) or self._empty_state(parameter)
-        new_n = torch.zeros(parameter.numel() // state["exp_avg"].shape[1], dtype=torch.bool, device=parameter.device)
+        state = self.state.get(parameter) or self._empty_state(name)
+        first, last = self._span(name)
+        new_n = torch.zeros(last - first, dtype=torch.bool, device=parameter.device)
         new_n.scatter_(0, chosen.long(), True)
         stays_m = new_n.index_select(0, state["kept"])
         new_n.scatter_(0, state["kept"].long(), False)
@@ -266,17 +332,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         }
         return int(sizes_c.sum()), len(joined), len(stays_m) - len(stays)
 
-    def _empty_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        moments = parameter.new_zeros(0, unit_size(parameter.shape, self.granularity))
-        none = torch.zeros(0, dtype=torch.int64)
-        kept = torch.zeros(0, dtype=torch.int32, device=parameter.device)
-        return dict(zip(FIELDS, (torch.tensor(0), kept, moments, moments, none, none), strict=True))
-
     def _check_fields(self, name: str, fields: Mapping[str, Tensor]) -> None:
         parameter = self.parameters.get(name)
         if parameter is None or set(fields) != set(FIELDS):
             raise ValueError(f"the state of {name} is not that of a masked optimizer with this parameter")
-        size = unit_size(parameter.shape, self.granularity)
+        size = self._unit_size(name)
         kept, moments, sizes_c = fields["kept"], fields["exp_avg"], fields["cohort_sizes"]
         fits = (
             moments.shape == fields["exp_avg_sq"].shape == (len(kept), size)
@@ -298,37 +358,15 @@ def parameters_by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, nn.Para
     }
 
 
-def _update(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> None:
+def _update(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> None:
     """Gather, update, scatter: dense memory is touched at the kept units only."""
-    assert parameter.grad is not None
     state["step"] += 1
-    (beta1, beta2), ages_c = group["betas"], _ages(state)
+    (beta1, beta2), ages_c = group["betas"], ages(state)
     exp_avg, exp_avg_sq, kept = state["exp_avg"], state["exp_avg_sq"], state["kept"].long()
     weights = parameter.view(-1, exp_avg.shape[1])
-    grads = parameter.grad.reshape(weights.shape)[kept]
+    grads = grad.reshape(weights.shape)[kept]
     exp_avg.lerp_(grads, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(_per_unit(state, (1 - beta2**ages_c).sqrt())).add_(group["eps"])
-    step = (exp_avg / denominator).mul_(_per_unit(state, group["lr"] / (1 - beta1**ages_c)))
+    denominator = exp_avg_sq.sqrt().div_(per_unit(state, (1 - beta2**ages_c).sqrt())).add_(group["eps"])
+    step = (exp_avg / denominator).mul_(per_unit(state, group["lr"] / (1 - beta1**ages_c)))
     weights.index_copy_(0, kept, weights[kept].mul_(1 - group["lr"] * group["weight_decay"]).sub_(step))
-
-
-def _ages(state: Mapping[str, Tensor]) -> Tensor:
-    """Updates that each cohort has taken part in, (c,) float64."""
-    return (state["step"] - state["cohort_joined"]).double()
-
-
-def _per_unit(state: Mapping[str, Tensor], values_c: Tensor) -> Tensor:
-    """A number for each cohort as one for each unit, (m, 1) in the moments' dtype; (1, 1) if there is one cohort."""
-    moments = state["exp_avg"]
-    values = values_c.to(moments)
-    if len(values) != 1:
-        sizes_c = state["cohort_sizes"].to(moments.device)
-        values = torch.repeat_interleave(values, sizes_c, output_size=len(moments))
-    return values[:, None]
-
-
-def _spread(parameter: Tensor, state: Mapping[str, Tensor], values: Tensor, fill: float) -> Tensor:
-    """Values of the kept units in the parameter's shape, `fill` elsewhere."""
-    dense = values.new_full((parameter.numel() // values.shape[1], values.shape[1]), fill)
-    return dense.index_copy_(0, state["kept"].long(), values).view(parameter.shape)

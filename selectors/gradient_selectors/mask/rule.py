@@ -6,6 +6,9 @@ alternative to single weights, quotas that never choose a weight twice, and a se
 bits instead of a sort, so that no vector of all scores is ever formed. A coarse histogram of each parameter rules out
 what cannot be chosen; two fine ones of the rest give the exact thresholds. It needs 4 bytes for each weight while it
 runs, and up to 8 for each that may be chosen.
+
+Of parameters that lie in rows each rank has the keys of its own units, and histograms and ties are summed and counted
+over ranks: every rank takes what one process would take of its rows.
 """
 
 import re
@@ -17,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Size, Tensor
 
+from gradient_selectors.world.base import Alone, World
+
 Granularity = Literal["weight", "row"]
 
 MODULE_GROUPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -24,6 +29,7 @@ LAYER = re.compile(r"\.(\d+)\.")
 CHUNK_ELEMENTS = 1 << 18  # of passes over keys: what the fast memory of a processor holds
 HALF = 1 << 16  # a score's 32 bits are looked at in two halves
 COARSE_BITS = 12  # sign, exponent and three bits of the fraction
+ALONE = Alone()
 TAKEN = -(1 << 31)  # below the key of every score, minus infinity included
 
 
@@ -64,10 +70,12 @@ class _Units:
     Attributes:
         keys: whole numbers in the order of the scores, flat int32 by parameter name; `TAKEN` once a unit is chosen.
         sizes: weights in a unit, by parameter name.
+        world: the ranks, each of which has the keys of its own rows.
     """
 
     keys: dict[str, Tensor]
     sizes: Mapping[str, int]
+    world: World
 
     def chunks(self, names: Sequence[str]) -> Iterator[tuple[int, Tensor]]:
         """The weights in a unit and some keys, which may be written."""
@@ -96,9 +104,13 @@ def unit_size(shape: Size, granularity: Granularity) -> int:
 
 def positions_of(selected_n: Tensor, name: str) -> Tensor:
     """Where units are selected, (m,) int32, ascending. Raises ValueError if int32 does not reach that far."""
-    if len(selected_n) > torch.iinfo(torch.int32).max:
-        raise ValueError(f"parameter {name} has too many weights for int32 positions; use granularity='row'")
+    _require_countable(len(selected_n), name)
     return selected_n.nonzero().squeeze(1).int()
+
+
+def _require_countable(num_units: int, name: str) -> None:
+    if num_units > torch.iinfo(torch.int32).max:
+        raise ValueError(f"parameter {name} has too many weights for int32 positions; use granularity='row'")
 
 
 def choose_mask(columns: Mapping[str, Tensor], rule: MaskRule) -> dict[str, Tensor]:
@@ -135,35 +147,50 @@ def unit_keys(scores: Tensor, rule: MaskRule) -> Tensor:
     return values.view(torch.int32)
 
 
-def choose_units(keys: dict[str, Tensor], sizes: Mapping[str, int], rule: MaskRule) -> dict[str, Tensor]:
+def choose_units(
+    keys: dict[str, Tensor], sizes: Mapping[str, int], rule: MaskRule, world: World = ALONE
+) -> dict[str, Tensor]:
     """Positions of the units that may move, (m,) int32, ascending, by parameter name.
 
     `keys` are those of `unit_keys`, `sizes` the weights in a unit; `keys` and its tensors are used up. Budget and ties
-    as in `choose_mask`. Raises ValueError for a parameter of more units than int32 can count.
+    as in `choose_mask`. With a `world`, keys and positions are of this rank's rows, one rank's after the other's, and
+    this is a call of all ranks. Raises ValueError for a parameter of more units than int32 can count.
     """
-    budget = max(1, round(rule.density * sum(len(keys[name]) * size for name, size in sizes.items())))
+    counts = dict(zip(keys, _summed_facts(world, [len(values) for values in keys.values()]), strict=True))
+    for name, count in counts.items():
+        _require_countable(count, name)
+    budget = max(1, round(rule.density * sum(count * sizes[name] for name, count in counts.items())))
     stages = [
         (int(quota * budget / len(groups)), names)
         for quota, groups in ((rule.layer_quota, _layers(keys)), (rule.module_quota, _modules(keys)))
         for names in groups
     ]
     stages.append((budget, list(keys)))
-    places = _narrow(keys, _cuts(keys, stages)) if rule.granularity == "weight" else {}
-    units, left = _Units(keys, sizes), budget
+    places = _narrow(keys, _cuts(keys, stages, world)) if rule.granularity == "weight" else {}
+    units, left = _Units(keys, sizes, world), budget
     for quota, names in stages:
         left -= _take(units, names, min(quota, left))
     chosen = {name: positions_of(keys.pop(name) == TAKEN, name) for name in list(keys)}
     return {name: places[name][found] if name in places else found for name, found in chosen.items()}
 
 
-def _cuts(keys: Mapping[str, Tensor], stages: Sequence[tuple[int, Sequence[str]]]) -> dict[str, int]:
+def _summed_facts(world: World, numbers: Sequence[int]) -> list[int]:
+    return [sum(ranks) for ranks in zip(*world.facts(numbers), strict=True)]
+
+
+def _summed(world: World, keys: Mapping[str, Tensor], counts: Tensor) -> Tensor:
+    """Counts of all ranks, on the CPU; they meet where the keys are."""
+    return world.sum(counts.to(next(iter(keys.values())).device)).cpu()
+
+
+def _cuts(keys: Mapping[str, Tensor], stages: Sequence[tuple[int, Sequence[str]]], world: World) -> dict[str, int]:
     """For each parameter a key below which no single weight will be chosen; `stages` end with the whole budget.
 
     This is the choice itself, in whole bins: of the bin that holds the last weight all are taken. So a stage finds no
     more weights above any key than in truth, and must go at least as far down.
     """
     rows = {name: i for i, name in enumerate(keys)}
-    tops_PB = torch.stack([_counts_from_the_top(values) for values in keys.values()])
+    tops_PB = _summed(world, keys, torch.stack([_counts_from_the_top(values) for values in keys.values()]))
     depths_P, left = torch.zeros(len(rows), dtype=torch.int64), stages[-1][0]
     for quota, names in stages:
         wanted = min(quota, left)
@@ -221,19 +248,31 @@ def _modules(names: Mapping[str, Tensor]) -> list[list[str]]:
 
 def _take(units: _Units, names: Sequence[str], budget: int) -> int:
     """Take the best units of some parameters that are not taken yet; returns how many weights they hold."""
-    available = sum(int((keys != TAKEN).count_nonzero()) * size for size, keys in units.chunks(names))
+    own = sum(int((keys != TAKEN).count_nonzero()) * size for size, keys in units.chunks(names))
+    (available,) = _summed_facts(units.world, [own])
     if available <= budget:
         for _, keys in units.chunks(names):
             keys.fill_(TAKEN)
         return available
     threshold, left = _threshold(units, names, budget)
-    for size, keys in units.chunks(names):
-        better = keys > threshold
-        ties = (keys == threshold).nonzero().squeeze(1)[: left // size]
-        left -= len(ties) * size
-        keys.masked_fill_(better, TAKEN)
-        keys[ties] = TAKEN
+    ties = {name: _take_above(units, name, threshold) for name in names}
+    of_ranks = units.world.facts([len(places) for places in ties.values()])
+    for (name, places), counts in zip(ties.items(), zip(*of_ranks, strict=True), strict=True):
+        fit = min(left // units.sizes[name], sum(counts))
+        left -= fit * units.sizes[name]
+        before = sum(counts[: units.world.rank])
+        units.keys[name][places[: max(0, fit - before)]] = TAKEN
     return budget - left
+
+
+def _take_above(units: _Units, name: str, threshold: int) -> Tensor:
+    """Take a parameter's units above the threshold; returns the places of those that equal it, ascending, int64."""
+    ties, start = [], 0
+    for _, keys in units.chunks([name]):
+        ties.append((keys == threshold).nonzero().squeeze(1) + start)
+        keys.masked_fill_(keys > threshold, TAKEN)
+        start += len(keys)
+    return torch.cat(ties)
 
 
 def _threshold(units: _Units, names: Sequence[str], budget: int) -> tuple[int, int]:
@@ -241,13 +280,13 @@ def _threshold(units: _Units, names: Sequence[str], budget: int) -> tuple[int, i
     high = torch.zeros(HALF, dtype=torch.int64)
     for size, keys in units.read(names):
         high += torch.bincount((keys >> 16) + HALF // 2, minlength=HALF).cpu() * size
-    upper, left = _first_too_many(high, budget)
+    upper, left = _first_too_many(_summed(units.world, units.keys, high), budget)
     upper -= HALF // 2
     low = torch.zeros(HALF, dtype=torch.int64)
     for size, keys in units.read(names):
         inside = keys[(keys >> 16) == upper]
         low += torch.bincount(inside & (HALF - 1), minlength=HALF).cpu() * size
-    lower, left = _first_too_many(low, left)
+    lower, left = _first_too_many(_summed(units.world, units.keys, low), left)
     return (upper << 16) + lower, left
 
 

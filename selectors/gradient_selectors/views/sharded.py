@@ -15,7 +15,13 @@ from torch import Tensor
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.capture.gradients import Gradient
 from gradient_selectors.capture.shards import is_sharded, own_rows
-from gradient_selectors.preconditioner import AdamPreconditioner, Preconditioner, SelectiveOptimizer
+from gradient_selectors.preconditioner import (
+    AdamPreconditioner,
+    Preconditioner,
+    RowwisePreconditioner,
+    SelectiveOptimizer,
+    plain,
+)
 from gradient_selectors.views.shared import Holdings, SharedPool
 from gradient_selectors.world.base import World
 from gradient_selectors.world.deal import own_span
@@ -23,19 +29,17 @@ from gradient_selectors.world.rows import RowsGradient, at_rows, whole
 
 
 @dataclass(frozen=True, eq=False)
-class RowsPreconditioner(AdamPreconditioner):
-    """Adam's P of which each rank has its own rows. A call is one of all ranks, which makes it whole.
+class RowsPreconditioner(RowwisePreconditioner):
+    """P of which each rank has its own rows. A call is one of all ranks, which makes it whole.
 
     Attributes:
-        usual_sizes: mean second moment of each whole parameter.
+        own: rows of P that are this rank's, by parameter name; nothing is exchanged for it.
+        parameters: whose P it is.
     """
 
-    world: World = field(kw_only=True)
-    usual_sizes: Mapping[str, Tensor] = field(kw_only=True)
-
-    def own(self, name: str) -> Tensor | None:
-        """Rows of P that are this rank's."""
-        return super().__call__(name)
+    world: World
+    own: Preconditioner
+    parameters: Mapping[str, Tensor]
 
     def __call__(self, name: str, rows: Tensor | None = None) -> Tensor | None:
         own, num_rows = self.own(name), self.parameters[name].shape[0]
@@ -43,29 +47,47 @@ class RowsPreconditioner(AdamPreconditioner):
             return None
         return whole(self.world, own, num_rows) if rows is None else at_rows(self.world, own, num_rows, rows)
 
+
+@dataclass(frozen=True, eq=False)
+class _AdamOfRows(AdamPreconditioner):
+    """Adam's P of this rank's rows.
+
+    Attributes:
+        usual_sizes: mean second moment of each whole parameter.
+    """
+
+    usual_sizes: Mapping[str, Tensor] = field(kw_only=True)
+
     def usual(self, name: str) -> Tensor | None:
         return self.usual_sizes[name]
 
 
-def require_rows(capture: GradientCapture, optimizer: torch.optim.Optimizer) -> None:
+def require_rows(capture: GradientCapture, optimizer: torch.optim.Optimizer, anchors: object = None) -> None:
     """Raise ValueError for what a sharded model does not go with, if it is one."""
     if not capture.is_sharded:
         return
-    if isinstance(optimizer, SelectiveOptimizer):
-        raise ValueError(f"{type(optimizer).__name__} needs whole parameters; use torch's AdamW with a sharded model")
+    if isinstance(optimizer, SelectiveOptimizer) and not hasattr(optimizer, "world"):
+        kind = type(optimizer).__name__
+        raise ValueError(f"{kind} needs whole parameters; use torch's AdamW or MaskedAdamW with a sharded model")
+    if anchors is not None:
+        raise ValueError("a mask's anchors need a whole model; leave them out with one that is sharded")
     if not all(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("the optimizer holds parameters as they were before the model was sharded; make it after")
 
 
 @torch.no_grad()
-def in_rows(world: World, found: Preconditioner) -> Preconditioner:
-    """The same, for a model whose parameters lie in rows. Then it is a call of all ranks, which makes one sum."""
-    if not isinstance(found, AdamPreconditioner) or not any(map(is_sharded, found.parameters.values())):
+def in_rows(world: World, found: Preconditioner, parameters: Mapping[str, Tensor]) -> Preconditioner:
+    """The same, for a model whose parameters lie in rows. Then it is a call of all ranks.
+
+    `found` knows this rank's rows: of Adam's P the mean second moments are summed.
+    """
+    if found is plain or not any(map(is_sharded, parameters.values())):
         return found
-    return _summed(world, found)
+    own = _summed(world, found) if isinstance(found, AdamPreconditioner) else found
+    return RowsPreconditioner(world, own, parameters)
 
 
-def _summed(world: World, whole_p: AdamPreconditioner) -> RowsPreconditioner:
+def _summed(world: World, whole_p: AdamPreconditioner) -> _AdamOfRows:
     states = {p: whole_p.states[p] for p in whole_p.parameters.values() if whole_p.states.get(p)}
     own = {p: own_rows(state["exp_avg_sq"]) for p, state in states.items()}
     names = [name for name, parameter in whole_p.parameters.items() if parameter in own]
@@ -73,13 +95,12 @@ def _summed(world: World, whole_p: AdamPreconditioner) -> RowsPreconditioner:
     sums = [torch.stack([part.float().sum().double(), part.count_nonzero().double()]) for part in values]
     totals = world.sum(torch.stack(sums)) if sums else torch.zeros(0, 2)
     usual = {name: (total / count.clamp(min=1)).float() for name, (total, count) in zip(names, totals, strict=True)}
-    return RowsPreconditioner(
+    return _AdamOfRows(
         whole_p.parameters,
         {p: {"exp_avg_sq": rows} for p, rows in own.items()},
         whole_p.groups,
         whole_p.steps,
         whole_p.top_rate,
-        world=world,
         usual_sizes=usual,
     )
 

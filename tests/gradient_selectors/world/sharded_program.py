@@ -57,6 +57,7 @@ def main(folder: Path, cases: list[str]) -> None:
             "losses": found.losses,
             "again": found.again,
             "mean": found.mean,
+            "moments": found.moments,
             "weights": weights,
             "own": sum(p.to_local().numel() for p in model.parameters()),
             "calls": collectives.calls,

@@ -1,14 +1,14 @@
 """Several ranks choose what one process chooses, with the same coefficients, and stay alike to the bit."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.engine import SelectionEngine
-from gradient_selectors.mask.dual_sft import DualSft
+from gradient_selectors.mask.dual_sft import DualSft, Response
 from gradient_selectors.mask.masked_adamw import MaskedAdamW
 from gradient_selectors.mask.rule import MaskRule
 from gradient_selectors.route.gast import Gast
@@ -45,6 +45,7 @@ class Course:
     calls: list[Any]
     again: list[int]
     mean: float = 0.0
+    moments: dict[str, Tensor] = field(default_factory=dict)  # under a mask
 
 
 def wide_model() -> Any:
@@ -59,8 +60,11 @@ def course(world: World, model: Any, prepared: GradientCapture | None = None, **
     trained = [p for p in model.parameters() if p.requires_grad]
     masked = options.get("mask") is not None
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    rows = masked and options["mask"]().rule.granularity == "row"
     optimizer: Any = (
-        MaskedAdamW(named.items(), lr=1e-3, eps=EPS) if masked else torch.optim.AdamW(trained, lr=1e-3, eps=EPS)
+        MaskedAdamW(named.items(), lr=1e-3, eps=EPS, granularity="row" if rows else "weight", world=world)
+        if masked
+        else torch.optim.AdamW(trained, lr=1e-3, eps=EPS)
     )
     options = {name: value() if callable(value) else value for name, value in options.items()}
     weigh, lengths = options.pop("weigh", FilterThenWeight(batch_size=3)), options.pop("lengths", LENGTHS)
@@ -83,6 +87,12 @@ def course(world: World, model: Any, prepared: GradientCapture | None = None, **
         found.again.append(0 if engine.last is None else engine.last.second_pass_samples)
     found.mean = mean_loss(engine.capture, [make_batch((9, 7, 12), seed=4)], world=world)
     found.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if masked:
+        found.moments = {key: values.clone() for key, values in optimizer.state_dict().items()}
+        optimizer.load_state_dict(found.moments)
+        again = optimizer.state_dict()
+        assert again.keys() == found.moments.keys()
+        assert all(torch.equal(again[key], values) for key, values in found.moments.items())
     found.calls = getattr(world, "calls", [])
     return found
 
@@ -112,11 +122,20 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "gast": (lambda: make_model("llama"), {"route": lambda: Gast(per_layer=1)}),
     "greedy": (lambda: make_model("llama"), {"weigh": lambda: Greedy(batch_size=3)}),
     "mask": (lambda: make_model("llama"), {"mask": lambda: DualSft(MaskRule(density=0.2), refresh_steps=3)}),
+    "mask_of_rows": (
+        wide_model,
+        {
+            "scoring": Sketched,
+            "mask": lambda: DualSft(MaskRule(density=0.3, granularity="row"), Response(1e-3), refresh_steps=3),
+            "micro_tokens": 20,
+            "factors_bytes": 0,
+        },
+    ),
     "plain": (lambda: make_model("llama"), {"weigh": Equal}),
 }
 
 
-IN_PIECES = ("sketch_in_pieces", "exact_in_pieces", "gast_in_pieces", "few_let_go", "one_sample")
+IN_PIECES = ("sketch_in_pieces", "exact_in_pieces", "gast_in_pieces", "few_let_go", "one_sample", "mask_of_rows")
 LONG = (*IN_PIECES, "conv1d", "checkpointing", "greedy")
 
 

@@ -17,8 +17,18 @@ from tests.gradient_selectors.world.test_ranks_agree import CASES, CLOSE, course
 from tests.helpers.oracle import make_model
 
 PROGRAM = "tests.gradient_selectors.world.sharded_program"
-QUICK = ("full", "lora", "sketch_in_pieces", "few_let_go", "one_sample", "plain")
-REST = ("tied", "gast", "gast_in_pieces", "conv1d", "checkpointing", "sketch", "exact_in_pieces", "greedy")
+QUICK = ("full", "lora", "sketch_in_pieces", "few_let_go", "one_sample", "mask", "plain")
+REST = (
+    "tied",
+    "gast",
+    "gast_in_pieces",
+    "conv1d",
+    "checkpointing",
+    "sketch",
+    "exact_in_pieces",
+    "greedy",
+    "mask_of_rows",
+)
 PATIENCE_S = 250
 
 
@@ -34,7 +44,7 @@ def on_processes(size: int, folder: Path, cases: tuple[str, ...]) -> dict[str, l
     [
         (2, QUICK),
         pytest.param(2, REST, marks=pytest.mark.slow),
-        pytest.param(3, ("full", "lora", "sketch", "plain"), marks=pytest.mark.slow),
+        pytest.param(3, ("full", "lora", "sketch", "mask", "mask_of_rows", "plain"), marks=pytest.mark.slow),
     ],
 )
 def test_ranks_with_rows_choose_what_one_process_chooses(size: int, cases: tuple[str, ...], tmp_path: Path) -> None:
@@ -51,6 +61,9 @@ def test_ranks_with_rows_choose_what_one_process_chooses(size: int, cases: tuple
         assert first["mean"] == pytest.approx(alone.mean, rel=CLOSE)
         for name, weight in alone.weights.items():
             torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=CLOSE)
+        assert first["moments"].keys() == alone.moments.keys()
+        for key, values in alone.moments.items():  # with the mask itself, and who joined it when
+            torch.testing.assert_close(first["moments"][key], values, rtol=CLOSE, atol=CLOSE)
         assert sum(rank["own"] for rank in ranks) == sum(w.numel() for w in first["weights"].values()), case
         assert max(rank["own"] for rank in ranks) < 0.6 * sum(rank["own"] for rank in ranks)
         assert first["calls"]
@@ -58,6 +71,7 @@ def test_ranks_with_rows_choose_what_one_process_chooses(size: int, cases: tuple
         for other in ranks[1:]:
             assert other["calls"] == first["calls"], case
             assert all(torch.equal(other["weights"][name], first["weights"][name]) for name in first["weights"])
+            assert all(torch.equal(other["moments"][key], first["moments"][key]) for key in first["moments"])
     # What fails in a pass on one rank ends all: the others wait in the midst of theirs.
     told = [(tmp_path / f"{rank}.lost").read_text() for rank in range(size)]
     assert "rank 1 failed: ZeroDivisionError" in told[1]
