@@ -166,7 +166,7 @@ def _learner(run: Run) -> _Learner:
     made_of = fingerprint_of(settings, loaded, __version__)
     with watchers.during("attaching the selection to the model"):
         loaded, capture = cut(settings, loaded, run.world)
-        optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection)
+        optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection, run.world)
         engine = make_engine(settings, loaded, optimizer, steering, anchors, run.world, capture)
     return _Learner(loaded, decoder, sets, steering, held, kept, optimizer, engine, made_of)
 

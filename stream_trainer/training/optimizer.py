@@ -9,6 +9,7 @@ import torch
 from gradient_selectors import MaskedAdamW
 from gradient_selectors.capture.shards import own_part
 from gradient_selectors.mask.masked_adamw import parameters_by_name
+from gradient_selectors.world.base import World
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -66,12 +67,13 @@ class NamedAdamW(torch.optim.AdamW):
 
 
 def make_optimizer(
-    model: nn.Module, settings: OptimizerSettings, selection: SelectionSettings
+    model: nn.Module, settings: OptimizerSettings, selection: SelectionSettings, world: World | None = None
 ) -> "NamedAdamW | NamedAdamW8bit | MaskedAdamW":
     """AdamW over the model's trainable parameters; biases and norms (one dimension) are not decayed.
 
     With a mask it is the one that keeps moments for unmasked parameters only; nothing moves before it is given a mask.
-    Raises SettingsError if the file of a mask to start from does not fit, or bitsandbytes is missing.
+    `world`: the ranks on which the model may lie in rows. Raises SettingsError if the file of a mask to start from does
+    not fit, or bitsandbytes is missing.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in trained if p.ndim > 1]
@@ -83,7 +85,8 @@ def make_optimizer(
     ]
     rate, betas, eps = settings.learning_rate, settings.betas, settings.eps
     if selection.mask != "none":
-        masked = MaskedAdamW(groups, lr=rate, betas=betas, eps=eps, granularity=selection.dual_sft.granularity)
+        granularity = selection.dual_sft.granularity
+        masked = MaskedAdamW(groups, lr=rate, betas=betas, eps=eps, granularity=granularity, world=world)
         if selection.mask_path is not None:
             start_from(masked, selection.mask_path)
         return masked

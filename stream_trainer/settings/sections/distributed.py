@@ -54,13 +54,15 @@ def why_not_shared(settings: Any) -> str | None:
 def _why_not_sharded(settings: Any) -> str | None:
     """What does not go with a model in parts yet, in a line."""
     allowed: dict[str, tuple[object, ...]] = {
-        "selection.mask": ("none",),
         "optimizer.moments": ("float32",),
         "target.watch": (False,),
     }
     found = {name: attrgetter(name)(settings) for name in allowed}
     if settings.model.lora is not None:
         allowed["model.lora.base"], found["model.lora.base"] = ("float32",), settings.model.lora.base
+    if settings.selection.mask == "dual_sft":
+        anchors = "selection.dual_sft.anchor_path"
+        allowed[anchors], found[anchors] = (None,), settings.selection.dual_sft.anchor_path
     for name, values in allowed.items():
         if found[name] not in values:
             return (

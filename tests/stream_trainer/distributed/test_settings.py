@@ -30,8 +30,9 @@ def test_what_is_for_one_process_is_refused(sections: dict[str, dict[str, Any]],
         Settings(**config, distributed={"mode": "replicated"})
 
 
+ANCHORED = {"mask": "dual_sft", "dual_sft": {"anchor_path": "kept.jsonl"}}
 IN_ROWS: list[tuple[str, dict[str, dict[str, Any]]]] = [
-    ("selection.mask=dual_sft", {"selection": {"mask": "dual_sft"}}),
+    ("selection.dual_sft.anchor_path=kept.jsonl", {"selection": ANCHORED}),
     ("optimizer.moments=int8", {"optimizer": {"moments": "int8"}}),
     ("target.watch=true", {"target": {"watch": True}}),
     ("model.lora.base=bfloat16", {"model": {"dtype": "bfloat16", "lora": {"base": "bfloat16"}}}),

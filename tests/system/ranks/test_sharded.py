@@ -23,6 +23,7 @@ RECORDS = 48
 FULL: dict[str, Any] = {}
 LORA = {"lora": {"rank": 3, "alpha": 6.0}, "gradient_checkpointing": True}
 LEARNED = {"profile": "thrifty", "draw": "learned", "pool_size": 8, "batch_size": 3}
+MASKED = SELECTION | {"mask": "dual_sft", "dual_sft": {"density": 0.3, "refresh_steps": 2}}
 
 pytestmark = pytest.mark.timeout(LONG_S * 2)
 
@@ -66,6 +67,7 @@ def agrees(found: dict[str, Any], wanted: Step) -> None:
         pytest.param(FULL, SELECTION, id="full"),
         pytest.param(LORA, SELECTION | {"scoring": "sketched"}, id="lora", marks=pytest.mark.slow),
         pytest.param(FULL, LEARNED, id="learned", marks=pytest.mark.slow),
+        pytest.param(FULL, MASKED, id="mask", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_in_rows_is_that_of_one_process_and_goes_on_anyhow(
@@ -118,3 +120,5 @@ def same_files(ours: dict[str, Any], wanted: dict[str, Any], *, lora: bool) -> N
         for key, tensor in theirs.items():
             if tensor.is_floating_point():
                 torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=CLOSE)
+            elif key.endswith(".kept"):
+                assert torch.equal(tensors[key], tensor)  # the mask
