@@ -50,6 +50,17 @@ def generate(directory: Path, rows: int, segment_rows: int = LARGEST) -> Owner:
     return owner
 
 
+def output_beside_pandas(folder: Path, code: str) -> str:
+    """What a program prints where `folder` has a module in pandas' place, which prints `pandas` when asked for."""
+    (folder / "pandas.py").write_text("print('pandas'); raise ImportError")
+    paths = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
 def _rows(first: int, end: int) -> pa.Table:
     numbers = np.arange(first, end)
     trained = numbers % 4 == 0

@@ -1,9 +1,6 @@
 """`stream-trainer ledger show` on a ledger of two trainers, three checkpoints and two versions."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from stream_trainer.checkpoints.ownership import claim
 from stream_trainer.cli import main
 from stream_trainer.ledger.files import put, table_of
 from stream_trainer.records import Decided, Outcome, Partition
+from tests.helpers.ledgers import output_beside_pandas
 
 LOG = Partition("orders", 3)
 TIME = 1_700_000_000.25
@@ -142,8 +140,7 @@ def test_a_damaged_segment_is_one_line(place: Path, capsys: pytest.CaptureFixtur
 
 
 def test_no_question_waits_for_pandas(place: Path) -> None:
-    """A module of that name tells of its import. What pyarrow does by itself shows that it would."""
-    (place / "pandas.py").write_text("print('pandas'); raise ImportError")
+    """What pyarrow does by itself shows that its import would be told."""
     command = ["ledger", "show", f"--dir={place / 'checkpoints'}", f"--models={place / 'models'}"]
     code = (
         "import pyarrow; from stream_trainer.cli import main\n"
@@ -151,11 +148,6 @@ def test_no_question_waits_for_pandas(place: Path) -> None:
         f"    assert main([*{command}, question]) == 0\n"
         "print('asked'); pyarrow.scalar(1)"
     )
-    paths = os.pathsep.join([str(place), *filter(None, sys.path)])
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=60
-    )
-    assert found.returncode == 0, found.stderr
-    answers, beyond = found.stdout.split("asked\n")
+    answers, beyond = output_beside_pandas(place, code).split("asked\n")
     assert "pandas" not in answers
     assert "pandas" in beyond

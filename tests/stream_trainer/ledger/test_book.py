@@ -1,8 +1,6 @@
 """One row for each decision, whatever happens between two checkpoints, and whichever of them is resumed from."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from stream_trainer.ledger.query import rows_where
 from stream_trainer.ledger.tidy import FAN, choose
 from stream_trainer.records import Decided, Outcome, Partition
 from stream_trainer.settings.sections.ledger import LedgerSettings
+from tests.helpers.ledgers import output_beside_pandas
 
 LOG = Partition("samples", 3)
 T, N, D = Outcome.TRAINED, Outcome.NOT_SELECTED, Outcome.DEAD_LETTERED
@@ -286,17 +285,11 @@ def test_a_missing_package_is_one_line_with_its_extra(tmp_path: Path, monkeypatc
 
 
 def test_what_pyarrow_loads_is_loaded_before_the_first_step(tmp_path: Path) -> None:
-    """A module in pandas' place tells when it is asked for."""
-    (tmp_path / "pandas.py").write_text("print('pandas'); raise ImportError")
     code = (
         "from tests.stream_trainer.ledger.test_book import T, Path, Trainer\n"
         f"trainer = Trainer(Path({str(tmp_path)!r}))\n"
         "print('begun'); trainer.decide(T, T); trainer.save(); print('saved')"
     )
-    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=60
-    )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines()[0] == "pandas"
-    assert found.stdout.splitlines()[-2:] == ["begun", "saved"]
+    lines = output_beside_pandas(tmp_path, code).splitlines()
+    assert lines[0] == "pandas"
+    assert lines[-2:] == ["begun", "saved"]
