@@ -17,18 +17,8 @@ from tests.gradient_selectors.world.test_ranks_agree import CASES, CLOSE, course
 from tests.helpers.oracle import make_model
 
 PROGRAM = "tests.gradient_selectors.world.sharded_program"
-QUICK = ("full", "lora", "sketch_in_pieces", "few_let_go", "one_sample", "mask", "plain")
-REST = (
-    "tied",
-    "gast",
-    "gast_in_pieces",
-    "conv1d",
-    "checkpointing",
-    "sketch",
-    "exact_in_pieces",
-    "greedy",
-    "mask_of_rows",
-)
+QUICK = ("full", "tied", "lora", "sketch_in_pieces", "few_let_go", "one_sample", "gast", "mask", "plain")
+REST = ("gast_in_pieces", "conv1d", "checkpointing", "sketch", "exact_in_pieces", "greedy", "mask_of_rows")
 PATIENCE_S = 250
 
 
