@@ -124,7 +124,9 @@ def low_rank(matrix_pd: Tensor, rank: int, generator: torch.Generator, total: To
         return LowRank(turned.right_dr, turned.left_pr)
     start_pr = torch.randn(len(matrix_pd), rank, generator=generator).to(matrix_pd)
     basis_dr = torch.linalg.qr(total(matrix_pd.T @ start_pr)).Q
-    basis_dr = torch.linalg.qr(total(matrix_pd.T @ total(matrix_pd @ basis_dr))).Q
+    # Orthogonal on either side: of small directions the square of the matrix would leave rounding errors.
+    basis_pr = torch.linalg.qr(total(matrix_pd @ basis_dr)).Q
+    basis_dr = torch.linalg.qr(total(matrix_pd.T @ basis_pr)).Q
     # Contiguous, as it comes back from a checkpoint: with other strides the last digit of a product differs.
     return LowRank(total(matrix_pd @ basis_dr), basis_dr.contiguous())
 

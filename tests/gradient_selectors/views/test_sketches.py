@@ -96,6 +96,15 @@ def test_the_direction_is_almost_the_best_of_its_rank(shape: tuple[int, int]) ->
     assert float((found.left_pr @ found.right_dr.T - matrix).norm()) < 1.25 * best
 
 
+def test_directions_of_very_different_sizes_are_all_found() -> None:
+    """Rounding must not hide the small ones: where the sum over ranks rounds otherwise, they would be others."""
+    sides = [torch.linalg.qr(torch.randn(n, 12, generator=seeded(n), dtype=torch.float64)).Q for n in (80, 48)]
+    sizes = torch.logspace(0, -4, 12, dtype=torch.float64)
+    basis = low_rank((sides[0] * sizes @ sides[1].T).float(), 12, seeded(1)).right_dr.double()
+    missed = sides[1] - basis @ (basis.T @ sides[1])
+    assert float(missed.norm(dim=0).max()) < 1e-3
+
+
 def masked(capture: GradientCapture, density: float) -> dict[str, Tensor]:
     generator = seeded(3)
     return {

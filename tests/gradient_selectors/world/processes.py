@@ -19,7 +19,8 @@ def run_to_end(program: str, arguments: list[str], size: int, patience_s: float)
     command = [sys.executable, "-m", program, *arguments]
     processes = [subprocess.Popen(command, env=environment) for environment in environments(size)]
     try:
-        assert [process.wait(patience_s) for process in processes] == [0] * size
+        codes = [process.wait(patience_s) for process in processes]
+        assert codes == [0] * size, f"exit codes by rank: {codes}"
     finally:
         for process in processes:
             process.kill()
