@@ -6,9 +6,10 @@ evaluation, the watch notes at each evaluation what the run has cost so far:
     trained      samples that entered an update, a sample that enters twice counted twice
     scored       samples that were given a gradient: all candidates of all steps; those of the target are not counted,
                  their time is
-    seconds      wall-clock since the first step began, without evaluations: reading, features, clustering, refreshes of
-                 target and mask, passes, program, update; neither loading nor the last checkpoint. What the reader does
-                 during evaluations costs nothing, with any method
+    seconds      wall-clock since the first checkpoint is made and reading begins, without evaluations: reading,
+                 features, clustering, refreshes of target and mask, passes, program, update; neither loading, nor what
+                 the service tries before its first step, nor the last checkpoint. What the reader does during
+                 evaluations costs nothing, with any method
     cpu_seconds  the same of the process, all threads: steadier where the machine has other work
 """
 
@@ -94,10 +95,13 @@ class Watch:
         if self.given_up.is_set():
             self.stop.set()
 
-    def on_evaluation(self, step: int, losses: Mapping[str, float], _seconds: float) -> None:
-        """Note a point; the first step begins after the first."""
-        if not self.points:
+    def on_checkpoint(self, step: int, _path: Path) -> None:
+        """The first one is made after the first evaluation, and before anything is read: now the clocks start."""
+        if step == 0:
             self._now = self._zero = _clocks()
+
+    def on_evaluation(self, step: int, losses: Mapping[str, float], _seconds: float) -> None:
+        """Note a point."""
         self.points.append(
             {
                 "step": step,
@@ -137,7 +141,7 @@ def train(bench: Bench, run: Run, reference: float | None) -> list[Point] | None
     stop = threading.Event()
     watch = Watch(stop, bench.stop, stream.labels, reference if run.tier.stops_early else None, bench.tell)
     try:
-        serve(settings, stop, Watcher(watch.on_step, watch.on_evaluation))
+        serve(settings, stop, Watcher(watch.on_step, watch.on_evaluation, watch.on_checkpoint))
     finally:
         shutil.rmtree(work, ignore_errors=True)  # a checkpoint is as large as the model and its moments
     return None if bench.stop.is_set() else watch.points

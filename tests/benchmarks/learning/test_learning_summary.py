@@ -1,12 +1,15 @@
 """What `benchmarks.learning` counts within a run, and the ratios and shares it makes of it."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gradient_selectors import Decision
 
+from benchmarks.learning import run as run_module
 from benchmarks.learning.methods import FTW
 from benchmarks.learning.run import Watch
 from benchmarks.learning.streams import CLEAN, COPY, SWAPPED, Data, Label
@@ -108,6 +111,26 @@ def test_a_run_ends_one_evaluation_after_it_has_reached_the_reference(data: Data
         watch.on_evaluation(step, {"test": loss, "retention": 1.0}, 0.0)
     assert watch.stop.is_set()
     assert watch.points[0]["seconds"] == 0.0
+
+
+def test_neither_evaluations_nor_what_comes_before_the_first_step_count(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = fake_bench(data)
+    watch = Watch(stop=bench.stop, given_up=bench.stop, labels={}, reference=None, tell=bench.tell)
+    report = StepReport("applied", (), (), Decision(torch.zeros(0)))
+
+    def tell_at(second: float, what: Callable[..., None], *arguments: Any) -> None:
+        monkeypatch.setattr(run_module, "_clocks", lambda: (second, second / 2))
+        what(*arguments)
+
+    tell_at(100.0, watch.on_evaluation, 0, {"test": 3.0}, 0.0)
+    tell_at(110.0, watch.on_checkpoint, 0, Path())
+    tell_at(113.0, watch.on_step, 1, [], report)
+    tell_at(120.0, watch.on_evaluation, 1, {"test": 2.0}, 7.0)
+    tell_at(125.0, watch.on_step, 2, [], report)
+    tell_at(126.0, watch.on_evaluation, 2, {"test": 2.0}, 1.0)
+    assert [(point["seconds"], point["cpu_seconds"]) for point in watch.points] == [(0, 0), (3, 1.5), (8, 4)]
 
 
 def test_samples_are_counted_by_domain_between_evaluations(data: Data) -> None:
