@@ -4,12 +4,13 @@ Problems are printed on standard error as `error: ...`, one line each, and the e
 """
 
 import argparse
+import io
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -297,7 +298,7 @@ def _dead_letters(arguments: Sequence[str]) -> int:
         from stream_trainer.commands.replay_letters import EXAMPLES, add_arguments, run
     action = _parser(f"stream-trainer dead-letters {known.action}", parser.description or "", EXAMPLES)
     add_arguments(action)
-    return run(action.parse_args(known.arguments))
+    return _show(lambda: run(action.parse_args(known.arguments)))  # as it is read: there may be many values
 
 
 def _replay(arguments: Sequence[str]) -> int:
@@ -331,7 +332,7 @@ def _models(arguments: Sequence[str]) -> int:
     parser = _parser("stream-trainer models", "See published versions, and say which one is current.", EXAMPLES)
     add_arguments(parser)
     known, overrides = parser.parse_known_args(arguments)
-    return run(known, overrides)
+    return _answer(lambda: run(known, overrides))
 
 
 def _ledger(arguments: Sequence[str]) -> int:
@@ -340,7 +341,7 @@ def _ledger(arguments: Sequence[str]) -> int:
     parser = _parser("stream-trainer ledger", "Which records were trained on, and by which models.", EXAMPLES)
     add_arguments(parser)
     known, overrides = parser.parse_known_args(arguments)
-    return run(known, overrides)
+    return _answer(lambda: run(known, overrides))
 
 
 def _ctl(arguments: Sequence[str]) -> int:
@@ -350,7 +351,7 @@ def _ctl(arguments: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, with address and token")
     add_arguments(parser)
     known, overrides = parser.parse_known_args(arguments)
-    return run(known, overrides)
+    return _answer(lambda: run(known, overrides))
 
 
 _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -367,9 +368,27 @@ _HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _print(text: str) -> None:
-    """To standard output, whose reader (`head`, say) may have seen enough."""
+def _answer(ask: Callable[[], int]) -> int:
+    """Let a command say all it has to say before any of it is shown: a reader that leaves is no failure of it."""
+    said = io.StringIO()
     try:
-        print(text, flush=True)
+        with redirect_stdout(said):
+            return ask()
+    finally:
+        if said.getvalue():
+            _print(said.getvalue().rstrip("\n"))
+
+
+def _print(text: str) -> None:
+    _show(lambda: sys.stdout.write(f"{text}\n"))
+
+
+def _show(tell: Callable[[], int]) -> int:
+    """What `tell` returns, or 0 if who reads standard output (`head`, say) has seen enough: that is no failure."""
+    try:
+        code = tell()
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code

@@ -1,6 +1,9 @@
 """The commands on dead letters: counts and examples, values that can be mended, and replay, each record once."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +54,17 @@ def test_reasons_are_counted_with_an_example_each(letters: Path, capsys: pytest.
 def test_values_are_shown_only_if_asked_for(letters: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dead-letters", "inspect", str(letters), "--show-values", "--reason=bad_json"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == """          b"{'a': 1}\""""
+
+
+@pytest.mark.parametrize("option", ["--show-values", "--values"])
+def test_a_reader_that_leaves_is_no_failure(letters: Path, option: str) -> None:
+    """As `head` does. Python says so once more at its end, if what is left is written then."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "stream_trainer", "dead-letters", "inspect", str(letters), option]
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (found.returncode, [line for line in found.stderr.splitlines() if "left out" not in line]) == (0, [])
 
 
 def test_values_come_as_they_were_one_a_line(letters: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

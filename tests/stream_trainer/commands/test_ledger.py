@@ -1,6 +1,8 @@
 """`stream-trainer ledger show` on a ledger of two trainers, three checkpoints and two versions."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,13 @@ def test_no_question_waits_for_pandas(place: Path) -> None:
     answers, beyond = output_beside_pandas(place, code).split("asked\n")
     assert "pandas" not in answers
     assert "pandas" in beyond
+
+
+def test_a_reader_that_leaves_is_no_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `head` does. Python would say so once more at its end, if what is left were written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert ask(place, "--partition=3", "--offset=10") == 0
+        assert ask(place, "--partition=3", "--offset=99") == 1
