@@ -5,6 +5,7 @@ each. A way's progress is the utility of what it trains on: the mean over what i
 the weighted update.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -21,8 +22,11 @@ WAYS: tuple[Way, ...] = get_args(Way)
 PRIOR: Mapping[Way, float] = {"learned": 0.2, "scored": 0.2, "rival": 0.15, "uniform": 0.1}
 PRIOR_SAMPLES = 4.0
 ROLES: Mapping[str, Way] = {"policy": "learned", "rival": "rival", "uniform": "uniform"}
-BETTER = 1.2  # times the rate of the present way: less is no reason to change
+# Standard errors of their difference by which a way has to be better than the present one. Utilities of single samples
+# differ far more than the means of two ways do, and a way that is no better costs little to stay with.
+SURE = 1.5
 PAYS = 1.1  # times the rate of uniform: less is not worth it
+CLEAR = 0.25  # such an error, as a share of the rate of uniform, is small enough to say that nothing pays
 TIMED = 4  # steps of a kind whose time is measured
 
 
@@ -45,6 +49,7 @@ class AutoDraw:
         self.way: Way = "learned"
         self._sums = {way: PRIOR_SAMPLES * PRIOR[way] for way in WAYS}
         self._counts = dict.fromkeys(WAYS, PRIOR_SAMPLES)
+        self._moments = torch.zeros(3, dtype=torch.float64)  # of all utilities: how many, their sum, that of squares
         self._seconds: dict[str, list[float]] = {"plain": [], "scored": []}
 
     @property
@@ -60,10 +65,14 @@ class AutoDraw:
     @property
     def rates(self) -> dict[Way, float]:
         """Progress of each way in the time of a plain step; not below 0."""
+        return {way: max(0.0, self._sums[way] / self._counts[way]) / self._cost(way) for way in WAYS}
+
+    def _cost(self, way: Way) -> float:
+        """Time of a step in that of a plain one."""
         plain, scored = (_middle(self._seconds[kind]) for kind in ("plain", "scored"))
-        dearer = scored / plain if plain and scored else 3.0
-        costs = {way: dearer if way == "scored" else 1.0 for way in WAYS}
-        return {way: max(0.0, self._sums[way] / self._counts[way]) / costs[way] for way in WAYS}
+        if way != "scored":
+            return 1.0
+        return scored / plain if plain and scored else 3.0
 
     def draw(self, waiting: Sequence[Traits], count: int) -> list[int]:
         """Up to `count` of those that wait, as indices in ascending order."""
@@ -94,8 +103,10 @@ class AutoDraw:
         for way in WAYS:
             self._sums[way] *= self.learned.discount
             self._counts[way] *= self.learned.discount
-        usable = [(r, u, w) for r, u, w in zip(roles, utilities, weights, strict=True) if abs(u) < float("inf")]
+        usable = [(r, u, w) for r, u, w in zip(roles, utilities, weights, strict=True) if math.isfinite(u)]
+        self._moments *= self.learned.discount
         for role, utility, weight in usable:
+            self._moments += torch.tensor([1.0, utility, utility**2], dtype=torch.float64)
             if role in ROLES:
                 self._sums[ROLES[role]] += utility
                 self._counts[ROLES[role]] += 1
@@ -106,9 +117,16 @@ class AutoDraw:
         rates = self.rates
         best = max(WAYS, key=lambda way: rates[way])
         if rates[best] <= PAYS * rates["uniform"]:
-            best = "uniform"
-        if best == "uniform" or rates[best] > BETTER * rates[self.way]:
+            if self._error(best, "uniform") <= CLEAR * rates["uniform"]:
+                self.way = "uniform"
+        elif rates[best] - rates[self.way] > SURE * self._error(best, self.way):
             self.way = best
+
+    def _error(self, one: Way, other: Way) -> float:
+        """Standard error of the difference of two rates."""
+        count, total, squares = self._moments.tolist()
+        variance = max(0.0, squares / count - (total / count) ** 2) if count else 0.0
+        return math.sqrt(variance * sum(1 / (self._counts[way] * self._cost(way) ** 2) for way in (one, other)))
 
     def learn(self, gone: Sequence[Traits]) -> None:
         """Take note of the samples that have left, drawn or not."""
@@ -123,6 +141,7 @@ class AutoDraw:
             "way": self.way,
             "sums": [self._sums[way] for way in WAYS],
             "counts": [self._counts[way] for way in WAYS],
+            "moments": self._moments.clone(),
             "seconds": {kind: list(times) for kind, times in self._seconds.items()},
         }
 
@@ -134,6 +153,7 @@ class AutoDraw:
         self.way = state["way"]
         self._sums = dict(zip(WAYS, state["sums"], strict=True))
         self._counts = dict(zip(WAYS, state["counts"], strict=True))
+        self._moments = state["moments"].clone() if "moments" in state else torch.zeros(3, dtype=torch.float64)
         self._seconds = {kind: list(times) for kind, times in state["seconds"].items()}
 
 

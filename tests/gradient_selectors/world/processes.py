@@ -11,6 +11,7 @@ def environments(size: int) -> list[dict[str, str]]:
     """Of each rank: where they meet, and how it finds what this process can import."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    paths["PYTHONFAULTHANDLER"] = "1"  # a crash outside of Python says where
     return [{**os.environ, **place, **paths, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
