@@ -4,7 +4,7 @@
         model/                  a plain transformers checkpoint, adapters merged in; or these alone, as `saving` says
         adapter.safetensors     with LoRA: the adapters' weights by parameter name
         adapter/                with LoRA, merged or not: the adapters as PEFT has them
-        optimizer.safetensors   `<parameter name>.<field>`, for example `lm_head.weight.exp_avg`
+        optimizer.safetensors   `<parameter name>.<field>`, for example `lm_head.weight.exp_avg`; or as `rows` says
         state.safetensors       tensors of whatever else has state, by path: `engine/target/gradient/lm_head.weight`
         trainer.json            step, cursor, identity of the source, the rest of that state, and what it was made with
         manifest.json           written last: who made it, size and SHA-256 of every other file, and of itself
@@ -18,16 +18,15 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from gradient_selectors.capture.shards import is_sharded
+from gradient_selectors.capture.shards import is_sharded, own_rows
 from gradient_selectors.state import flatten, unflatten
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -40,7 +39,8 @@ from stream_trainer.checkpoints.directory import (
     remove_leftovers,
 )
 from stream_trainer.checkpoints.manifest import DamagedError, format_of, verify, write_manifest, written
-from stream_trainer.checkpoints.trouble import remedy_of
+from stream_trainer.checkpoints.rows import INDEX, InRows, SavedRows, own_tensors
+from stream_trainer.checkpoints.trouble import remedy_of, writing
 from stream_trainer.checkpoints.version_1 import read_tensors, read_version_1
 from stream_trainer.errors import CheckpointError, FencedError, NotFiniteError
 from stream_trainer.models.loading import LoadedModel
@@ -71,7 +71,7 @@ class NamedOptimizer(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Tensors as `<parameter name>.<field>`."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a copy of what `state_dict` returned. Raises ValueError if it does not fit."""
 
 
@@ -131,26 +131,26 @@ def save_checkpoint(
     epoch: int = 0,
     confirm: Callable[[], None] = lambda: None,
     before_rename: Callable[[], None] = lambda: None,
+    rows: InRows | None = None,
 ) -> SavedCheckpoint:
     """Write a checkpoint of `state.step` durably, then delete all but the `keep` newest up to that epoch and step.
 
     `confirm` raises FencedError if another trainer has taken over from `epoch`. It is asked once all files are durable,
     before they get their place, and again after. `before_rename` is called once, when nothing is published yet; what it
-    raises leaves all as it was. Raises NotFiniteError before anything is written, and CheckpointError if it cannot be
+    raises leaves all as it was. `rows` is what the ranks have written of the optimizer's state, in the directory that
+    becomes the checkpoint. Raises NotFiniteError before anything is written, and CheckpointError if it cannot be
     written; every earlier checkpoint is then as it was.
     """
-    _require_finite(loaded, optimizer)
-    with _stage("the directory", directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(directory, epoch)
-        temporary = make_temporary(directory, epoch, f"step-{state.step:08d}")
+    if rows is None:
+        require_finite(loaded, optimizer)
+    temporary = begin_checkpoint(directory, epoch, state.step) if rows is None else rows.directory
     try:
-        _write_files(temporary, loaded, optimizer, state)
-        with _stage("the manifest", temporary):
-            size = write_manifest(temporary, state.step, state.made_with)
+        _write_files(temporary, loaded, optimizer if rows is None else None, state)
+        with writing("the manifest", temporary):
+            size = write_manifest(temporary, state.step, state.made_with, {} if rows is None else rows.files)
         confirm()
         before_rename()
-        with _stage("the rename", directory):
+        with writing("the rename", directory):
             final = put_in_place(temporary, directory, epoch, state.step)
     except FencedError:
         raise  # nothing there is ours to delete any more
@@ -162,6 +162,14 @@ def save_checkpoint(
     prune(directory, epoch, state.step, keep, confirm)
     confirm()
     return SavedCheckpoint(final, state.step, size)
+
+
+def begin_checkpoint(directory: Path, epoch: int, step: int) -> Path:
+    """Make a directory to write a checkpoint to, in the place of what was left half written. Raises CheckpointError."""
+    with writing("the directory", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory, epoch)
+        return make_temporary(directory, epoch, f"step-{step:08d}")
 
 
 def load_latest(directory: Path) -> Checkpoint | None:
@@ -208,16 +216,17 @@ def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: NamedOptimiz
                 check_base(whole, path / MODEL)
     else:
         load_weights(loaded, path / MODEL)
-    _restore_optimizer(path / OPTIMIZER, optimizer)
+    _restore_optimizer(path, optimizer)
     if format_of(path) == 1:
         return TrainerState(**read_version_1(path))
     trainer = json.loads((path / TRAINER).read_text())
     return TrainerState(**{**trainer, "parts": unflatten(read_tensors(path / STATE), trainer["parts"])})
 
 
-def _require_finite(loaded: LoadedModel, optimizer: NamedOptimizer) -> None:
-    tensors = {name: weight for name, weight in loaded.model.named_parameters() if weight.requires_grad}
-    name = first_not_finite(tensors) or first_not_finite(optimizer.state_dict())
+def require_finite(loaded: LoadedModel, optimizer: NamedOptimizer) -> None:
+    """Raise NotFiniteError unless all is finite that lies here of the trained weights and of the optimizer's state."""
+    tensors = {name: own_rows(weight) for name, weight in loaded.model.named_parameters() if weight.requires_grad}
+    name = first_not_finite(tensors) or first_not_finite(own_tensors(optimizer.state_dict()))
     if name is not None:
         raise NotFiniteError(
             f"checkpoint.dir: {name} is not finite, so nothing is written; lower optimizer.learning_rate and start "
@@ -240,27 +249,19 @@ def _are_finite(tensors: Sequence[torch.Tensor]) -> bool:
     return not tensors or math.isfinite(float(torch.nn.utils.get_total_norm(tensors, math.inf)))
 
 
-@contextmanager
-def _stage(what: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"checkpoint.dir: writing {what} to {path} failed ({error}); {remedy_of(error)}"
-        ) from error
-
-
-def _write_files(directory: Path, loaded: LoadedModel, optimizer: NamedOptimizer, state: TrainerState) -> None:
-    with _stage("the model", directory):
+def _write_files(directory: Path, loaded: LoadedModel, optimizer: NamedOptimizer | None, state: TrainerState) -> None:
+    """All but the manifest; None for an optimizer whose state is there already."""
+    with writing("the model", directory):
         save_model(loaded, directory / MODEL)
         if loaded.lora:
             save_adapter(loaded, directory / ADAPTER)
             save_for_peft(loaded, directory / PEFT)
-    with _stage("the optimizer", directory):
-        tensors = {key: value.detach().contiguous() for key, value in optimizer.state_dict().items()}
-        # A parameter may have no state yet, so the names are kept apart from it.
-        save_file(tensors, directory / OPTIMIZER, metadata={"parameters": json.dumps(list(optimizer.parameters))})
-    with _stage("the trainer's state", directory):
+    if optimizer is not None:
+        with writing("the optimizer", directory):
+            tensors = {key: value.detach().contiguous() for key, value in optimizer.state_dict().items()}
+            # A parameter may have no state yet, so the names are kept apart from it.
+            save_file(tensors, directory / OPTIMIZER, metadata={"parameters": json.dumps(list(optimizer.parameters))})
+    with writing("the trainer's state", directory):
         # Only contiguous tensors can be written.
         tensors, rest = flatten(state.parts)
         save_file({path: tensor.detach().contiguous() for path, tensor in tensors.items()}, directory / STATE)
@@ -275,15 +276,22 @@ def _write_files(directory: Path, loaded: LoadedModel, optimizer: NamedOptimizer
         (directory / TRAINER).write_text(json.dumps(trainer, indent=2))
 
 
-def _restore_optimizer(path: Path, optimizer: NamedOptimizer) -> None:
+def _restore_optimizer(directory: Path, optimizer: NamedOptimizer) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in optimizer.parameters.items()}
-    with safe_open(path, framework="pt") as file:
-        names = json.loads(file.metadata()["parameters"])
-    check_shapes("optimizer state of", shapes, {name: shapes.get(name, ()) for name in names}, path)
+    saved: Mapping[str, torch.Tensor]
+    if (directory / INDEX).exists():
+        saved = SavedRows.of(directory, optimizer.parameters)
+        check_shapes("optimizer state of", shapes, saved.shapes, directory)
+    else:
+        path = directory / OPTIMIZER
+        with safe_open(path, framework="pt") as file:
+            names = json.loads(file.metadata()["parameters"])
+        check_shapes("optimizer state of", shapes, {name: shapes.get(name, ()) for name in names}, path)
+        saved = load_file(path)
     try:
-        optimizer.load_state_dict(load_file(path))
+        optimizer.load_state_dict(saved)
     except ValueError as error:
         raise CheckpointError(
-            f"checkpoint {path} does not fit: {error}; restore the settings it was made with, or set another "
+            f"checkpoint {directory} does not fit: {error}; restore the settings it was made with, or set another "
             "checkpoint.dir"
         ) from error

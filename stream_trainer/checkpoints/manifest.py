@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import transformers
@@ -13,8 +13,8 @@ import transformers
 from stream_trainer.checkpoints.trouble import sync, sync_directory
 from stream_trainer.errors import CheckpointError
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
+FORMAT_VERSION, IN_ROWS = 2, 3  # the latter with the optimizer's state in several files, which earlier versions miss
+READABLE = (1, 2, 3)
 MANIFEST = "manifest.json"
 MADE_WITH = "made_with"
 
@@ -23,19 +23,38 @@ class DamagedError(Exception):
     """The files are not as the manifest says."""
 
 
-def write_manifest(directory: Path, step: int, made_with: Mapping[str, Any] | None = None) -> int:
+class Sealed(TypedDict):
+    """What a durable file holds."""
+
+    size: int
+    sha256: str
+
+
+def seal(path: Path) -> Sealed:
+    """Make a file durable. Raises OSError."""
+    sync(path)
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def write_manifest(
+    directory: Path, step: int, made_with: Mapping[str, Any] | None = None, sealed: Mapping[str, Sealed] | None = None
+) -> int:
     """Make every file durable, then the manifest, then the directories. Return the bytes of all files.
 
-    `directory` is to be one that only its writer knows: the manifest lists what is there. `made_with` says who wrote it
-    (see `provenance`).
+    `directory` is to be one that only its writers know: the manifest lists what is there. `made_with` says who wrote it
+    (see `provenance`), `sealed` what other ranks have made durable there: none of this is read. Raises CheckpointError
+    if it is not there.
     """
-    files: dict[str, dict[str, int | str]] = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        sync(path)
-        files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    known = sealed or {}
+    there = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    if known.keys() - there.keys():
+        raise CheckpointError(
+            "checkpoint.dir: what other processes have written is not there; put it on a file system that they share"
+        )
+    files = {name: known.get(name) or seal(there[name]) for name in sorted(there)}
     manifest = directory / MANIFEST
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": IN_ROWS if known else FORMAT_VERSION,
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -79,7 +98,7 @@ def verify(path: Path, step: int) -> None:
     if content["format_version"] not in READABLE:
         raise CheckpointError(
             f"checkpoint {path} has format_version={content['format_version']}, this version reads up to "
-            f"{FORMAT_VERSION}; "
+            f"{READABLE[-1]}; "
             f"use the version of stream-trainer that wrote it, or set another checkpoint.dir"
         )
     there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}

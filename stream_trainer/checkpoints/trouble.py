@@ -10,9 +10,13 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from stream_trainer.errors import SettingsError
+from safetensors import SafetensorError
+
+from stream_trainer.errors import CheckpointError, SettingsError
 
 TRIAL_PREFIX = ".trial-"
 
@@ -36,6 +40,17 @@ def remedy_of(error: Exception) -> str:
     if number is None and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])
     return next((remedy for remedy, numbers in _REMEDIES.items() if number in numbers), "check the disk, dmesg tells")
+
+
+@contextmanager
+def writing(what: str, path: Path) -> Iterator[None]:
+    """Raise CheckpointError for what a disk refuses within."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint.dir: writing {what} to {path} failed ({error}); {remedy_of(error)}"
+        ) from error
 
 
 def sync(path: Path) -> None:

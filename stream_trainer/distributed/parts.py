@@ -19,6 +19,7 @@ from stream_trainer.checkpoints.whole import Held, held_whole
 from stream_trainer.distributed.buffer import SharedBuffer
 from stream_trainer.distributed.control import Control, agree_on, by_first, told
 from stream_trainer.distributed.cursor import merged, owns
+from stream_trainer.distributed.writing import write_rows
 from stream_trainer.errors import SourceError, TrainingError
 from stream_trainer.ingest.judge import Snapshot
 from stream_trainer.ingest.letter import DeadLetter
@@ -132,7 +133,7 @@ class SharedSaver(Saver):
 
         Raises on each what rank 0, or the letters of any, failed with, and TrainingError if weights are not the same.
         """
-        world, own = self.control.world, self.ingest.snapshot()
+        started, world, own = time.perf_counter(), self.control.world, self.ingest.snapshot()
         trouble = None
         try:
             self.dead_letters.flush()
@@ -146,8 +147,11 @@ class SharedSaver(Saver):
                 f"distributed.mode={self.settings.distributed.mode}: the ranks' weights are no longer the same at step "
                 f"{step}, so nothing is written; start again, on machines of one kind"
             )
-        with held_whole(Held(self.loaded, self.optimizer, parts), keeps=world.rank == 0) as held:
-            by_first(world, lambda: self.write_held(step, held, self._whole(ranks)))
+        held = Held(self.loaded, self.optimizer, parts)
+        with self.counting_failures():
+            held = replace(held, rows=write_rows(world, self.owner, step, held))
+        with held_whole(held, keeps=world.rank == 0) as whole:
+            by_first(world, lambda: self.write_held(step, whole, self._whole(ranks), started))
         if world.rank:
             self._note_written(step, own)
 

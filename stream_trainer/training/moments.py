@@ -4,7 +4,7 @@ Each moment is held in blocks of 256 weights, a byte for each and a scale for th
 2110.02861). Small parameters keep float32. Import it only where it is wanted: bitsandbytes is an extra.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,7 @@ class NamedAdamW8bit(AdamW8bit):  # type: ignore[misc]
             if field not in TABLES
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:  # noqa: ARG002
+    def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:  # noqa: ARG002
         """Take over a copy of what `state_dict` returned. Raises ValueError, naming a parameter that does not fit."""
         found: dict[nn.Parameter, dict[str, Any]] = {}
         for key, tensor in state_dict.items():

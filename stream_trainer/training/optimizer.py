@@ -1,13 +1,13 @@
 """The optimizer and its learning rate."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from gradient_selectors import MaskedAdamW
-from gradient_selectors.capture.shards import own_part
+from gradient_selectors.capture.shards import is_sharded, own_part
 from gradient_selectors.mask.masked_adamw import parameters_by_name
 from gradient_selectors.world.base import World
 from safetensors import SafetensorError
@@ -41,8 +41,11 @@ class NamedAdamW(torch.optim.AdamW):
             for field, value in self.state.get(parameter, {}).items()
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a copy of what `state_dict` returned. Raises ValueError, naming a parameter that does not fit."""
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a copy of what `state_dict` returned, or of a whole state: a rank takes its own of it.
+
+        Raises ValueError, naming a parameter that does not fit.
+        """
         if any(key.endswith(".kept") for key in state_dict):
             raise ValueError("it was made with a mask; set selection.mask to fixed or dual_sft")
         if any(key.endswith(".state1") for key in state_dict):
@@ -63,7 +66,7 @@ class NamedAdamW(torch.optim.AdamW):
             raise ValueError(f"{field} of {name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
         if not tensor.dim():
             return tensor.clone().to(parameter.device)  # a fused update has the step there, too
-        return own_part(parameter, tensor)
+        return tensor.clone() if is_sharded(tensor) else own_part(parameter, tensor)
 
 
 def make_optimizer(

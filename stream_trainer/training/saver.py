@@ -3,7 +3,8 @@
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -117,11 +118,10 @@ class Saver:
 
     def write(self, step: int, parts: Mapping[str, Any], snapshot: Snapshot) -> None:
         """Make durable what is decided in `snapshot`, and all else. Raises as `save` does."""
-        self.write_held(step, Held(self.loaded, self.optimizer, parts), snapshot)
+        self.write_held(step, Held(self.loaded, self.optimizer, parts), snapshot, time.perf_counter())
 
-    def write_held(self, step: int, held: Held, snapshot: Snapshot) -> None:
-        """The same of a run that is held as `held` says."""
-        started = time.perf_counter()
+    def write_held(self, step: int, held: Held, snapshot: Snapshot, started: float) -> None:
+        """The same of a run that is held as `held` says; `started` is when that began (`time.perf_counter()`)."""
         decided = sum(snapshot.cursor["counts"].values())
         positions = {Partition.parse(name): log["next"] for name, log in snapshot.cursor["partitions"].items()}
         state = TrainerState(
@@ -133,7 +133,7 @@ class Saver:
             parts={**held.parts, **snapshot.parts},
             made_with=self.made_with,
         )
-        try:
+        with self.counting_failures():
             self.owner.confirm()
             self.dead_letters.flush()
             self.plan.flush()
@@ -149,10 +149,8 @@ class Saver:
                     self.owner.epoch,
                     self.owner.confirm,
                     before_rename=partial(self.ingest.confirm, self.saved or 0),
+                    rows=held.rows,
                 )
-        except CheckpointError:
-            self.metrics.checkpoint_failures.inc()
-            raise
         self.note_saved(step, snapshot.counts)
         self.plan.prune()
         if self.ledger is not None:
@@ -164,6 +162,15 @@ class Saver:
         logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, seconds)
         self.ingest.request_commit(positions, step)
         self.watchers.checkpoint(step, saved.path)
+
+    @contextmanager
+    def counting_failures(self) -> Iterator[None]:
+        """Count a checkpoint that cannot be written."""
+        try:
+            yield
+        except CheckpointError:
+            self.metrics.checkpoint_failures.inc()
+            raise
 
     def note_saved(self, step: int, counts: object) -> None:
         """Take note that a checkpoint is durable, which holds these counts."""

@@ -279,7 +279,8 @@ class Trainer:
 
     def _why_unsound(self) -> str | None:
         target = collate(self.evaluations.sets["target"][:CONTROL_SAMPLES], self._pad_id)
-        return why_unsound(self.engine.capture, self.optimizer, target) or self.evaluations.why_diverged(self.step)
+        why = why_unsound(self.engine.capture, self.optimizer, target, self.evaluations.world)
+        return why or self.evaluations.why_diverged(self.step)
 
     def _roll_back(self, why: str) -> None:
         """Go back to the last checkpoint's weights and state, and on from here: no record is read again.

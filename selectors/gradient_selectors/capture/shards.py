@@ -29,10 +29,19 @@ def own_part(parameter: Any, values: Tensor) -> Tensor:
     """Of values for a whole parameter what lies here, on its device; all where it is whole. A copy."""
     if not is_sharded(parameter):
         return values.clone().to(parameter.device)
+    first, last = span_here(parameter)
+    return lying_as(parameter, values[first:last].clone().to(parameter.device))
+
+
+def span_here(parameter: Any) -> tuple[int, int]:
+    """Which rows of a parameter lie here, `first:last`; all where it is whole."""
+    num_rows = len(parameter)
+    if not is_sharded(parameter):
+        return 0, num_rows
     mesh = parameter.device_mesh
-    share = -(-len(values) // mesh.size())  # as `torch.chunk` cuts
-    first = share * mesh.get_local_rank()
-    return lying_as(parameter, values[first : first + share].clone().to(parameter.device))
+    share = -(-num_rows // mesh.size())  # as `torch.chunk` cuts
+    first = min(share * mesh.get_local_rank(), num_rows)
+    return first, min(first + share, num_rows)
 
 
 def is_sharded(values: Any) -> bool:

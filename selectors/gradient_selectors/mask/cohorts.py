@@ -1,8 +1,8 @@
 """The state of one parameter under a mask: moments of its kept units alone, in cohorts that joined together.
 
 Of a parameter in rows each rank has the units of its own rows, at positions among these, and no cohort without a unit.
-The whole has a cohort's units of all ranks, one rank after the other. As rows are in the order of ranks, that is how
-one process has them.
+Elsewhere positions count from the parameter's first unit. The whole has a cohort's units of all ranks, one rank after
+the other. As rows are in the order of ranks, that is how one process has them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradient_selectors.world.base import World
-
 FIELDS = ("step", "kept", "exp_avg", "exp_avg_sq", "cohort_sizes", "cohort_joined")
-
-Cohorts = tuple[list[int], list[int]]
-"""How many units joined, and at which step, of each cohort of a rank."""
+OF_UNITS = ("kept", "exp_avg", "exp_avg_sq")
 
 
 def empty_state(parameter: Tensor, size: int) -> dict[str, Tensor]:
@@ -52,36 +48,28 @@ def spread(parameter: Tensor, state: Mapping[str, Tensor], values: Tensor, fill:
     return dense.index_copy_(0, state["kept"].long(), values).view(parameter.shape)
 
 
-def cohorts_of(state: Mapping[str, Tensor]) -> Cohorts:
-    """As they are told to other ranks."""
-    return state["cohort_sizes"].tolist(), state["cohort_joined"].tolist()
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The state of a parameter from those of its parts, which are in the order of their units."""
+    joined_m, order = torch.cat([_joined(part) for part in parts]).sort(stable=True)
+    found = {field: torch.cat([part[field] for part in parts])[order] for field in OF_UNITS}
+    return {"step": parts[0]["step"], **found, **_cohorts(joined_m)}
 
 
-def whole_state(world: World, own: Mapping[str, Tensor], first: int, cohorts: Sequence[Cohorts]) -> dict[str, Tensor]:
-    """The state of a parameter in rows, on the CPU: a call of all ranks.
-
-    `own`: this rank's, whose first unit is the parameter's unit number `first`; `cohorts` are those of each rank.
-    """
-    joined_m = torch.cat([_joined(torch.tensor(steps), torch.tensor(sizes)) for sizes, steps in cohorts])
-    joined_m, order = joined_m.sort(stable=True)
-    counts = [sum(sizes) for sizes, _ in cohorts]
-    compact = {"kept": own["kept"] + first, "exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"]}
-    found = {field: world.rows(values, counts).cpu()[order] for field, values in compact.items()}
-    return {"step": own["step"], **found, **_cohorts(joined_m)}
+def state_between(state: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    """What of a state is of the units `first:last`. A copy, at the same positions."""
+    here = ((state["kept"] >= first) & (state["kept"] < last)).nonzero().squeeze(1)
+    found = {field: state[field][here] for field in OF_UNITS}
+    return {"step": state["step"].clone(), **found, **_cohorts(_joined(state)[here.cpu()])}
 
 
-def state_between(whole: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
-    """What of a whole state is of the units `first:last`. A copy."""
-    here = ((whole["kept"] >= first) & (whole["kept"] < last)).nonzero().squeeze(1)
-    joined_m = _joined(whole["cohort_joined"], whole["cohort_sizes"])[here.cpu()]
-    found = {field: whole[field][here] for field in ("kept", "exp_avg", "exp_avg_sq")}
-    found["kept"] -= first
-    return {"step": whole["step"].clone(), **found, **_cohorts(joined_m)}
+def at_first(state: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
+    """The same state with positions that are larger by `first`."""
+    return {**state, "kept": state["kept"] + first}
 
 
-def _joined(steps_c: Tensor, sizes_c: Tensor) -> Tensor:
+def _joined(state: Mapping[str, Tensor]) -> Tensor:
     """The step at which each unit joined, (m,) int64."""
-    return torch.repeat_interleave(steps_c.long(), sizes_c.long())
+    return torch.repeat_interleave(state["cohort_joined"].long(), state["cohort_sizes"].long())
 
 
 def _cohorts(joined_m: Tensor) -> dict[str, Tensor]:

@@ -21,18 +21,18 @@ from gradient_selectors.capture.shards import is_sharded, lying_as, own_rows
 from gradient_selectors.mask.anticipating import Usual, moment_sums, values_of_kept
 from gradient_selectors.mask.cohorts import (
     FIELDS,
+    OF_UNITS,
     ages,
-    cohorts_of,
+    at_first,
     count_moved,
     empty_state,
     per_unit,
     spread,
     state_between,
-    whole_state,
 )
 from gradient_selectors.mask.rule import Granularity, positions_of, unit_size
 from gradient_selectors.preconditioner import Preconditioner, plain
-from gradient_selectors.world.base import Alone, World, gathered
+from gradient_selectors.world.base import Alone, World
 from gradient_selectors.world.deal import own_span
 
 
@@ -68,7 +68,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         (2, 0.25)
 
     Of parameters that lie in rows on several ranks each has the moments of its own rows. A change of the mask and
-    `state_dict` are then calls of all ranks, and so is what says so.
+    `load_state_dict` are then calls of all ranks, and so is what says so.
 
     State of a parameter with m kept units of s weights in c cohorts: `kept` (m,) int32 positions, `exp_avg` and
     `exp_avg_sq` (m, s) in the parameter's dtype, `step` () int64 updates made, `cohort_sizes` (c,) and `cohort_joined`
@@ -215,19 +215,19 @@ class MaskedAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Flat, as `<parameter name>.<field>`, and without the settings of groups: these stay as they are given.
 
-        Tensors share memory with the live ones. Those of parameters in rows are whole, and on the CPU.
+        Tensors share memory with the live ones, but for `kept` of parameters in rows: of these it is this rank's state,
+        whose positions are those in the whole parameter.
         """
         states = {name: self.state[p] for name, p in self.parameters.items() if self.state.get(p)}
         if self.world.size > 1:
-            ranks = gathered(self.world, {name: cohorts_of(state) for name, state in states.items()})
-            states = {
-                name: whole_state(self.world, state, self._span(name)[0], [rank[name] for rank in ranks])
-                for name, state in states.items()
-            }
+            states = {name: at_first(state, self._span(name)[0]) for name, state in states.items()}
         return {f"{name}.{field}": state[field] for name, state in states.items() for field in FIELDS}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a copy of what `state_dict` returned. Raises ValueError, naming a parameter that does not fit."""
+        """Take over a copy of what `state_dict` returned, or of a whole state: a rank takes its own of it.
+
+        Raises ValueError, naming a parameter that does not fit.
+        """
         names = {key.rpartition(".")[2] for key in state_dict}
         if "exp_avg" in names and "kept" not in names:
             raise ValueError("it was made without a mask; go on without one")
@@ -238,14 +238,16 @@ class MaskedAdamW(torch.optim.Optimizer):
         for name, fields in found.items():
             self._check_fields(name, fields)
         self.state.clear()
-        self._kept |= {name: found[name]["exp_avg"].numel() if name in found else 0 for name in self.parameters}
         for name, fields in found.items():
-            parameter = self.parameters[name]
+            parameter, (first, last) = self.parameters[name], self._span(name)
             if self.world.size > 1:
-                fields = state_between(fields, *self._span(name))
+                fields = at_first(state_between(fields, first, last), -first)
             self.state[parameter] = {
-                field: fields[field].clone().to(parameter.device if field in FIELDS[1:4] else "cpu") for field in FIELDS
+                field: fields[field].clone().to(parameter.device if field in OF_UNITS else "cpu") for field in FIELDS
             }
+        own = [self.state[p]["exp_avg"].numel() if p in self.state else 0 for p in self.parameters.values()]
+        counts = self.world.facts(own)
+        self._kept = {name: sum(ranks) for name, ranks in zip(self.parameters, zip(*counts, strict=True), strict=True)}
 
     def _group_of(self, name: str) -> dict[str, Any]:
         return next(group for group in self.param_groups if name in group["param_names"])

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from gradient_selectors import Batch, GradientCapture
+from gradient_selectors.world.base import World, gathered
 
 from stream_trainer.checkpoints.checkpoint import first_not_finite
 
@@ -18,14 +19,15 @@ class HasState(Protocol):
         """Tensors by name."""
 
 
-def why_unsound(capture: GradientCapture, optimizer: HasState, batch: Batch) -> str | None:
+def why_unsound(capture: GradientCapture, optimizer: HasState, batch: Batch, world: World) -> str | None:
     """Why the model is dead: a weight, a moment, every loss on `batch` or its gradient is not finite, or that is zero.
 
     None if all is well. Weights may be finite and yet so large that no loss is, or that nothing moves any of them. One
     pass over memory, and two over `batch`, the target's. Whatever was in `.grad` is gone.
     """
     for kind, tensors in (("weight", capture.parameters), ("optimizer's", optimizer.state_dict())):
-        name = first_not_finite(tensors)
+        # What each rank has of an optimizer's state may be its own.
+        name = next(filter(None, gathered(world, first_not_finite(tensors))), None)
         if name is not None:
             return f"the {kind} {name} is not finite"
     losses_N = capture.losses(batch)

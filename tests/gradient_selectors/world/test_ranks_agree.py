@@ -8,6 +8,7 @@ import pytest
 import torch
 from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.engine import SelectionEngine
+from gradient_selectors.mask.cohorts import FIELDS, joined
 from gradient_selectors.mask.dual_sft import DualSft, Response
 from gradient_selectors.mask.masked_adamw import MaskedAdamW
 from gradient_selectors.mask.rule import MaskRule
@@ -20,6 +21,7 @@ from gradient_selectors.weigh.baselines import Equal
 from gradient_selectors.weigh.filter_then_weight import FilterThenWeight
 from gradient_selectors.weigh.greedy import Greedy
 from gradient_selectors.world.base import Alone, RankError, World
+from safetensors.torch import load, save
 from torch import Tensor
 
 from stream_trainer.models.loading import load_model
@@ -88,13 +90,27 @@ def course(world: World, model: Any, prepared: GradientCapture | None = None, **
     found.mean = mean_loss(engine.capture, [make_batch((9, 7, 12), seed=4)], world=world)
     found.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     if masked:
-        found.moments = {key: values.clone() for key, values in optimizer.state_dict().items()}
-        optimizer.load_state_dict(found.moments)
-        again = optimizer.state_dict()
-        assert again.keys() == found.moments.keys()
-        assert all(torch.equal(again[key], values) for key, values in found.moments.items())
+        own = {key: values.clone() for key, values in optimizer.state_dict().items()}
+        found.moments = whole_moments(world, own)
+        for state in (found.moments, own):  # a rank takes its own of what all have
+            density = optimizer.density
+            optimizer.load_state_dict(state)
+            again = optimizer.state_dict()
+            assert optimizer.density == density > 0  # of all ranks
+            assert again.keys() == own.keys()
+            assert all(torch.equal(again[key], values) for key, values in own.items())
     found.calls = getattr(world, "calls", [])
     return found
+
+
+def whole_moments(world: World, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a masked optimizer whose parameters lie in rows, or the same everywhere."""
+    ranks = [load(part) for part in world.gather(save(own))]
+    if all(all(torch.equal(own[key], values) for key, values in rank.items()) for rank in ranks):
+        return own
+    names = {key.rpartition(".")[0] for key in own}
+    parts = {name: [{field: rank[f"{name}.{field}"] for field in FIELDS} for rank in ranks] for name in names}
+    return {f"{name}.{field}": values for name in names for field, values in joined(parts[name]).items()}
 
 
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {

@@ -191,10 +191,10 @@ def test_checkpoint_of_a_later_format_is_named_not_passed_over(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path, *trained, state_at(1), keep=2)
-    monkeypatch.setattr("stream_trainer.checkpoints.manifest.FORMAT_VERSION", 3)
+    monkeypatch.setattr("stream_trainer.checkpoints.manifest.FORMAT_VERSION", 4)
     save_checkpoint(tmp_path, *trained, state_at(2), keep=2)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format_version=3, this version reads up to 2; use the version"):
+    with pytest.raises(CheckpointError, match="format_version=4, this version reads up to 3; use the version"):
         load_latest(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Each file of the newest checkpoint damaged in each way: the one before is used, and the log says what was wrong."""
 
+import itertools
 import logging
 import shutil
 from collections.abc import Callable
@@ -7,9 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from gradient_selectors.world.deal import spans_of
 
-from stream_trainer.checkpoints.checkpoint import load_latest, save_checkpoint
-from tests.stream_trainer.checkpoints.test_checkpoint import LORA, fresh, latest_step, state_at, train
+from stream_trainer.checkpoints.checkpoint import begin_checkpoint, load_latest, restore, save_checkpoint
+from stream_trainer.checkpoints.manifest import Sealed
+from stream_trainer.checkpoints.rows import InRows, write_index, write_own
+from stream_trainer.errors import CheckpointError
+from tests.stream_trainer.checkpoints.test_checkpoint import (
+    LORA,
+    Trained,
+    assert_equal_tensors,
+    fresh,
+    latest_step,
+    state_at,
+    train,
+)
 
 
 def flip(path: Path) -> None:
@@ -50,6 +63,56 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (1, 2):
         save_checkpoint(directory, *made, state_at(step), keep=2, epoch=step)
     return directory
+
+
+def save_in_rows(directory: Path, made: Trained, step: int) -> None:
+    """As two ranks do together."""
+    temporary = begin_checkpoint(directory, step, step)
+    files = dict[str, Sealed]()
+    for rank in range(2):
+        state = {
+            key: values[slice(*spans_of(2, len(values))[rank])] if values.dim() else values
+            for key, values in made.optimizer.state_dict().items()
+        }
+        files |= write_own(temporary, state, rank, 2)
+    write_index(temporary, made.optimizer.parameters, 2)
+    save_checkpoint(directory, *made, state_at(step), keep=2, epoch=step, rows=InRows(temporary, files))
+
+
+def test_damage_to_any_file_of_a_rank_falls_back_to_the_checkpoint_before(tmp_path: Path) -> None:
+    made = fresh(lora=LORA)
+    train(*made, 1, torch.Generator())
+    for step in (1, 2):
+        save_in_rows(tmp_path, made, step)
+    newest = newest_of(tmp_path)
+    files = sorted(newest.glob("optimizer*"))
+    assert [path.name for path in files] == [
+        "optimizer-00001-of-00002.safetensors",
+        "optimizer-00002-of-00002.safetensors",
+        "optimizer.index.json",
+    ]
+    again = fresh(lora=LORA)
+    found = load_latest(tmp_path)
+    assert found is not None
+    assert restore(found, *again).step == 2
+    assert_equal_tensors(again.optimizer.state_dict(), made.optimizer.state_dict())
+    for path, damage in itertools.product(files, OF_A_FILE):
+        backup = path.read_bytes()
+        OF_A_FILE[damage](path)
+        assert latest_step(tmp_path) == 1, (path, damage)
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        path.write_bytes(backup)
+    assert latest_step(tmp_path) == 2
+
+
+def test_a_file_of_a_rank_that_is_missing_makes_no_checkpoint(tmp_path: Path) -> None:
+    made = fresh(lora=LORA)
+    temporary = begin_checkpoint(tmp_path, 1, 1)
+    files = write_own(temporary, {}, 0, 2)
+    missing = {name.replace("00001", "00002", 1): sealed for name, sealed in files.items()}
+    with pytest.raises(CheckpointError, match="put it on a file system that they share"):
+        save_checkpoint(tmp_path, *made, state_at(1), keep=2, epoch=1, rows=InRows(temporary, {**files, **missing}))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

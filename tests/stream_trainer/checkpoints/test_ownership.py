@@ -34,7 +34,7 @@ def save(monkeypatch: pytest.MonkeyPatch) -> Callable[[Owner, int], Path]:
             (directory / name).write_text(name)
 
     monkeypatch.setattr(checkpoint, "_write_files", write)
-    monkeypatch.setattr(checkpoint, "_require_finite", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "require_finite", lambda *_: None)
 
     def checkpoint_as(owner: Owner, step: int) -> Path:
         owner.confirm()

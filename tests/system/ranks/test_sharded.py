@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gradient_selectors.mask.cohorts import FIELDS, joined
 from gradient_selectors.views.interaction import Interaction
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.gradient_selectors.world.processes import run_to_end
@@ -20,6 +22,7 @@ from tests.system.ranks.runs import saved_model, serve_on_ranks
 PROGRAM = "tests.system.ranks.sharded_program"
 CLOSE = 1e-5
 RECORDS = 48
+MOMENTS = ("exp_avg", "exp_avg_sq")
 FULL: dict[str, Any] = {}
 LORA = {"lora": {"rank": 3, "alpha": 6.0}, "gradient_checkpointing": True}
 LEARNED = {"profile": "thrifty", "draw": "learned", "pool_size": 8, "batch_size": 3}
@@ -95,6 +98,24 @@ def test_a_run_in_rows_is_that_of_one_process_and_goes_on_anyhow(
     assert sum(counts(config).values()) == RECORDS
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_at_any_size(tmp_path: Path) -> None:
+    """One process, two, three, and one again: each step is that of a run which one process makes to the end."""
+    config = settings(tmp_path / "rows", FULL, selection=MASKED)
+    (tmp_path / "alone").mkdir()
+    _, (alone,) = serve_on_ranks(settings(tmp_path / "alone", FULL, "none", selection=MASKED), 1)
+    made: list[Any] = []
+    for size, last_step in ((1, 1), (2, 2), (3, 4), (1, 0)):
+        ranks = on_processes(config, size, last_step)
+        assert [rank["failure"] for rank in ranks] == [""] * size
+        assert all(rank["steps"] == ranks[0]["steps"] for rank in ranks)
+        assert len(list(checkpoints(config)[-1].glob("optimizer*.safetensors"))) == size
+        made += ranks[0]["steps"]
+    for found, wanted in zip(made, alone, strict=True):
+        agrees(found, wanted)
+    assert sum(counts(config).values()) == RECORDS
+
+
 def moved_to(folder: Path, config: dict[str, Any], mode: str) -> dict[str, Any]:
     """The settings of a run in another mode that goes on from a copy of the checkpoints."""
     folder.mkdir()
@@ -111,9 +132,10 @@ def same_files(ours: dict[str, Any], wanted: dict[str, Any], *, lora: bool) -> N
     assert models[0].keys() == models[1].keys()
     for name, weight in models[1].items():
         torch.testing.assert_close(models[0][name], weight, rtol=0, atol=CLOSE)
-    names = ["optimizer.safetensors", "state.safetensors", *(["adapter.safetensors"] if lora else [])]
-    for name in names:
-        tensors, theirs = load_file(found / name), load_file(other / name)
+    assert not (found / "optimizer.safetensors").exists()
+    pairs = [(joined_moments(found), load_file(other / "optimizer.safetensors"))]
+    names = ["state.safetensors", *(["adapter.safetensors"] if lora else [])]
+    for tensors, theirs in [*pairs, *((load_file(found / name), load_file(other / name)) for name in names)]:
         assert {key: (t.shape, t.dtype) for key, t in tensors.items()} == {
             key: (t.shape, t.dtype) for key, t in theirs.items()
         }
@@ -122,3 +144,17 @@ def same_files(ours: dict[str, Any], wanted: dict[str, Any], *, lora: bool) -> N
                 torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=CLOSE)
             elif key.endswith(".kept"):
                 assert torch.equal(tensors[key], tensor)  # the mask
+
+
+def joined_moments(checkpoint: Path) -> dict[str, Tensor]:
+    """The moments in the files of all ranks, each of which has its own rows, made one."""
+    parts = [load_file(path) for path in sorted(checkpoint.glob("optimizer-*.safetensors"))]
+    assert len(parts) == 2
+    found = dict(parts[0])
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in parts[0]):
+        if f"{name}.kept" in found:
+            states = [{field: part[f"{name}.{field}"] for field in FIELDS} for part in parts]
+            found |= {f"{name}.{field}": values for field, values in joined(states).items()}
+        else:
+            found |= {f"{name}.{field}": torch.cat([part[f"{name}.{field}"] for part in parts]) for field in MOMENTS}
+    return found

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gradient_selectors.world.base import Alone
 
 from stream_trainer.samples.collate import collate
 from stream_trainer.training.faults.soundness import why_unsound
@@ -45,7 +46,7 @@ def test_what_is_not_finite_is_named(
     setup, samples = setup_of(tmp_path, {}), make_samples(8)
     setup.step(samples)
     batch = collate(samples, setup.pad_id)
-    assert why_unsound(setup.capture, setup.optimizer, batch) is None
+    assert why_unsound(setup.capture, setup.optimizer, batch, Alone()) is None
     with torch.no_grad():
         spoil(setup, value)
-    assert why_unsound(setup.capture, setup.optimizer, batch) == why
+    assert why_unsound(setup.capture, setup.optimizer, batch, Alone()) == why
