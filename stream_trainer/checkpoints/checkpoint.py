@@ -5,7 +5,8 @@
         adapter.safetensors     with LoRA: the adapters' weights by parameter name
         adapter/                with LoRA, merged or not: the adapters as PEFT has them
         optimizer.safetensors   `<parameter name>.<field>`, for example `lm_head.weight.exp_avg`; or as `rows` says
-        state.safetensors       tensors of whatever else has state, by path: `engine/target/gradient/lm_head.weight`
+        state.safetensors       tensors of whatever else has state, by path: `engine/target/gradient/lm_head.weight`;
+                                what lies in rows as `rows` says
         trainer.json            step, cursor, identity of the source, the rest of that state, and what it was made with
         manifest.json           written last: who made it, size and SHA-256 of every other file, and of itself
 
@@ -39,7 +40,7 @@ from stream_trainer.checkpoints.directory import (
     remove_leftovers,
 )
 from stream_trainer.checkpoints.manifest import DamagedError, format_of, verify, write_manifest, written
-from stream_trainer.checkpoints.rows import INDEX, InRows, SavedRows, own_tensors
+from stream_trainer.checkpoints.rows import INDEX, OF_PARTS, InRows, SavedRows, own_tensors, read_joined
 from stream_trainer.checkpoints.trouble import remedy_of, writing
 from stream_trainer.checkpoints.version_1 import read_tensors, read_version_1
 from stream_trainer.errors import CheckpointError, FencedError, NotFiniteError
@@ -220,7 +221,8 @@ def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: NamedOptimiz
     if format_of(path) == 1:
         return TrainerState(**read_version_1(path))
     trainer = json.loads((path / TRAINER).read_text())
-    return TrainerState(**{**trainer, "parts": unflatten(read_tensors(path / STATE), trainer["parts"])})
+    tensors = read_tensors(path / STATE) | read_joined(path, OF_PARTS)
+    return TrainerState(**{**trainer, "parts": unflatten(tensors, trainer["parts"])})
 
 
 def require_finite(loaded: LoadedModel, optimizer: NamedOptimizer) -> None:

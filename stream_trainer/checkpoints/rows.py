@@ -1,7 +1,8 @@
-"""The optimizer's state of a model in rows on several ranks: each writes its own, and whoever goes on reads its own.
+"""State that lies in rows on several ranks: each writes its own, and whoever goes on reads its own.
 
     optimizer-00001-of-00002.safetensors    what rank 0 has, by the names that it has in one file for all
     optimizer.index.json                    the files, and at which row of each parameter each of them begins
+    state-00001-of-00002.safetensors        what rank 0 has of the rest, by path
 
 `kept` of a masked parameter are positions in the whole one. Not written with torch.distributed.checkpoint: it pickles
 its metadata, in a file or between ranks, and knows no moments of some weights alone.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from stream_trainer.checkpoints.manifest import Sealed, seal
 from stream_trainer.checkpoints.trouble import writing
 
+OF_OPTIMIZER, OF_PARTS = "optimizer", "state"
 INDEX = "optimizer.index.json"
 
 
@@ -40,14 +42,14 @@ class InRows:
 
 
 def own_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Of an optimizer's state what lies here."""
+    """Of a state what lies here."""
     return {key: own_rows(values).detach().contiguous() for key, values in state.items()}
 
 
-def write_own(directory: Path, state: Mapping[str, Any], rank: int, size: int) -> dict[str, Sealed]:
-    """Write a rank's part of the state of an optimizer, durably. Raises CheckpointError."""
-    with writing("the optimizer", directory):
-        path = directory / _name(rank, size)
+def write_own(directory: Path, of: str, state: Mapping[str, Any], rank: int, size: int) -> dict[str, Sealed]:
+    """Write a rank's part of the state `of` something, durably. Raises CheckpointError."""
+    with writing(f"the {of}", directory):
+        path = directory / _name(of, rank, size)
         save_file(own_tensors(state), path)
         return {path.name: seal(path)}
 
@@ -58,14 +60,20 @@ def write_index(directory: Path, parameters: Mapping[str, nn.Parameter], size: i
         name: {"shape": list(parameter.shape), "begins": [first for first, _ in spans_of(size, len(parameter))]}
         for name, parameter in parameters.items()
     }
-    index = {"files": [_name(rank, size) for rank in range(size)], "parameters": rows}
+    index = {"files": [_name(OF_OPTIMIZER, rank, size) for rank in range(size)], "parameters": rows}
     with writing("the optimizer", directory):
         (directory / INDEX).write_text(json.dumps(index))
 
 
-def _name(rank: int, size: int) -> str:
+def read_joined(directory: Path, of: str) -> dict[str, Tensor]:
+    """All rows of what the ranks have written, on the CPU; nothing if they have not."""
+    parts = [load_file(path) for path in sorted(directory.glob(f"{of}-*-of-*.safetensors"))]
+    return {key: torch.cat([part[key] for part in parts]) for key in (parts[0] if parts else ())}
+
+
+def _name(of: str, rank: int, size: int) -> str:
     """As transformers names the files of a model."""
-    return f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
+    return f"{of}-{rank + 1:05d}-of-{size:05d}.safetensors"
 
 
 State = dict[str, dict[str, Tensor]]

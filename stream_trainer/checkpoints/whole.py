@@ -5,12 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gradient_selectors.capture.shards import is_sharded
 from gradient_selectors.state import flatten, unflatten
+from torch import Tensor
 
 from stream_trainer.checkpoints.checkpoint import NamedOptimizer
 from stream_trainer.checkpoints.rows import InRows
 from stream_trainer.models.loading import LoadedModel
-from stream_trainer.models.twin import gathered, made_whole
+from stream_trainer.models.twin import made_whole
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Held:
 
     Attributes:
         parts: states by part, as of `TrainerState`.
-        rows: of the optimizer's state, if it is written already.
+        rows: of the optimizer's state and of parts, if they are written already.
     """
 
     loaded: LoadedModel
@@ -30,15 +32,20 @@ class Held:
 
 @contextmanager
 def held_whole(held: Held, *, keeps: bool) -> Iterator[Held]:
-    """The same as one process has it, for as long as it is written. A call of all processes, where a model is sharded.
+    """What one process writes, for as long as it does. A call of all processes, where a model is sharded.
 
-    Gathered one tensor at a time, and kept in the memory of the processes that say so.
+    Weights are gathered one at a time, and kept in the memory of the processes that say so. Parts are without what lies
+    in rows, which each process writes.
     """
     if held.loaded.twin is None:
         yield held
         return
     with made_whole(held.loaded, keeps=keeps) as loaded:
         tensors, rest = flatten(held.parts)
-        found = {name: gathered(values, keeps=keeps) for name, values in tensors.items()}
-        parts = unflatten({name: values for name, values in found.items() if values is not None}, rest)
-        yield replace(held, loaded=loaded, parts=parts)
+        whole = {path: values for path, values in tensors.items() if not is_sharded(values)}
+        yield replace(held, loaded=loaded, parts=unflatten(whole, rest))
+
+
+def in_rows(parts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of parts that lie in rows, by path."""
+    return {path: values for path, values in flatten(parts)[0].items() if is_sharded(values)}

@@ -1,4 +1,4 @@
-"""How the ranks write the state of an optimizer whose parameters lie in rows on them: all at once, each its own."""
+"""How the ranks write the state that lies in rows on them: all at once, each its own."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,8 @@ from gradient_selectors.world.base import World, first, gathered
 from stream_trainer.checkpoints.checkpoint import begin_checkpoint, require_finite
 from stream_trainer.checkpoints.manifest import Sealed
 from stream_trainer.checkpoints.ownership import Owner
-from stream_trainer.checkpoints.rows import InRows, write_index, write_own
-from stream_trainer.checkpoints.whole import Held
+from stream_trainer.checkpoints.rows import OF_OPTIMIZER, OF_PARTS, InRows, write_index, write_own
+from stream_trainer.checkpoints.whole import Held, in_rows
 from stream_trainer.distributed.control import agree_on, by_first, told
 from stream_trainer.errors import StreamTrainerError
 
@@ -25,7 +25,8 @@ def write_rows(world: World, owner: Owner, step: int, held: Held) -> InRows | No
     failure, files = None, dict[str, Sealed]()
     try:
         require_finite(held.loaded, held.optimizer)
-        files = write_own(directory, held.optimizer.state_dict(), world.rank, world.size)
+        files = write_own(directory, OF_OPTIMIZER, held.optimizer.state_dict(), world.rank, world.size)
+        files |= write_own(directory, OF_PARTS, in_rows(held.parts), world.rank, world.size)
         if world.rank == 0:
             write_index(directory, held.optimizer.parameters, world.size)
     except StreamTrainerError as error:

@@ -74,7 +74,7 @@ def save_in_rows(directory: Path, made: Trained, step: int) -> None:
             key: values[slice(*spans_of(2, len(values))[rank])] if values.dim() else values
             for key, values in made.optimizer.state_dict().items()
         }
-        files |= write_own(temporary, state, rank, 2)
+        files |= write_own(temporary, "optimizer", state, rank, 2)
     write_index(temporary, made.optimizer.parameters, 2)
     save_checkpoint(directory, *made, state_at(step), keep=2, epoch=step, rows=InRows(temporary, files))
 
@@ -108,7 +108,7 @@ def test_damage_to_any_file_of_a_rank_falls_back_to_the_checkpoint_before(tmp_pa
 def test_a_file_of_a_rank_that_is_missing_makes_no_checkpoint(tmp_path: Path) -> None:
     made = fresh(lora=LORA)
     temporary = begin_checkpoint(tmp_path, 1, 1)
-    files = write_own(temporary, {}, 0, 2)
+    files = write_own(temporary, "optimizer", {}, 0, 2)
     missing = {name.replace("00001", "00002", 1): sealed for name, sealed in files.items()}
     with pytest.raises(CheckpointError, match="put it on a file system that they share"):
         save_checkpoint(tmp_path, *made, state_at(1), keep=2, epoch=1, rows=InRows(temporary, {**files, **missing}))

@@ -103,7 +103,9 @@ def write(directory: Path, make: Make, state: dict[str, Tensor], size: int = 2) 
         with mesh_of(rank, size) as mesh:
             optimizer = make(in_rows(mesh), Rank(rank, size))
             optimizer.load_state_dict(state)
-            assert set(write_own(directory, optimizer.state_dict(), rank, size)) == {path(directory, rank, size).name}
+            assert set(write_own(directory, "optimizer", optimizer.state_dict(), rank, size)) == {
+                path(directory, rank, size).name
+            }
             write_index(directory, optimizer.parameters, size)
 
 

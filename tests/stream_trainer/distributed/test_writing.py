@@ -57,7 +57,8 @@ def test_all_ranks_know_what_all_have_written(tmp_path: Path) -> None:
     for name, sealed in first.files.items():
         assert sealed["size"] == (first.directory / name).stat().st_size
     index = json.loads((first.directory / "optimizer.index.json").read_text())
-    assert index["files"] == sorted(first.files)
+    assert index["files"] == [f"optimizer-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    assert set(first.files) == {*index["files"], *(name.replace("optimizer", "state") for name in index["files"])}
     assert index["parameters"] == {"a": {"shape": [ROWS, 2], "begins": [0, 3]}}
 
 
@@ -79,10 +80,10 @@ def failures(directory: Path, state_of: Any = own) -> list[str]:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_disk_that_refuses_one_rank(failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(directory: Path, state: Any, rank: int, size: int) -> Any:
+    def refused(directory: Path, of: str, state: Any, rank: int, size: int) -> Any:
         if rank == failing:
             raise CheckpointError("checkpoint.dir: no space left")
-        return write_own(directory, state, rank, size)
+        return write_own(directory, of, state, rank, size)
 
     monkeypatch.setattr(writing, "write_own", refused)
     assert failures(tmp_path) == ["CheckpointError: checkpoint.dir: no space left"] * 2
@@ -97,10 +98,10 @@ def test_a_moment_that_is_not_finite_on_one_rank(tmp_path: Path) -> None:
 
 
 def test_a_successor_that_takes_away_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(directory: Path, state: Any, rank: int, size: int) -> Any:
+    def late(directory: Path, of: str, state: Any, rank: int, size: int) -> Any:
         if rank == 1:
             claim(tmp_path)
-        return write_own(directory, state, rank, size)
+        return write_own(directory, of, state, rank, size)
 
     monkeypatch.setattr(writing, "write_own", late)
     first, second = failures(tmp_path)

@@ -133,9 +133,13 @@ def same_files(ours: dict[str, Any], wanted: dict[str, Any], *, lora: bool) -> N
     for name, weight in models[1].items():
         torch.testing.assert_close(models[0][name], weight, rtol=0, atol=CLOSE)
     assert not (found / "optimizer.safetensors").exists()
+    state = load_file(found / "state.safetensors")
+    assert not [path for path in state if path.startswith(("engine/target/gradient", "engine/mask/average"))]
     pairs = [(joined_moments(found), load_file(other / "optimizer.safetensors"))]
-    names = ["state.safetensors", *(["adapter.safetensors"] if lora else [])]
-    for tensors, theirs in [*pairs, *((load_file(found / name), load_file(other / name)) for name in names)]:
+    pairs += [(state | joined_state(found), load_file(other / "state.safetensors"))]
+    if lora:
+        pairs += [(load_file(found / "adapter.safetensors"), load_file(other / "adapter.safetensors"))]
+    for tensors, theirs in pairs:
         assert {key: (t.shape, t.dtype) for key, t in tensors.items()} == {
             key: (t.shape, t.dtype) for key, t in theirs.items()
         }
@@ -158,3 +162,9 @@ def joined_moments(checkpoint: Path) -> dict[str, Tensor]:
         else:
             found |= {f"{name}.{field}": torch.cat([part[f"{name}.{field}"] for part in parts]) for field in MOMENTS}
     return found
+
+
+def joined_state(checkpoint: Path) -> dict[str, Tensor]:
+    """What of other state lies in rows."""
+    first, second = (load_file(path) for path in sorted(checkpoint.glob("state-*.safetensors")))
+    return {path: torch.cat([values, second[path]]) for path, values in first.items()}
