@@ -96,7 +96,7 @@ class LearnedDraw:
     """
 
     def __init__(self, options: LearnedOptions, table: ColumnTable, seed: int, rival: StreamDraw | None = None) -> None:
-        """`rival`: another way to draw, whose samples probes compare with. The first of these then come sooner."""
+        """`rival`: another way to draw, whose samples probes compare with."""
         self._options, self.table, self._rival = options, table, rival
         self.roles: tuple[Role, ...] = ()
         self._generator = torch.Generator().manual_seed(seed)
@@ -106,8 +106,7 @@ class LearnedDraw:
         self.merit = Predictor(torch.zeros_like(prior_d), precision_d, options.discount)
         self._utilities, self._losses = Standardiser(options.discount), Standardiser(options.discount)
         self._explained = torch.zeros(2, dtype=torch.float64)  # squares of rewards, and of what was not predicted
-        # What compares with a rival has to choose soon; what does not loses more by early probes than they teach.
-        self._steps_to_probe, self._interval = 0, options.probe_every if rival is None else 1
+        self._steps_to_probe, self._interval = 0, options.probe_every
         self._drawn: list[Traits] = []
         self._drawn_nd = self._waiting_Md = torch.empty(0, len(prior_d), dtype=torch.float64)
 
