@@ -105,7 +105,8 @@ def test_killed_processes_lose_and_repeat_nothing_in_whatever_number_they_go_on(
     broker: str, topic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed while they load, read, score, write a checkpoint or wait; started again on 2, 1, 3, 2, ... ranks."""
-    learned = {"profile": "thrifty", "draw": "learned", "pool_size": 8, "batch_size": 3}
+    # A step takes few records: else most of a life would be waiting for more.
+    learned = {"profile": "thrifty", "pool_size": 8, "batch_size": 3, "waiting": 16, "intake": 8}
     source = kafka(broker, topic, stop_at_end=False)
     config = settings(tmp_path / "run", source, checkpoint={"every_steps": 4}, selection=learned)
     chance = random.Random(int(os.environ.get("STREAM_TRAINER_SEED", "1")))
@@ -148,6 +149,7 @@ def wait_for_a_moment(process: subprocess.Popen[bytes], folder: Path, saved: int
     deadline = time.monotonic() + LONG_S
     while time.monotonic() < deadline:
         said = logged.read_text()
+        assert process.poll() is None, said[:500]
         made = [int(found) for found in re.findall(r": step (\d+): ", said)]
         if made and max(made) >= step:
             time.sleep(chance.random() / 10)
