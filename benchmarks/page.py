@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from textwrap import fill
+from types import ModuleType
 from typing import Any
 
+from benchmarks.claims import section as claims
 from benchmarks.common.reporting import OneLineParser, say, writable_file
+from benchmarks.ingest import section as ingest
 from benchmarks.learning.methods import REFERENCE
 from benchmarks.learning.summary import Curve, case_of, ratio
 from benchmarks.telemetry import section as telemetry
@@ -268,27 +271,9 @@ def _fidelity(results: Sequence[Result]) -> str:
     return _table(["updates", "scoring", "rank correlation", "error of K", "utility lost", "after line search"], rows)
 
 
-INGEST_FIGURES = {
-    ("poll", "records/s"): "reading, records a second",
-    ("poll, parse", "records/s"): "reading and parsing",
-    ("poll, parse, tokenise", "records/s"): "reading, parsing and tokenising",
-    ("ingest", "records/s"): "ingest as a whole, buffer and dead letters included",
-    ("share of the step spent waiting for data", "ratio"): "share of a training step spent waiting",
-}
-
-
-def _ingest(results: Sequence[Result]) -> str:
-    rows = []
-    for result in results:
-        found = {(row["figure"], row["unit"]): row["value"] for row in result.content["summary"]}
-        for key, label in INGEST_FIGURES.items():
-            if key in found:
-                rows.append([label, f"{found[key]:,.0f}" if key[1] == "records/s" else f"{found[key]:.4f}"])
-    return _table(["figure", "value"], rows)
-
-
-def _telemetry(results: Sequence[Result]) -> str:
-    return _table(telemetry.HEADER, [row for result in results for row in telemetry.rows(result.content)])
+def _all_rows(section: ModuleType) -> Callable[[Sequence[Result]], str]:
+    """The rows that a benchmark makes of each of its results, as one table."""
+    return lambda results: _table(section.HEADER, [row for result in results for row in section.rows(result.content)])
 
 
 QUESTIONS = (
@@ -326,6 +311,15 @@ The percentage is the target's share of the stream. Uniform trains on 4 of 16 sa
         _learning,
     ),
     Question(
+        "Does what the four papers claim show?",
+        """
+`make bench-claims DATA=DIR`: each claim in direction, at equal budgets, on a Qwen2 shape of 1.5 million parameters. The
+papers' models are a thousand times as large. `yes`: ahead of every rival on every seed; `no`: behind one on every seed.
+""",
+        lambda content: "claims" in content,
+        _all_rows(claims),
+    ),
+    Question(
         "How long does the quadratic program take?",
         "`make bench-solver`: milliseconds of one solve on one core, the fastest of three; a cap solves two programs.",
         _has_rows_of("candidates", "cap"),
@@ -344,13 +338,13 @@ over pools of 16. The rank correlation is that of the utilities; K is the redund
         "How fast do records come in?",
         "`make bench-ingest`: records of 1 KB from a broker, 1 % of them malformed, on one core.",
         _has_rows_of("figure", "unit"),
-        _ingest,
+        _all_rows(ingest),
     ),
     Question(
         "What does watching cost?",
         "`make bench-telemetry`: share of a step's processor time for metrics, page, ledger, progress and logs.",
         lambda content: "telemetry" in content,
-        _telemetry,
+        _all_rows(telemetry),
     ),
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import page
+from benchmarks.claims.table import Figure, summarise
 from benchmarks.page import Result, make_page, read_results
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +123,20 @@ def test_every_other_question_has_its_table() -> None:
     assert ["reading, records a second", "1,234"] in rows
     assert ["tokens", "0.90", "32, 64", "0.16, 0.27"] in rows
     assert sum(line.startswith("## ") for line in text.splitlines()) == 4
+
+
+def test_a_claim_is_shown_beside_its_best_rival() -> None:
+    figures = [
+        Figure("loss", "ours", ("theirs", "others"), shown=("uniform",)),
+        Figure("share", "ours", ("theirs",), higher=True),
+    ]
+    loss = {"ours": 1.8, "theirs": 1.95, "others": 1.9, "uniform": 1.7}
+    seeds = [{"loss": loss, "share": {"ours": 0.5, "theirs": share}} for share in (0.75, None)]
+    rows = rows_of(make_page([Result("x.json", {"claims": [summarise("weighing", "says", figures, seeds)]})]))
+    assert rows[2:] == [
+        ["`weighing`", "loss, lower is better", "1.800", "`others` 1.900", "yes, 2 seeds"],
+        ["`weighing`", "share, higher is better", "0.500", "`theirs` never", "within noise, 2 seeds"],
+    ]
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
