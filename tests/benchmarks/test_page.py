@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import page
-from benchmarks.claims.table import Figure, summarise
+from benchmarks.claims.table import Figure, Values, summarise
 from benchmarks.page import Result, make_page, read_results
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,7 @@ def test_a_claim_is_shown_beside_its_best_rival() -> None:
         Figure("share", "ours", ("theirs",), higher=True),
     ]
     loss = {"ours": 1.8, "theirs": 1.95, "others": 1.9, "uniform": 1.7}
-    seeds = [{"loss": loss, "share": {"ours": 0.5, "theirs": share}} for share in (0.75, None)]
+    seeds: list[Values] = [{"loss": loss, "share": {"ours": 0.5, "theirs": share}} for share in (0.75, None)]
     rows = rows_of(make_page([Result("x.json", {"claims": [summarise("weighing", "says", figures, seeds)]})]))
     assert rows[2:] == [
         ["`weighing`", "loss, lower is better", "1.800", "`others` 1.900", "yes, 2 seeds"],
