@@ -260,13 +260,12 @@ def _write_files(directory: Path, loaded: LoadedModel, optimizer: NamedOptimizer
             save_for_peft(loaded, directory / PEFT)
     if optimizer is not None:
         with writing("the optimizer", directory):
-            tensors = {key: value.detach().contiguous() for key, value in optimizer.state_dict().items()}
+            tensors = own_tensors(optimizer.state_dict())
             # A parameter may have no state yet, so the names are kept apart from it.
             save_file(tensors, directory / OPTIMIZER, metadata={"parameters": json.dumps(list(optimizer.parameters))})
     with writing("the trainer's state", directory):
-        # Only contiguous tensors can be written.
         tensors, rest = flatten(state.parts)
-        save_file({path: tensor.detach().contiguous() for path, tensor in tensors.items()}, directory / STATE)
+        save_file(own_tensors(tensors), directory / STATE)
         trainer = {
             "step": state.step,
             "cursor": state.cursor,

@@ -42,7 +42,7 @@ class InRows:
 
 
 def own_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Of a state what lies here."""
+    """Of a state what lies here, contiguous: nothing else can be written."""
     return {key: own_rows(values).detach().contiguous() for key, values in state.items()}
 
 

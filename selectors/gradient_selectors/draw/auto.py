@@ -49,7 +49,6 @@ class AutoDraw:
         self.way: Way = "learned"
         self._sums = {way: PRIOR_SAMPLES * PRIOR[way] for way in WAYS}
         self._counts = dict.fromkeys(WAYS, PRIOR_SAMPLES)
-        self._moments = torch.zeros(3, dtype=torch.float64)  # of all utilities: how many, their sum, that of squares
         self._seconds: dict[str, list[float]] = {"plain": [], "scored": []}
 
     @property
@@ -69,9 +68,9 @@ class AutoDraw:
 
     def _cost(self, way: Way) -> float:
         """Time of a step in that of a plain one."""
-        plain, scored = (_middle(self._seconds[kind]) for kind in ("plain", "scored"))
         if way != "scored":
             return 1.0
+        plain, scored = (_middle(self._seconds[kind]) for kind in ("plain", "scored"))
         return scored / plain if plain and scored else 3.0
 
     def draw(self, waiting: Sequence[Traits], count: int) -> list[int]:
@@ -104,9 +103,7 @@ class AutoDraw:
             self._sums[way] *= self.learned.discount
             self._counts[way] *= self.learned.discount
         usable = [(r, u, w) for r, u, w in zip(roles, utilities, weights, strict=True) if math.isfinite(u)]
-        self._moments *= self.learned.discount
         for role, utility, weight in usable:
-            self._moments += torch.tensor([1.0, utility, utility**2], dtype=torch.float64)
             if role in ROLES:
                 self._sums[ROLES[role]] += utility
                 self._counts[ROLES[role]] += 1
@@ -124,9 +121,8 @@ class AutoDraw:
 
     def _error(self, one: Way, other: Way) -> float:
         """Standard error of the difference of two rates."""
-        count, total, squares = self._moments.tolist()
-        variance = max(0.0, squares / count - (total / count) ** 2) if count else 0.0
-        return math.sqrt(variance * sum(1 / (self._counts[way] * self._cost(way) ** 2) for way in (one, other)))
+        samples = sum(1 / (self._counts[way] * self._cost(way) ** 2) for way in (one, other))
+        return self.learned.utility_deviation * math.sqrt(samples)
 
     def learn(self, gone: Sequence[Traits]) -> None:
         """Take note of the samples that have left, drawn or not."""
@@ -141,7 +137,6 @@ class AutoDraw:
             "way": self.way,
             "sums": [self._sums[way] for way in WAYS],
             "counts": [self._counts[way] for way in WAYS],
-            "moments": self._moments.clone(),
             "seconds": {kind: list(times) for kind, times in self._seconds.items()},
         }
 
@@ -153,7 +148,6 @@ class AutoDraw:
         self.way = state["way"]
         self._sums = dict(zip(WAYS, state["sums"], strict=True))
         self._counts = dict(zip(WAYS, state["counts"], strict=True))
-        self._moments = state["moments"].clone() if "moments" in state else torch.zeros(3, dtype=torch.float64)
         self._seconds = {kind: list(times) for kind, times in state["seconds"].items()}
 
 

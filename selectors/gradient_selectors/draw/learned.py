@@ -142,6 +142,11 @@ class LearnedDraw:
         return max(0.0, 1 - errors / squares) if squares > 0 else 0.0
 
     @property
+    def utility_deviation(self) -> float:
+        """By how much single samples' utilities differ; not a number before any is known."""
+        return float(self._utilities.deviation)
+
+    @property
     def coefficients_d(self) -> Tensor:
         """What one unit of each column is thought to add to a sample's worth, (d,) float64."""
         return self.utility.mean_d + self._loss_weights_d * self.merit.mean_d

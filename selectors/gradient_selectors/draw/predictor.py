@@ -101,12 +101,18 @@ class Standardiser:
         self._discount, self._limit = discount, limit
         self._sums = torch.zeros(3, dtype=torch.float64)  # of ones, values and squares
 
+    @property
+    def deviation(self) -> Tensor:
+        """The discounted spread of all that were seen, () float64; not a number before there is any."""
+        count, total, squares = self._sums
+        spread: Tensor = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+        return spread
+
     def __call__(self, values_n: Tensor) -> Tensor:
         """Take note of values, float64 and finite, and standardise them by all that were seen, these included."""
         own = torch.stack([torch.ones_like(values_n), values_n, values_n.square()])
         self._sums = self._discount * self._sums + own.sum(1)
-        count, mean = self._sums[0], self._sums[1] / self._sums[0]
-        deviation = (self._sums[2] / count - mean.square()).clamp(min=0).sqrt()
+        mean, deviation = self._sums[1] / self._sums[0], self.deviation
         if float(deviation) <= 1e-12 * max(1.0, abs(float(mean))):
             return torch.zeros_like(values_n)
         return ((values_n - mean) / deviation).clamp(-self._limit, self._limit)
