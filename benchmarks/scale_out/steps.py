@@ -10,6 +10,7 @@ from gradient_selectors import FilterThenWeight, SelectionEngine, Sketched
 from gradient_selectors.target import Target
 from gradient_selectors.views.scoring import Exact, Scoring
 from gradient_selectors.world.base import World
+from gradient_selectors.world.buckets import summed_in_buckets
 from gradient_selectors.world.deal import Shares
 from torch import Tensor
 
@@ -72,9 +73,10 @@ class Rank:
         own_nT = ids_NT[list(own)].to(self.device)
         loss = self._plain(input_ids=own_nT, labels=own_nT, use_cache=False).loss
         torch.autograd.backward([loss * len(own) / len(ids_NT)])
-        for parameter in self.parameters.values():  # the plain all-reduce of the gradient
-            assert parameter.grad is not None
-            self.world.sum(parameter.grad)
+        # The plain all-reduce of the gradient, in as few exchanges as the engine's.
+        gradients = ((name, p.grad) for name, p in self.parameters.items() if p.grad is not None)
+        for name, total in summed_in_buckets(self.world, gradients):
+            self.parameters[name].grad = total
         return [1.0 / len(ids_NT)] * len(ids_NT)
 
     def answers(self, method: str, pool: int) -> tuple[dict[str, Tensor], str]:

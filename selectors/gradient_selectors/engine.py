@@ -326,9 +326,8 @@ class SelectionEngine:
         if not decision.selected:
             return None
         coefficients = decision.coefficients_N if decision.coefficients_LN is None else decision.coefficients_LN
-        for name in gradients.factors:
-            parameter = parameters[name]
-            parameter.grad = lying_as(parameter, gradients.update_of(name, coefficients).to(parameter.dtype))
+        for name, values in gradients.updates(coefficients):
+            parameters[name].grad = lying_as(parameters[name], values.to(parameters[name].dtype))
         if not isinstance(self.optimizer, MaskedAdamW):
             return None
         left = self._finite_gradient()

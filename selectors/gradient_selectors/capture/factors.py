@@ -66,14 +66,6 @@ class TokenRows(Protocol):
         """Rows that stand out in some samples' gradients, int64: those of their own tokens."""
 
 
-@runtime_checkable
-class GramAtRows(Protocol):
-    """All contributions to a matrix at once, of which no process has the gradients of all samples."""
-
-    def gram_at_rows(self, samples: Sequence[int], rows: Tensor, root: Tensor) -> Tensor:
-        """Products of some samples' gradients at some rows (int64, sorted), scaled by `root`, (n, n) float64."""
-
-
 @dataclass(frozen=True)
 class Segments:
     """Which rows of a flattened (R, ...) tensor belong to which sample: sample i owns `offsets[i]:offsets[i + 1]`."""

@@ -1,14 +1,14 @@
 """What a capture pass knows: the per-sample gradients of a pool, as factors that are never written out in full."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Size, Tensor
 
-from gradient_selectors.capture.factors import Factor, GramAtRows, Lookup, MatrixFactor
+from gradient_selectors.capture.factors import Factor, Lookup, MatrixFactor
 from gradient_selectors.preconditioner import Preconditioner, at_rows
 
 # Of written-out gradients held at once: 16 MB in float32, which stays in the cache of the processor while it is scaled
@@ -27,6 +27,23 @@ def layer_of(name: str) -> str:
     """The layer of a parameter: its numbered block (`model.layers.3`), or its module where it is in none."""
     block = BLOCK.match(name)
     return block.group(1) if block else name.rpartition(".")[0] or name
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a matrix (p, d) whose products enter a Gram matrix.
+
+    Attributes:
+        name: of the matrix.
+        rows_n: which, sorted, int64.
+        root_nd: sqrt(P) there, float32.
+        scale: what the products are multiplied by.
+    """
+
+    name: str
+    rows_n: Tensor
+    root_nd: Tensor
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,14 +83,26 @@ class PoolGradients:
         Gradients are written out some rows of a parameter at a time: 2 R d p + 2 n^2 d p operations for a matrix, as
         much as the weight gradient itself. Token-pair products would cost 8 to 500 times more at usual shapes.
         """
+        return self.total(self.gram_within(list(self.factors), samples, preconditioner))
+
+    def total(self, gram: Tensor) -> Tensor:
+        """The sum over processes of what each has of `gram`. Asked once: many small exchanges cost more than one."""
+        return gram
+
+    def of_all(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Numbers of all samples, (N,) each, from those of this process's samples. Asked once, as `total` is."""
+        return dict(own)
+
+    def gram_within(self, names: Sequence[str], samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        """The share of some parameters, (n, n) float64; `total` makes it whole."""
         gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.losses_N.device)
-        for name in self.factors:
+        for name in names:
             gram += self.gram_of(name, samples, preconditioner)
         return gram
 
     @torch.no_grad()
     def gram_of(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
-        """One parameter's share of `gram`, (n, n) float64."""
+        """One parameter's share of `gram`, (n, n) float64; `total` makes it whole."""
         factors, rows = self._touched(name)
         diagonal = at_rows(preconditioner, name, rows)
         root = None if diagonal is None else diagonal.sqrt()
@@ -81,8 +110,17 @@ class PoolGradients:
         return written_gram(factors, samples, num_rows, self.shapes[name][1:].numel(), root)
 
     @torch.no_grad()
+    def gram_at(self, samples: Sequence[int], asked: Iterable[Rows]) -> Tensor:
+        """Products of some samples' gradients at some rows of matrices, (n, n) float64; `total` makes it whole."""
+        gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.losses_N.device)
+        for part in asked:
+            factors = [factor for factor in self.factors[part.name] if isinstance(factor, MatrixFactor)]
+            gram.add_(gram_at_rows(factors, samples, part.rows_n, part.root_nd), alpha=part.scale)
+        return gram
+
+    @torch.no_grad()
     def utilities_of(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
-        """`<g_i, P G_target>` within one parameter that has factors, (N,) float32."""
+        """`<g_i, P G_target>` within one parameter that has factors, (N,) float32; `of_all` makes it whole."""
         factors, rows = self._touched(name)
         values, diagonal = target[name], at_rows(preconditioner, name, rows)
         direction = values if rows is None else values[rows]
@@ -117,9 +155,9 @@ class PoolGradients:
             factor.add_weighted(row_N, out, begin=i == 0)
         return out
 
-    def update_of(self, name: str, coefficients: Tensor) -> Tensor:
-        """The same as it enters the update: this process's rows, where the parameter is sharded."""
-        return self.weighted_gradient_of(name, coefficients)
+    def updates(self, coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The same by name as it enters the update: this process's rows, where the parameter is sharded."""
+        return ((name, self.weighted_gradient_of(name, coefficients)) for name in self.factors)
 
     def weighted_gradient(self, coefficients: Tensor) -> dict[str, Tensor]:
         """`sum_i w_i g_i`: gradient of the weighted loss, without another backward pass; `coefficients` as above."""
@@ -178,9 +216,6 @@ def written_gram(
 @torch.no_grad()
 def gram_at_rows(factors: Sequence[MatrixFactor], samples: Sequence[int], rows: Tensor, root: Tensor) -> Tensor:
     """The same at some rows (int64, sorted) of a matrix only, with `root` at these rows; zero if there are none."""
-    whole = factors[0]
-    if isinstance(whole, GramAtRows):  # the only one, of several ranks
-        return whole.gram_at_rows(samples, rows, root)
     step = max(1, CHUNK_ELEMENTS // (len(samples) * root.shape[1]))
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=rows.device)
     for lo in range(0, len(rows), step):

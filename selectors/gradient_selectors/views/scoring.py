@@ -65,7 +65,8 @@ class Exact:
     def utilities(
         self, gradients: PoolGradients, target: Gradient, preconditioner: Preconditioner
     ) -> dict[str, Tensor]:
-        return {name: gradients.utilities_of(name, target, preconditioner) for name in gradients.factors}
+        own = {name: gradients.utilities_of(name, target, preconditioner) for name in gradients.factors}
+        return gradients.of_all(own)
 
     def gram(self, gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
         return gradients.gram(samples, preconditioner)

@@ -6,14 +6,14 @@ multiplied by whose rows it is; of the update each rank gets its own rows. Whate
 parameter at a time, by all ranks in the same order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gradient_selectors.capture.capture import GradientCapture
-from gradient_selectors.capture.gradients import Gradient
+from gradient_selectors.capture.gradients import Gradient, PoolGradients
 from gradient_selectors.capture.shards import is_sharded, own_rows
 from gradient_selectors.preconditioner import (
     AdamPreconditioner,
@@ -22,7 +22,7 @@ from gradient_selectors.preconditioner import (
     SelectiveOptimizer,
     plain,
 )
-from gradient_selectors.views.shared import Holdings, SharedPool
+from gradient_selectors.views.shared import Asked, Holdings, SharedPool
 from gradient_selectors.world.base import World
 from gradient_selectors.world.deal import own_span
 from gradient_selectors.world.rows import RowsGradient, at_rows, whole
@@ -111,7 +111,7 @@ class ShardedPool(SharedPool):
 
     @torch.no_grad()
     def dots(self, direction: Gradient) -> dict[str, Tensor]:
-        return {name: self._along(name, direction[name]) for name in self.factors}
+        return self.of_all({name: self.held.along(name, direction[name]) for name in self.factors})
 
     @torch.no_grad()
     def utilities_of(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
@@ -119,22 +119,31 @@ class ShardedPool(SharedPool):
             return super().utilities_of(name, target, preconditioner)
         rows, diagonal = target.own[name], self._own_diagonal(name, preconditioner)
         own = rows if diagonal is None else diagonal * rows
-        return self._along(name, whole(self._world, own, self.shapes[name][0]))
+        return self.held.along(name, whole(self._world, own, self.shapes[name][0]))
 
     @torch.no_grad()
     def gram_of(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        return self._holding(name, samples).gram(samples, [self._asked(name, samples, preconditioner)])
+
+    def gram_within(self, names: Sequence[str], samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        # One by one, as `_holding` may differ: what was let go is written out anew.
+        return PoolGradients.gram_within(self, names, samples, preconditioner)
+
+    def _asked(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Asked:
         if name in self.by_index:
-            return super().gram_of(name, samples, preconditioner)
+            return super()._asked(name, samples, preconditioner)
         diagonal, (first, _) = self._own_diagonal(name, preconditioner), own_span(self._world, self.shapes[name][0])
-        root = None if diagonal is None else diagonal.sqrt()
-        return self._holding(name, samples).gram_at(name, samples, None, root, first)
+        return Asked(name, None, None if diagonal is None else diagonal.sqrt(), first)
 
     @torch.no_grad()
     def weighted_gradient_of(self, name: str, coefficients: Tensor) -> Tensor:
-        return whole(self._world, self.update_of(name, coefficients), self.shapes[name][0])
+        return whole(self._world, self._update_of(name, coefficients), self.shapes[name][0])
+
+    def updates(self, coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self._update_of(name, coefficients)) for name in self.factors)
 
     @torch.no_grad()
-    def update_of(self, name: str, coefficients: Tensor) -> Tensor:
+    def _update_of(self, name: str, coefficients: Tensor) -> Tensor:
         own_n = self.held.own_coefficients(coefficients)
         return self._world.scatter(self.held.local.weighted_gradient_of(name, own_n))
 
@@ -145,10 +154,6 @@ class ShardedPool(SharedPool):
     @property
     def _world(self) -> World:
         return self.held.shares.world
-
-    def _along(self, name: str, u: Tensor) -> Tensor:
-        factors = self.held.local.factors.get(name, ())
-        return self.held.spread(torch.stack([factor.dot(u) for factor in factors]).sum(0) if factors else None)
 
     def _own_diagonal(self, name: str, preconditioner: Preconditioner) -> Tensor | None:
         """P at this rank's rows."""

@@ -28,7 +28,8 @@ class ShardedInPieces(ShardedPool):
     @torch.no_grad()
     def dots(self, direction: Gradient) -> dict[str, Tensor]:
         again = self._dots_again(lambda name: direction[name])
-        return {n: again[n] if n in again else self._along(n, direction[n]) for n in self.factors}
+        own = {n: again[n] if n in again else self.held.along(n, direction[n]) for n in self.factors}
+        return self.of_all(own)
 
     @torch.no_grad()
     def utilities_of(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
@@ -36,16 +37,16 @@ class ShardedInPieces(ShardedPool):
         if name not in left.let_go:
             return super().utilities_of(name, target, preconditioner)
         if target is left.target and preconditioner is left.preconditioner:
-            return self._along(name, torch.zeros(0))  # what was kept is along this direction already
+            return self.held.along(name, torch.zeros(0))  # what was kept is along this direction already
         if found.target is not target or found.preconditioner is not preconditioner:
             found.utilities = self._dots_again(lambda other: preconditioned(target, preconditioner, other))
             found.target, found.preconditioner = target, preconditioner
         return found.utilities[name]
 
     @torch.no_grad()
-    def update_of(self, name: str, coefficients: Tensor) -> Tensor:
+    def _update_of(self, name: str, coefficients: Tensor) -> Tensor:
         if not bool((coefficients != 0).any()):
-            return super().update_of(name, coefficients)
+            return super()._update_of(name, coefficients)
         found = self._answers
         if not found.knows(coefficients) or name not in found.gradient:
             found.coefficients, found.gradient = coefficients.clone(), self._gradient_again(coefficients)
@@ -63,10 +64,10 @@ class ShardedInPieces(ShardedPool):
         return self._left.second.weighted_gradient(chosen, own[..., chosen])
 
     def _dots_again(self, direction: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """`<u, g_i>` within what was let go, (N,) float32 each."""
+        """`<u, g_i>` of the local pool's samples within what was let go, (n,) float32 each."""
         own, names = range(len(self.held.shares.own)), sorted(self._left.let_go)
         found = self._left.second.measured(own, names, lambda name, factor, _: factor.dot(direction(name)))
-        return {name: self.held.spread(found.get(name)) for name in names}
+        return {name: found.get(name, self.held.nothing) for name in names}
 
     def _holding(self, name: str, samples: Sequence[int]) -> Holdings:
         """The same; of what was let go the gradients written out, of as many parameters at once as fit the budget."""

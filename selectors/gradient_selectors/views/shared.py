@@ -6,19 +6,60 @@ time, and gives each owner of rows its part; the owner multiplies, and the produ
 is the same on all ranks, bit for bit, and equal to that of one process but for rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from gradient_selectors.capture import gradients as written
 from gradient_selectors.capture.factors import LowRank, MatrixFactor, TokenRows
-from gradient_selectors.capture.gradients import Gradient, PoolGradients, scaled_products, summed
+from gradient_selectors.capture.gradients import Gradient, PoolGradients, Rows, scaled_products, summed
 from gradient_selectors.preconditioner import Preconditioner, at_rows
 from gradient_selectors.views.again import SecondPass, second_pass_of
 from gradient_selectors.world.base import union
+from gradient_selectors.world.buckets import summed_in_buckets
 from gradient_selectors.world.deal import Shares, spans_of
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What of a parameter's gradients enters K.
+
+    Attributes:
+        rows: which rows, int64, sorted; None for all.
+        root: sqrt(P) there; None for 1. A rank needs it for its own part of the rows only.
+        first: of these rows, which one the first of `root` is for.
+        scale: what the products are multiplied by.
+    """
+
+    name: str
+    rows: Tensor | None
+    root: Tensor | None
+    first: int = 0
+    scale: float = 1.0
+
+    def root_at(self, lo: int, hi: int) -> Tensor | None:
+        return None if self.root is None else self.root[lo - self.first : hi - self.first]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some of the rows that are asked for.
+
+    Attributes:
+        row: shape of a row.
+        spans: rows `lo:hi` of each rank.
+    """
+
+    asked: Asked
+    row: Size
+    spans: Sequence[tuple[int, int]]
+
+    def size_of(self, rank: int) -> int:
+        """Weights at a rank's rows."""
+        lo, hi = self.spans[rank]
+        return (hi - lo) * self.row.numel()
 
 
 @dataclass(frozen=True)
@@ -33,11 +74,19 @@ class Holdings:
     local: PoolGradients
     shares: Shares
 
-    def spread(self, own: Tensor | None) -> Tensor:
-        """Numbers of all samples, (N,) float32, from those of this rank's; None stands for zeros."""
-        count = len(self.shares.own)
-        own_n = self.local.losses_N.new_zeros(count) if own is None else own[:count]
-        return self.shares.spread(own_n)
+    def spread(self, own: Tensor) -> Tensor:
+        """Numbers of all samples, (N, ...), from those of the local pool's."""
+        return self.shares.spread(own[: len(self.shares.own)])
+
+    def along(self, name: str, u: Tensor) -> Tensor:
+        """`<u, g_i>` of the local pool's samples within one parameter, (n,) float32."""
+        factors = self.local.factors.get(name, ())
+        return torch.stack([factor.dot(u) for factor in factors]).sum(0) if factors else self.nothing
+
+    @property
+    def nothing(self) -> Tensor:
+        """What samples have within a parameter that none of them has a gradient of, (n,) float32."""
+        return torch.zeros_like(self.local.losses_N)
 
     def tokens(self, name: str, samples: Sequence[int]) -> Tensor:
         """Rows of a table of tokens that stand out in some samples' gradients, sorted, int64."""
@@ -48,27 +97,22 @@ class Holdings:
         return union(self.shares.world, torch.cat([nothing, *found]))
 
     @torch.no_grad()
-    def gram_at(
-        self, name: str, samples: Sequence[int], rows: Tensor | None, root: Tensor | None, first: int = 0
-    ) -> Tensor:
-        """K of some samples within one parameter, at some rows (int64, sorted) or all, scaled by `root`; float64.
-
-        `first`: of these rows, which one the first of `root` is for; it needs this rank's only.
-        """
-        world, shape = self.shares.world, self.local.shapes[name]
-        places, own = self.shares.among(samples), self._own(samples)
-        num_rows = shape[0] if rows is None else len(rows)
+    def gram(self, samples: Sequence[int], asked: Iterable[Asked]) -> Tensor:
+        """A rank's share of K of some samples at what is asked for, float64; the sum over ranks is all of it."""
+        world, places, own = self.shares.world, self.shares.among(samples), self._own(samples)
         order = torch.tensor([p for of_rank in places for p in of_rank], device=self.local.losses_N.device).argsort()
         gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=self.local.losses_N.device)
-        for spans in _spans(num_rows, world.size, len(samples), shape[1:].numel()):
-            parts = [self._written(name, own, rows, lo, hi) for lo, hi in spans]
-            lo, hi = spans[world.rank]
-            size = (hi - lo) * shape[1:].numel()
-            came = world.exchange(parts, [len(of_rank) * size for of_rank in places])
-            if size:
-                whole = torch.cat([part.view(-1, hi - lo, *shape[1:]) for part in came])[order]
-                gram += scaled_products([whole], None if root is None else root[lo - first : hi - first])
-        return world.sum(gram)
+        for turn in self._turns(asked, len(samples)):
+            parts = [self._parts(turn, own, rank) for rank in range(world.size)]
+            sizes = [piece.size_of(world.rank) for piece in turn]
+            came = world.exchange(parts, [len(of_rank) * sum(sizes) for of_rank in places])
+            of_ranks = [torch.split(c, [len(p) * s for s in sizes]) for c, p in zip(came, places, strict=True)]
+            for piece, *of_piece in zip(turn, *of_ranks, strict=True):
+                lo, hi = piece.spans[world.rank]
+                if hi > lo:
+                    whole = torch.cat([part.view(-1, hi - lo, *piece.row) for part in of_piece])[order]
+                    gram.add_(scaled_products([whole], piece.asked.root_at(lo, hi)), alpha=piece.asked.scale)
+        return gram
 
     def own_coefficients(self, coefficients: Tensor) -> Tensor:
         """Coefficients of the local pool's samples, from those of all, (N,) or (L, N)."""
@@ -81,14 +125,36 @@ class Holdings:
         known = {sample: place for place, sample in enumerate(self.shares.own)}
         return [known[i] for i in samples if i in known]
 
-    def _written(self, name: str, own: list[int], rows: Tensor | None, lo: int, hi: int) -> Tensor:
-        """Gradients of this rank's samples at rows `lo:hi`, or at those of `rows`, (n, hi - lo, ...) float32."""
-        factors = self.local.factors.get(name, ())
+    def _turns(self, asked: Iterable[Asked], count: int) -> Iterator[list[Piece]]:
+        """What is exchanged at once: as much as is written out at once, cut alike everywhere."""
+        turn: list[Piece] = []
+        size = 0
+        for one in asked:
+            shape = self.local.shapes[one.name]
+            num_rows = shape[0] if one.rows is None else len(one.rows)
+            for spans in _spans(num_rows, self.shares.world.size, count, shape[1:].numel()):
+                piece = Piece(one, shape[1:], spans)
+                if turn and size + count * piece.size_of(0) > written.CHUNK_ELEMENTS:
+                    yield turn
+                    turn, size = [], 0
+                turn.append(piece)
+                size += count * piece.size_of(0)  # the first rank's is the largest
+        if turn:
+            yield turn
+
+    def _parts(self, turn: Sequence[Piece], own: list[int], rank: int) -> Tensor:
+        """What a rank is given: gradients of this rank's samples at that one's rows, flat, float32."""
+        return torch.cat([self._written(piece.asked, own, *piece.spans[rank]).flatten() for piece in turn])
+
+    def _written(self, asked: Asked, own: list[int], lo: int, hi: int) -> Tensor:
+        """Gradients of this rank's samples at rows `lo:hi` of what is asked for, (n, hi - lo, ...) float32."""
+        factors = self.local.factors.get(asked.name, ())
         if not own or not factors or hi == lo:
-            return self.local.losses_N.new_zeros(len(own), hi - lo, *self.local.shapes[name][1:])
-        if rows is None:
-            return self.local.written(name, own, lo, hi)
-        return summed([factor.at_rows(own, rows[lo:hi]) for factor in factors if isinstance(factor, MatrixFactor)])
+            return self.local.losses_N.new_zeros(len(own), hi - lo, *self.local.shapes[asked.name][1:])
+        if asked.rows is None:
+            return self.local.written(asked.name, own, lo, hi)
+        rows = asked.rows[lo:hi]
+        return summed([factor.at_rows(own, rows) for factor in factors if isinstance(factor, MatrixFactor)])
 
 
 @dataclass(frozen=True)
@@ -111,13 +177,22 @@ class SharedPool(PoolGradients):
     @torch.no_grad()
     def dots(self, direction: Gradient) -> dict[str, Tensor]:
         found = self.held.local.dots({name: direction[name] for name in self.factors})
-        return {name: self.held.spread(found.get(name)) for name in self.factors}
+        return self.of_all({name: found.get(name, self.held.nothing) for name in self.factors})
+
+    def total(self, gram: Tensor) -> Tensor:
+        return self.held.shares.world.sum(gram)
+
+    def of_all(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not own:
+            return {}
+        everything = self.held.spread(torch.stack(list(own.values()), dim=1))
+        return dict(zip(own, everything.T.contiguous().unbind(), strict=True))
 
     @torch.no_grad()
     def utilities_of(self, name: str, target: Gradient, preconditioner: Preconditioner) -> Tensor:
         _ = target[name]  # summed by all, although some have no factors
         local = self.held.local
-        return self.held.spread(local.utilities_of(name, target, preconditioner) if name in local.factors else None)
+        return local.utilities_of(name, target, preconditioner) if name in local.factors else self.held.nothing
 
     @torch.no_grad()
     def weighted_gradient_of(self, name: str, coefficients: Tensor) -> Tensor:
@@ -125,10 +200,27 @@ class SharedPool(PoolGradients):
         return self.held.shares.world.sum(self.held.local.weighted_gradient_of(name, own_n))
 
     @torch.no_grad()
+    def updates(self, coefficients: Tensor) -> Iterator[tuple[str, Tensor]]:
+        own_n, local = self.held.own_coefficients(coefficients), self.held.local
+        own = ((name, local.weighted_gradient_of(name, own_n)) for name in self.factors)
+        return summed_in_buckets(self.held.shares.world, own)
+
+    @torch.no_grad()
     def gram_of(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        return self.held.gram(samples, [self._asked(name, samples, preconditioner)])
+
+    @torch.no_grad()
+    def gram_within(self, names: Sequence[str], samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        return self.held.gram(samples, (self._asked(name, samples, preconditioner) for name in names))
+
+    def _asked(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Asked:
         rows = self.held.tokens(name, samples) if name in self.by_index else None
         diagonal = at_rows(preconditioner, name, rows)
-        return self.held.gram_at(name, samples, rows, None if diagonal is None else diagonal.sqrt())
+        return Asked(name, rows, None if diagonal is None else diagonal.sqrt())
+
+    @torch.no_grad()
+    def gram_at(self, samples: Sequence[int], asked: Iterable[Rows]) -> Tensor:
+        return self.held.gram(samples, (Asked(a.name, a.rows_n, a.root_nd, scale=a.scale) for a in asked))
 
 
 @dataclass(frozen=True)
@@ -154,15 +246,10 @@ class SharedMatrix(SharedFactor):
 
     def along(self, direction: LowRank) -> Tensor:
         factors = [f for f in self.held.local.factors.get(self.name, ()) if isinstance(f, MatrixFactor)]
-        own = torch.stack([factor.along(direction) for factor in factors]).sum(0) if factors else None
-        return self.held.spread(own)
+        return torch.stack([factor.along(direction) for factor in factors]).sum(0) if factors else self.held.nothing
 
     def at_rows(self, samples: Sequence[int], rows: Tensor) -> Tensor:
         raise NotImplementedError("no rank has the gradients of all samples")
-
-    def gram_at_rows(self, samples: Sequence[int], rows: Tensor, root: Tensor) -> Tensor:
-        """Products of some samples' gradients at some rows, scaled by `root`, (n, n) float64."""
-        return self.held.gram_at(self.name, samples, rows, root)
 
 
 @dataclass(frozen=True)

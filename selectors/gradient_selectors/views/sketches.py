@@ -18,7 +18,7 @@ that errors do not add up. A draw and its P may be kept for as long as the targe
 few steps, and computing it again for a whole model can cost more than the sketches do.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,11 +26,12 @@ import torch
 from torch import Size, Tensor
 
 from gradient_selectors.capture.factors import Factor, Lookup, LowRank, MatrixFactor, TokenRows
-from gradient_selectors.capture.gradients import Gradient, PoolGradients, gram_at_rows, squared_length
+from gradient_selectors.capture.gradients import Gradient, PoolGradients, Rows, squared_length
 from gradient_selectors.preconditioner import NEVER_UPDATED, Preconditioner, at_rows
-from gradient_selectors.world.partial import Partial, Total, part_of, shape_of
+from gradient_selectors.world.partial import Partial, Totals, part_of, shape_of
 
 SHARE = 32  # one row in so many stands for a matrix
+GROUP_ELEMENTS = 2**24  # of the matrices that are projected together: 64 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,24 @@ def project(
     names = [name for name in sorted(target) if _is_large_matrix(name, shape_of(target, name), width)]
     if all(name == head for name in names):
         return {}
-    return {name: _project(target, name, preconditioner(name), width, generator) for name in names}
+    found: dict[str, Projection] = {}
+    for group in _groups(names, target):
+        found |= _project(target, group, preconditioner, width, generator)
+    return found
+
+
+def _groups(names: Sequence[str], target: Gradient) -> Iterator[list[str]]:
+    """Parameters that are projected together: few exchanges, and never a copy of the whole model."""
+    group: list[str] = []
+    size = 0
+    for name in names:
+        elements = shape_of(target, name).numel()
+        if group and size + elements > GROUP_ELEMENTS:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += elements
+    yield group
 
 
 def _is_large_matrix(name: str, shape: Size, width: int) -> bool:
@@ -89,14 +107,21 @@ def _is_large_matrix(name: str, shape: Size, width: int) -> bool:
 
 
 def _project(
-    target: Gradient, name: str, diagonal: Tensor | None, width: int, generator: torch.Generator
-) -> Projection:
-    part, total = part_of(target, name)
-    sample = _draw_rows(part, diagonal, width, generator)
-    if diagonal is not None and int(diagonal.count_nonzero()) < (1 - NEVER_UPDATED) * part.numel():
-        return Projection(None, _square(target[name], diagonal), sample)
-    direction = low_rank(part if diagonal is None else diagonal * part, width, generator, total)
-    return Projection(direction, None if isinstance(target, Partial) else _square(part, diagonal), sample)
+    target: Gradient, names: Sequence[str], preconditioner: Preconditioner, width: int, generator: torch.Generator
+) -> dict[str, Projection]:
+    samples, squares, along, starts = {}, {}, {}, {}
+    for name in names:
+        part, diagonal = part_of(target, name), preconditioner(name)
+        samples[name] = _draw_rows(part, diagonal, width, generator)
+        if diagonal is not None and int(diagonal.count_nonzero()) < (1 - NEVER_UPDATED) * part.numel():
+            squares[name] = _square(target[name], diagonal)
+            continue
+        along[name] = part if diagonal is None else diagonal * part
+        starts[name] = torch.randn(max(part.shape), width, generator=generator)
+        if not isinstance(target, Partial):
+            squares[name] = _square(part, diagonal)
+    directions = low_ranks(along, starts, target.totals if isinstance(target, Partial) else dict)
+    return {name: Projection(directions.get(name), squares.get(name), samples[name]) for name in names}
 
 
 def _square(values: Tensor, diagonal: Tensor | None) -> Tensor:
@@ -114,21 +139,27 @@ def _draw_rows(target: Tensor, diagonal: Tensor | None, width: int, generator: t
     return RowSample(rows_n, root_nd, torch.tensor(len(population)))
 
 
-def low_rank(matrix_pd: Tensor, rank: int, generator: torch.Generator, total: Total = lambda values: values) -> LowRank:
-    """The projection of a matrix on `rank` directions of its shorter side, found with one power iteration.
+def low_ranks(
+    matrices: Mapping[str, Tensor], starts: Mapping[str, Tensor], totals: Totals = dict
+) -> dict[str, LowRank]:
+    """Projections of matrices on some directions of their shorter sides, found with one power iteration.
 
-    Exact if the matrix has that rank. Where it is only a part of one, `total` sums what the ranks have.
+    `starts` are random, (the longer side, rank). Exact if a matrix has that rank. Where they are only parts of
+    matrices, `totals` sums what the ranks have, of all matrices at once.
     """
-    if matrix_pd.shape[0] < matrix_pd.shape[1]:
-        turned = low_rank(matrix_pd.T, rank, generator, total)
-        return LowRank(turned.right_dr, turned.left_pr)
-    start_pr = torch.randn(len(matrix_pd), rank, generator=generator).to(matrix_pd)
-    basis_dr = torch.linalg.qr(total(matrix_pd.T @ start_pr)).Q
+    tall = {name: matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T for name, matrix in matrices.items()}
+    along = _orthogonal(totals({name: matrix.T @ starts[name].to(matrix) for name, matrix in tall.items()}))
     # Orthogonal on either side: of small directions the square of the matrix would leave rounding errors.
-    basis_pr = torch.linalg.qr(total(matrix_pd @ basis_dr)).Q
-    basis_dr = torch.linalg.qr(total(matrix_pd.T @ basis_pr)).Q
+    across = _orthogonal(totals({name: matrix @ along[name] for name, matrix in tall.items()}))
+    along = _orthogonal(totals({name: matrix.T @ across[name] for name, matrix in tall.items()}))
+    images = totals({name: matrix @ along[name] for name, matrix in tall.items()})
     # Contiguous, as it comes back from a checkpoint: with other strides the last digit of a product differs.
-    return LowRank(total(matrix_pd @ basis_dr), basis_dr.contiguous())
+    found = {name: (images[name], along[name].contiguous()) for name in tall}
+    return {name: LowRank(*(pair if tall[name] is matrices[name] else pair[::-1])) for name, pair in found.items()}
+
+
+def _orthogonal(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.linalg.qr(matrix).Q for name, matrix in matrices.items()}
 
 
 class Sketched:
@@ -175,7 +206,7 @@ class Sketched:
                 found[name] = torch.stack([factor.along(projection.direction) for factor in matrices]).sum(0)
             else:
                 found[name] = gradients.utilities_of(name, target, preconditioner)
-        return found
+        return gradients.of_all(found)
 
     def drawn_rows(self, name: str) -> Tensor | None:
         projection = (self.projections or {}).get(name)
@@ -203,15 +234,20 @@ class Sketched:
 
     @torch.no_grad()
     def gram(self, gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
-        projections = self._checked(preconditioner)
-        gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=gradients.losses_N.device)
+        asked: list[str] = []
+        others: list[str] = []
         for name, factors in gradients.factors.items():
-            projection, matrices = projections.get(name), _matrices(factors)
-            if projection is not None and matrices:
-                gram += _gram_of(name, matrices, samples, projection.sample, preconditioner)
-            else:
-                gram += gradients.gram_of(name, samples, preconditioner)
-        return gram
+            is_drawn = name in self._checked(preconditioner) and _matrices(factors)
+            (asked if is_drawn else others).append(name)
+        gram = gradients.gram_at(samples, self._rows(gradients, samples, preconditioner, asked))
+        return gradients.total(gram + gradients.gram_within(others, samples, preconditioner))
+
+    def _rows(
+        self, gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner, names: Sequence[str]
+    ) -> Iterator[Rows]:
+        for name in names:
+            own = _own_rows(_matrices(gradients.factors[name]), samples)
+            yield from _rows_of(name, own, self._checked(preconditioner)[name].sample, preconditioner)
 
     def state_dict(self) -> dict[str, Any]:
         """The generator, and what was projected by `<part>.<parameter>`, if anything."""
@@ -232,24 +268,16 @@ class Sketched:
         return self.projections
 
 
-def _gram_of(
-    name: str,
-    factors: Sequence[MatrixFactor],
-    samples: Sequence[int],
-    drawn: RowSample,
-    preconditioner: Preconditioner,
-) -> Tensor:
-    """One matrix's share of K: the rows of own tokens as they are, those drawn of the others for all of these."""
-    own = _own_rows(factors, samples)
+def _rows_of(name: str, own: Tensor | None, drawn: RowSample, preconditioner: Preconditioner) -> Iterator[Rows]:
+    """What K takes of a matrix: the rows of own tokens as they are, those drawn of the others for all of these."""
     if own is None:
-        gram = gram_at_rows(factors, samples, drawn.rows_n, drawn.root_nd)
-        return gram * (int(drawn.population) / max(1, len(drawn.rows_n)))
+        yield Rows(name, drawn.rows_n, drawn.root_nd, int(drawn.population) / max(1, len(drawn.rows_n)))
+        return
     others = ~torch.isin(drawn.rows_n, own)
-    rest = gram_at_rows(factors, samples, drawn.rows_n[others], drawn.root_nd[others])
     root = _root_at(preconditioner, name, own, drawn.root_nd)
     population = int(drawn.population) - int(root.any(1).sum())
-    gram = gram_at_rows(factors, samples, own, root)
-    return gram.add_(rest, alpha=population / max(1, int(others.sum())))
+    yield Rows(name, own, root)
+    yield Rows(name, drawn.rows_n[others], drawn.root_nd[others], population / max(1, int(others.sum())))
 
 
 def _root_at(preconditioner: Preconditioner, name: str, rows: Tensor, like: Tensor) -> Tensor:

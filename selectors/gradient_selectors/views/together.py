@@ -58,9 +58,7 @@ def _get_ready(scoring: Scoring, target: Gradient, preconditioner: Preconditione
     if not isinstance(target, Partial):
         return
     scoring.start(target, preconditioner, head)
-    for name in target:
-        if not (isinstance(scoring, Sketched) and scoring.is_projected(name)):
-            _ = target[name]
+    target.complete(n for n in target if not (isinstance(scoring, Sketched) and scoring.is_projected(n)))
 
 
 def _keeps(capture: GradientCapture, batch: Batch, shares: Shares, budget: Budget) -> bool:

@@ -10,6 +10,7 @@ from gradient_selectors.capture.capture import GradientCapture
 from gradient_selectors.weigh.selector import Decision, equal_coefficients
 from gradient_selectors.weigh.stated import restated_coefficients
 from gradient_selectors.world.base import World, together
+from gradient_selectors.world.buckets import summed_in_buckets
 from gradient_selectors.world.deal import Shares, agreed_names
 
 
@@ -54,9 +55,14 @@ def _sum_gradients(capture: GradientCapture, world: World) -> None:
     if world.size == 1 or capture.is_sharded:  # torch has summed those of a sharded model
         return
     present = [name for name, parameter in capture.parameters.items() if parameter.grad is not None]
-    for name in agreed_names(world, present, list(capture.parameters)):
-        parameter = capture.parameters[name]
-        parameter.grad = world.sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    names = agreed_names(world, present, list(capture.parameters))
+    for name, total in summed_in_buckets(world, ((name, _own_gradient(capture, name)) for name in names)):
+        capture.parameters[name].grad = total
+
+
+def _own_gradient(capture: GradientCapture, name: str) -> Tensor:
+    parameter = capture.parameters[name]
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _forget(capture: GradientCapture) -> None:

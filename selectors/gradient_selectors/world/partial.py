@@ -5,16 +5,17 @@ reads it through a few vectors. So it stays in parts, and a parameter is summed 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Size, Tensor
 
 from gradient_selectors.world.base import World
+from gradient_selectors.world.buckets import summed_in_buckets
 from gradient_selectors.world.rows import RowsGradient
 
-Total = Callable[[Tensor], Tensor]
-"""Makes the whole of what is linear in a gradient from what is of this rank's part."""
+Totals = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Makes the whole of what is linear in some parameters' gradients from what is of this rank's parts."""
 
 
 class Partial(Mapping[str, Tensor]):
@@ -30,11 +31,8 @@ class Partial(Mapping[str, Tensor]):
         self._whole = set(parts) if whole else set[str]()
 
     def __getitem__(self, name: str) -> Tensor:
-        values = self._parts[name]
-        if name not in self._whole:
-            self._world.sum(values)
-            self._whole.add(name)
-        return values
+        self.complete([name])
+        return self._parts[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -45,9 +43,28 @@ class Partial(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._parts  # and not as `Mapping` has it, which asks for the values
 
-    def part(self, name: str) -> tuple[Tensor, Total]:
-        """What this rank has of a parameter, and what makes the whole of anything linear in it."""
-        return self._parts[name], _same if name in self._whole else self._total
+    def complete(self, names: Iterable[str]) -> None:
+        """Sum some parameters, small ones together. A call of all ranks where any of them has not been summed yet."""
+        left = [name for name in names if name not in self._whole]
+        for name, total in summed_in_buckets(self._world, ((name, self._parts[name]) for name in left)):
+            if total is not self._parts[name]:
+                self._parts[name].copy_(total)
+        self._whole.update(left)
+
+    def part(self, name: str) -> Tensor:
+        """What this rank has of a parameter; `totals` makes the whole of what is linear in it."""
+        return self._parts[name]
+
+    def totals(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`Totals` of this gradient, in one exchange."""
+        names = [name for name in values if name not in self._whole]
+        if not names:
+            return dict(values)
+        flat = self._world.sum(torch.cat([values[name].flatten() for name in names]))
+        found = torch.split(flat, [values[name].numel() for name in names])
+        return dict(values) | {
+            name: part.view(values[name].shape).clone() for name, part in zip(names, found, strict=True)
+        }
 
     def move(self, fresh: "Partial", share: float) -> None:
         """Go so far towards another gradient, of which nothing was summed yet. Each rank moves its part."""
@@ -62,19 +79,12 @@ class Partial(Mapping[str, Tensor]):
         norm = float(torch.nn.utils.get_total_norm(self._parts.values()))
         return all(finite for (finite,) in self._world.facts([math.isfinite(norm)]))
 
-    def _total(self, values: Tensor) -> Tensor:
-        return self._world.sum(values.contiguous())
 
-
-def part_of(gradient: Mapping[str, Tensor], name: str) -> tuple[Tensor, Total]:
+def part_of(gradient: Mapping[str, Tensor], name: str) -> Tensor:
     """As `Partial.part`; of any other gradient each rank has all."""
-    return gradient.part(name) if isinstance(gradient, Partial) else (gradient[name], _same)
+    return gradient.part(name) if isinstance(gradient, Partial) else gradient[name]
 
 
 def shape_of(gradient: Mapping[str, Tensor], name: str) -> Size:
     """Shape of a parameter, for which nothing is exchanged."""
-    return gradient.shapes[name] if isinstance(gradient, RowsGradient) else part_of(gradient, name)[0].shape
-
-
-def _same(values: Tensor) -> Tensor:
-    return values
+    return gradient.shapes[name] if isinstance(gradient, RowsGradient) else part_of(gradient, name).shape

@@ -6,10 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from gradient_selectors.capture.capture import GradientCapture
+from gradient_selectors.capture.factors import LowRank
 from gradient_selectors.preconditioner import Preconditioner, plain
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.scoring import Exact
-from gradient_selectors.views.sketches import Sketched, from_tensors, low_rank, project, to_tensors
+from gradient_selectors.views.sketches import Sketched, from_tensors, low_ranks, project, to_tensors
 from torch import Tensor
 
 from tests.helpers.oracle import dense, make_batch, make_model, random_like, relative_error
@@ -88,10 +89,14 @@ def test_the_head_is_the_same_whether_the_pass_knew_its_direction(kind: str) -> 
         assert relative_error(one, two) < EXACT
 
 
+def low_rank(matrix: Tensor, rank: int) -> LowRank:
+    return low_ranks({"a": matrix}, {"a": torch.randn(max(matrix.shape), rank, generator=seeded(1))})["a"]
+
+
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
 def test_the_direction_is_almost_the_best_of_its_rank(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=seeded(0)) @ torch.diag(0.9 ** torch.arange(shape[1]).float())
-    found = low_rank(matrix, 10, seeded(1))
+    found = low_rank(matrix, 10)
     best = float(torch.linalg.svdvals(matrix)[10:].norm())
     assert float((found.left_pr @ found.right_dr.T - matrix).norm()) < 1.25 * best
 
@@ -100,7 +105,7 @@ def test_directions_of_very_different_sizes_are_all_found() -> None:
     """Rounding must not hide the small ones: where the sum over ranks rounds otherwise, they would be others."""
     sides = [torch.linalg.qr(torch.randn(n, 12, generator=seeded(n), dtype=torch.float64)).Q for n in (80, 48)]
     sizes = torch.logspace(0, -4, 12, dtype=torch.float64)
-    basis = low_rank((sides[0] * sizes @ sides[1].T).float(), 12, seeded(1)).right_dr.double()
+    basis = low_rank((sides[0] * sizes @ sides[1].T).float(), 12).right_dr.double()
     missed = sides[1] - basis @ (basis.T @ sides[1])
     assert float(missed.norm(dim=0).max()) < 1e-3
 

@@ -9,7 +9,7 @@ from gradient_selectors.engine import SelectionEngine
 from gradient_selectors.target import Target
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.views.scoring import Exact, Scoring
-from gradient_selectors.views.sketches import Sketched, low_rank, project
+from gradient_selectors.views.sketches import Sketched, low_ranks, project
 from gradient_selectors.weigh.filter_then_weight import FilterThenWeight
 from gradient_selectors.world.base import World
 from gradient_selectors.world.partial import Partial, part_of, shape_of
@@ -27,26 +27,27 @@ def values(seed: int, shape: tuple[int, int] = SHAPE) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def low(matrix: Tensor, **total: Any) -> Tensor:
-    found = low_rank(matrix, RANK, torch.Generator().manual_seed(9), **total)
-    return found.left_pr @ found.right_dr.T
+def low(matrices: dict[str, Tensor], **totals: Any) -> dict[str, Tensor]:
+    starts = {n: torch.randn(max(SHAPE), RANK, generator=torch.Generator().manual_seed(9)) for n in matrices}
+    return {n: found.left_pr @ found.right_dr.T for n, found in low_ranks(matrices, starts, **totals).items()}
 
 
 @pytest.mark.parametrize("shape", [SHAPE, SHAPE[::-1]])
 def test_its_low_rank_is_that_of_the_sum_and_nothing_large_is_exchanged(shape: tuple[int, int]) -> None:
-    whole = values(0, shape) + values(1, shape)
+    whole = {name: values(seed, shape) + values(seed + 1, shape) for name, seed in (("a", 0), ("b", 2))}
 
-    def work(world: ThreadWorld) -> Tensor:
-        gradient = Partial(world, {"a": values(world.rank, shape)})
+    def work(world: ThreadWorld) -> dict[str, Tensor]:
+        gradient = Partial(world, {"a": values(world.rank, shape), "b": values(2 + world.rank, shape)})
         assert "a" in gradient
         assert shape_of(gradient, "a") == shape
-        part, total = part_of(gradient, "a")
-        found = low(part, total=total)
-        assert world.sent["sum"] == 4 * 2 * RANK * sum(shape)  # twice two products, of which each rank sends its own
+        found = low({name: part_of(gradient, name) for name in gradient}, totals=gradient.totals)
+        # Of each matrix twice two products, of which each rank sends its own.
+        assert world.sent["sum"] == 2 * 4 * 2 * RANK * sum(shape)
         return found
 
     first, other = on_ranks(2, work)
-    assert torch.equal(first, other)
+    for name in whole:
+        assert torch.equal(first[name], other[name])
     torch.testing.assert_close(first, low(whole), rtol=1e-3, atol=1e-3)
 
 
