@@ -69,5 +69,9 @@ def test_a_step_makes_no_more_calls_where_there_are_more_layers(scoring: type, m
     counts = []
     for layers in (2, 5):
         models = [deep(layers) for _ in range(2)]
-        counts.append(on_ranks(2, lambda world, models=models: Counter(calls(world, models[world.rank], scoring()))))
+
+        def work(world: ThreadWorld, models: list[Any] = models) -> Counter[str]:
+            return Counter(calls(world, models[world.rank], scoring()))
+
+        counts.append(on_ranks(2, work))
     assert counts[0] == counts[1]
