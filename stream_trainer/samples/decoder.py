@@ -212,7 +212,7 @@ class Decoder:
             self._note(TRUNCATED)
             notes += (TRUNCATED,)
         predicted = labels[1:limit]
-        if predicted.count(NO_LOSS) == len(predicted):
+        if predicted == [NO_LOSS] * len(predicted):  # which stops at the first that differs
             raise SampleError("no_loss_tokens", f"none of the first {limit} tokens carries loss")
         return Sample(
             input_ids=tuple(ids[:limit]),

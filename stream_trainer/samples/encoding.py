@@ -81,7 +81,7 @@ class _Words:
     def __init__(self, backend: Tokenizer, limit: int | None) -> None:
         self._encode = backend_encoder(backend)
         self._limit = limit
-        self._ids: dict[str, list[int]] = {}
+        self._ids: dict[str, tuple[int, ...]] = {}  # one object a word, of which Python's collector keeps no track
         self._chars = 0
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -91,7 +91,7 @@ class _Words:
         known = self._ids  # what another thread starts anew is not taken from under this one
         words = [_cut(text, self._limit) for text in texts]
         new = list(set[str]().union(*words).difference(known))
-        known.update(zip(new, self._encode(new), strict=True))
+        known.update(zip(new, map(tuple, self._encode(new)), strict=True))
         self._chars += sum(map(len, new))
         ids_of = known.__getitem__
         return [list(chain.from_iterable(map(ids_of, found))) for found in words]
@@ -99,10 +99,11 @@ class _Words:
 
 def _cut(text: str, limit: int | None) -> list[str]:
     """The words of a text, each with the space before it; the first `limit` of them, which have as many ids or more."""
-    if MARK in text or text.strip(" ") != text or RUN.search(text):
+    if MARK in text or text.endswith(" ") or RUN.search(text):
         return CUT.split(text, limit or 0)[:limit]
-    # Every space is a cut, and the methods of strings find them several times faster.
-    return text.replace(" ", MARK + " ").split(MARK, -1 if limit is None else limit)[:limit]
+    # Every space but one at the start is a cut, and the methods of strings find them several times faster.
+    marked = text[:1] + text[1:].replace(" ", MARK + " ")
+    return marked.split(MARK, -1 if limit is None else limit)[:limit]
 
 
 def _ids(text: str) -> list[int]:

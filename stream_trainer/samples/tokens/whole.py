@@ -7,7 +7,6 @@ the token belongs to the part that carries loss.
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -60,6 +59,8 @@ class Located(NamedTuple):
         """The token behind what ends at a character; one that goes across it is included."""
         return bisect_left(self.starts, at)
 
+
+MAX_LOCATED = 20_000  # texts with their tokens that are kept
 
 EncodeMarked = Callable[[Sequence[Marked]], list[Tokens]]
 
@@ -117,34 +118,47 @@ class _ByWords:
 
     def __init__(self, words: Encode, backend: Tokenizer) -> None:
         self._words = words
-        self._located = lru_cache(maxsize=20_000)(lambda text: located(backend.encode(text, add_special_tokens=False)))
+        self._backend = backend
+        self._located: dict[str, Located] = {}
 
     def encode(self, texts: Sequence[Marked]) -> list[Tokens]:
         """The tokens of each text."""
         stretches = [_stretches(text, spans) for text, spans in texts]
-        rest = [
-            text[s.start : s.end]
-            for (text, _), found in zip(texts, stretches, strict=True)
-            for s in found
-            if not s.bordered
-        ]
-        given = iter(self._words(rest))
-        return [self._joined(marked, found, given) for marked, found in zip(texts, stretches, strict=True)]
+        plain: list[str] = []
+        with_borders: list[str] = []
+        for (text, _), found in zip(texts, stretches, strict=True):
+            for start, end, bordered in found:
+                (with_borders if bordered else plain).append(text[start:end])
+        given, placed = iter(self._words(plain)), iter(self._locate(with_borders))
+        return [_joined(marked, found, given, placed) for marked, found in zip(texts, stretches, strict=True)]
 
-    def _joined(self, marked: Marked, stretches: Sequence[Stretch], given: Iterator[list[int]]) -> Tokens:
-        ids: list[int] = []
-        reached: dict[int, tuple[int, int]] = {}  # of each border, the token that begins and the one that ends there
-        for start, end, bordered in stretches:
-            reached[start] = len(ids), len(ids)
-            if bordered:
-                found = self._located(marked.text[start:end])
-                for at in {at for span in marked.spans for at in span if start < at < end}:
-                    reached[at] = len(ids) + found.first(at - start), len(ids) + found.after(at - start)
-                ids += found.ids
-            else:
-                ids += next(given)
-        reached[len(marked.text)] = len(ids), len(ids)
-        return Tokens(ids, [(reached[start][0], reached[end][1]) for start, end in marked.spans])
+    def _locate(self, texts: Sequence[str]) -> list[Located]:
+        """The tokens of texts, all that are new by one call: one for each would cost as much again in Python."""
+        if len(self._located) > MAX_LOCATED:
+            self._located = {}
+        known = self._located
+        new = list(set(texts).difference(known))
+        known.update(zip(new, map(located, self._backend.encode_batch(new, add_special_tokens=False)), strict=True))
+        return [known[text] for text in texts]
+
+
+def _joined(
+    marked: Marked, stretches: Sequence[Stretch], given: Iterator[list[int]], placed: Iterator[Located]
+) -> Tokens:
+    """The tokens of a text from those of its stretches: the next in `placed` where it is bordered, else in `given`."""
+    ids: list[int] = []
+    reached: dict[int, tuple[int, int]] = {}  # of each border, the token that begins and the one that ends there
+    for start, end, bordered in stretches:
+        reached[start] = len(ids), len(ids)
+        if bordered:
+            found = next(placed)
+            for at in {at for span in marked.spans for at in span if start < at < end}:
+                reached[at] = len(ids) + found.first(at - start), len(ids) + found.after(at - start)
+            ids += found.ids
+        else:
+            ids += next(given)
+    reached[len(marked.text)] = len(ids), len(ids)
+    return Tokens(ids, [(reached[start][0], reached[end][1]) for start, end in marked.spans])
 
 
 def _stretches(text: str, spans: Sequence[Span]) -> list[Stretch]:

@@ -165,6 +165,47 @@ def test_a_record_that_the_tokenizer_refuses_spoils_no_other() -> None:
     assert (first.num_tokens, third.num_tokens) == (2, 3)
 
 
+class Refusing:
+    """A backend that raises on texts with one word in them."""
+
+    def __init__(self, backend: Tokenizer, word: str) -> None:
+        self.backend, self.word = backend, word
+
+    def to_str(self) -> str:
+        return str(self.backend.to_str())
+
+    def encode_batch_fast(self, texts: list[str], **how: bool) -> Any:
+        return self._checked(texts).encode_batch_fast(texts, **how)
+
+    def encode_batch(self, texts: list[str], **how: bool) -> Any:
+        return self._checked(texts).encode_batch(texts, **how)
+
+    def _checked(self, texts: list[str]) -> Tokenizer:
+        if any(self.word in text for text in texts):
+            raise ValueError(self.word)
+        return self.backend
+
+
+@pytest.mark.parametrize("place", ["prompt", "response"])
+def test_a_record_whose_words_are_refused_spoils_no_other_of_its_batch(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both where a border falls into the word and where none does."""
+    pairs = [{"prompt": f"in Spain {n}", "response": "the rain in Spain"} for n in range(5)]
+    good = [record(json.dumps(pair).encode()) for pair in pairs]
+    bad = record(json.dumps(pairs[0] | {place: "the rain refused"}).encode())
+    expected = Decoder(tokenizer_of_words(), SampleSettings()).decode_batch(good)
+    monkeypatch.setattr(
+        "stream_trainer.samples.tokens.whole.fenced_backend",
+        lambda tokenizer, _: Refusing(tokenizer.backend_tokenizer, "refused"),
+    )
+    decoder = Decoder(tokenizer_of_words(), SampleSettings())
+    *before, error, last = decoder.decode_batch([*good[:4], bad, good[4]])
+    assert isinstance(error, SampleError)
+    assert (error.reason, str(error)) == ("tokenizer", "ValueError")
+    assert [*before, last] == expected == decoder.decode_batch(good)
+
+
 @pytest.mark.parametrize("token", ["</s>", "<s>", "<pad>"])
 def test_control_tokens_cannot_be_injected(token: str) -> None:
     text = f"a{token}b"

@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from stream_trainer.samples import encoding
 from stream_trainer.samples.byte_tokenizer import byte_tokenizer
 from stream_trainer.samples.encoding import PATTERNS, byte_encoder, word_encoder
+from stream_trainer.samples.tokens import whole
+from stream_trainer.samples.tokens.controls import Controls
+from stream_trainer.samples.tokens.whole import Marked
 
 
 def backend_of_bytes() -> Tokenizer:
@@ -167,6 +171,7 @@ class Counting:
     def __init__(self, backend: Tokenizer) -> None:
         self.backend = backend
         self.asked: list[str] = []
+        self.located: list[set[str]] = []
 
     def to_str(self) -> str:
         return str(self.backend.to_str())
@@ -174,6 +179,10 @@ class Counting:
     def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> Any:
         self.asked += texts
         return self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> Any:
+        self.located.append(set(texts))
+        return self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
 
 
 def test_the_backend_is_asked_once_for_each_word() -> None:
@@ -190,8 +199,8 @@ def test_no_word_is_asked_for_that_is_cut_off() -> None:
     backend: Any = Counting(like_gpt2())
     encode = word_encoder(backend, 3)
     assert encode is not None
-    encode(["a b c d e", "a\n\nb f g h i"])
-    assert set(backend.asked) == {"a", " b", " c", "a\n\nb", " f", " g"}
+    encode(["a b c d e", "a\n\nb f g h i", " p q r s"])
+    assert set(backend.asked) == {"a", " b", " c", "a\n\nb", " f", " g", " p", " q", " r"}
 
 
 def test_words_are_forgotten_when_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +213,27 @@ def test_words_are_forgotten_when_they_are_too_many(monkeypatch: pytest.MonkeyPa
     encode(["in Spain"])
     assert encode(["the rain"]) == [backend.backend.encode("the rain").ids]
     assert len(backend.asked) == 6
+
+
+ANSWERED = [
+    Marked(text, ((text.index("\n") + 1, len(text)),))
+    for text in ("the rain\nin Spain", "in\nthe plain, it", "said the rain\nin the plain")
+]
+
+
+@pytest.mark.parametrize("kept", [whole.MAX_LOCATED, 0])
+def test_words_that_a_border_falls_into_are_asked_for_in_one_call(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "MAX_LOCATED", kept)
+    backend: Any = Counting(like_gpt2())
+    monkeypatch.setattr(whole, "fenced_backend", lambda *_: backend)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=like_gpt2())
+    encode = whole.whole_encoder(tokenizer, Controls({}), None)
+    first = encode(ANSWERED)
+    assert backend.located == [{" rain\nin", "in\nthe"}]
+    assert encode(ANSWERED[:2]) == first[:2]
+    assert backend.located[1:] == [set() if kept else {" rain\nin", "in\nthe"}]
+    monkeypatch.setattr(whole, "word_encoder", lambda *_: None)
+    assert whole.whole_encoder(tokenizer, Controls({}), None)(ANSWERED) == first
 
 
 def changed(**model: object) -> Tokenizer:
