@@ -12,6 +12,7 @@ from gradient_selectors import MaskedAdamW, SelectionEngine
 from gradient_selectors.world.base import Alone, World
 
 from stream_trainer import __version__
+from stream_trainer.checkpoints.background import Copies
 from stream_trainer.checkpoints.checkpoint import Checkpoint, TrainerState, load_latest, restore
 from stream_trainer.checkpoints.fingerprint import TARGET_CONTENTS, change_of, check_resume, consumed, fingerprint_of
 from stream_trainer.checkpoints.ownership import Owner, claim
@@ -139,6 +140,7 @@ class _Learner:
         steering: those of the target that steer the selection.
         held: those that do not.
         kept: what keeps the target, if it comes from a topic.
+        copies: of it, if checkpoints are written while it trains.
         fingerprint: what it is made of; a checkpoint's weights, once they are restored, are others.
     """
 
@@ -148,6 +150,7 @@ class _Learner:
     steering: list[Sample]
     held: list[Sample]
     kept: KeptTarget | None
+    copies: Copies | None
     optimizer: NamedAdamW | MaskedAdamW
     engine: SelectionEngine
     fingerprint: dict[str, object]
@@ -165,10 +168,11 @@ def _learner(run: Run) -> _Learner:
         steering, held = split_target(settings, sets["target"])
     made_of = fingerprint_of(settings, loaded, __version__)
     with watchers.during("attaching the selection to the model"):
+        copies = Copies(loaded) if settings.checkpoint.asynchronous else None
         loaded, capture = cut(settings, loaded, run.world)
         optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection, run.world)
         engine = make_engine(settings, loaded, optimizer, steering, anchors, run.world, capture)
-    return _Learner(loaded, decoder, sets, steering, held, kept, optimizer, engine, made_of)
+    return _Learner(loaded, decoder, sets, steering, held, kept, copies, optimizer, engine, made_of)
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,7 @@ def _saver(run: Run, learner: _Learner, owner: Owner, reading: _Reading, checkpo
         made_with=provenance_of(settings, __version__, earlier),
         jitter=random.SystemRandom(),
         watchers=run.watchers,
+        copies=learner.copies,
     )
 
 

@@ -154,7 +154,7 @@ def _elsewhere(settings: Settings, folder: Path, last_step: int) -> Settings:
     """The same run, which writes to `folder` alone, joins no group, and makes no checkpoint of its own accord."""
     kafka = settings.source.kafka.model_copy(update={"group_id": None, "fencing": "off"})
     rare = {"every_steps": NEVER, "every_seconds": float(NEVER)}
-    checkpoint = {"dir": folder / "checkpoints", "on_mismatch": "accept", **rare}
+    checkpoint = {"dir": folder / "checkpoints", "on_mismatch": "accept", "asynchronous": False, **rare}
     return settings.model_copy(
         update={
             "source": settings.source.model_copy(update={"kafka": kafka}),

@@ -64,13 +64,19 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.safetensors"
 
 
-class NamedOptimizer(Protocol):
+class Moments(Protocol):
     """What a checkpoint asks of an optimizer: its state by parameter name."""
 
-    parameters: dict[str, nn.Parameter]
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Those that it trains, by name."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors as `<parameter name>.<field>`."""
+
+
+class NamedOptimizer(Moments, Protocol):
+    """What a resume asks of one, too."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a copy of what `state_dict` returned. Raises ValueError if it does not fit."""
@@ -126,23 +132,25 @@ class Checkpoint:
 def save_checkpoint(
     directory: Path,
     loaded: LoadedModel,
-    optimizer: NamedOptimizer,
+    optimizer: Moments,
     state: TrainerState,
     keep: int,
     epoch: int = 0,
     confirm: Callable[[], None] = lambda: None,
     before_rename: Callable[[], None] = lambda: None,
     rows: InRows | None = None,
+    *,
+    checked: bool = False,
 ) -> SavedCheckpoint:
     """Write a checkpoint of `state.step` durably, then delete all but the `keep` newest up to that epoch and step.
 
     `confirm` raises FencedError if another trainer has taken over from `epoch`. It is asked once all files are durable,
     before they get their place, and again after. `before_rename` is called once, when nothing is published yet; what it
     raises leaves all as it was. `rows` is what the ranks have written of the optimizer's state, in the directory that
-    becomes the checkpoint. Raises NotFiniteError before anything is written, and CheckpointError if it cannot be
-    written; every earlier checkpoint is then as it was.
+    becomes the checkpoint. With `checked` all is known to be finite. Raises NotFiniteError before anything is written,
+    and CheckpointError if it cannot be written; every earlier checkpoint is then as it was.
     """
-    if rows is None:
+    if rows is None and not checked:
         require_finite(loaded, optimizer)
     temporary = begin_checkpoint(directory, epoch, state.step) if rows is None else rows.directory
     try:
@@ -225,7 +233,7 @@ def restore(checkpoint: Checkpoint, loaded: LoadedModel, optimizer: NamedOptimiz
     return TrainerState(**{**trainer, "parts": unflatten(tensors, trainer["parts"])})
 
 
-def require_finite(loaded: LoadedModel, optimizer: NamedOptimizer) -> None:
+def require_finite(loaded: LoadedModel, optimizer: Moments) -> None:
     """Raise NotFiniteError unless all is finite that lies here of the trained weights and of the optimizer's state."""
     tensors = {name: own_rows(weight) for name, weight in loaded.model.named_parameters() if weight.requires_grad}
     name = first_not_finite(tensors) or first_not_finite(own_tensors(optimizer.state_dict()))
@@ -251,7 +259,7 @@ def _are_finite(tensors: Sequence[torch.Tensor]) -> bool:
     return not tensors or math.isfinite(float(torch.nn.utils.get_total_norm(tensors, math.inf)))
 
 
-def _write_files(directory: Path, loaded: LoadedModel, optimizer: NamedOptimizer | None, state: TrainerState) -> None:
+def _write_files(directory: Path, loaded: LoadedModel, optimizer: Moments | None, state: TrainerState) -> None:
     """All but the manifest; None for an optimizer whose state is there already."""
     with writing("the model", directory):
         save_model(loaded, directory / MODEL)

@@ -57,16 +57,17 @@ def made_whole(loaded: LoadedModel, *, keeps: bool) -> Iterator[LoadedModel]:
         for name, parameter in loaded.model.named_parameters():
             values = gathered(parameter, keeps=keeps)
             if values is not None:
-                _fill(slots[name], values)
+                fill(slots[name], values)
         yield replace(loaded, model=loaded.twin, device=torch.device("cpu"), twin=None)
     finally:
         for slot in slots.values():
-            _fill(slot, torch.empty_like(slot, device="meta"))
+            fill(slot, torch.empty_like(slot, device="meta"))
+
+
+def fill(slot: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter these values in the place of its own, wherever it is used."""
+    torch.utils.swap_tensors(slot, nn.Parameter(values, slot.requires_grad))  # type: ignore[no-untyped-call]
 
 
 def _without_values(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-
-
-def _fill(slot: nn.Parameter, values: Tensor) -> None:
-    torch.utils.swap_tensors(slot, nn.Parameter(values, slot.requires_grad))  # type: ignore[no-untyped-call]

@@ -320,6 +320,9 @@ class Metrics:
 
     def _durability(self) -> None:
         self.checkpoint_seconds = self._histogram("checkpoint_seconds", "Time to write one checkpoint.", STEP_SECONDS)
+        self.checkpoint_stall_seconds = self._histogram(
+            "checkpoint_stall_seconds", "Time in which no step was made for one checkpoint.", STEP_SECONDS
+        )
         self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Size of the last checkpoint.")
         self.checkpoint_step = self._gauge("checkpoint_step", "Step of the last checkpoint.")
         self.checkpoint_time = self._gauge("checkpoint_timestamp_seconds", "When the last checkpoint became durable.")

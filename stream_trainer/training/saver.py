@@ -1,9 +1,14 @@
-"""When a checkpoint is due, and making it: weights, state and decisions durable together, then the stream is told."""
+"""When a checkpoint is due, and making it: weights, state and decisions durable together, then the stream is told.
+
+Where the settings say so, it is copied between two steps and written while training goes on. The stream is told between
+two later steps.
+"""
 
 import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +17,14 @@ from typing import Any
 from gradient_selectors import MaskedAdamW
 
 from stream_trainer import __version__
-from stream_trainer.checkpoints.checkpoint import TrainerState, save_checkpoint
+from stream_trainer.checkpoints.background import Copies, in_background
+from stream_trainer.checkpoints.checkpoint import (
+    Moments,
+    SavedCheckpoint,
+    TrainerState,
+    require_finite,
+    save_checkpoint,
+)
 from stream_trainer.checkpoints.fingerprint import consumed
 from stream_trainer.checkpoints.ownership import Owner
 from stream_trainer.checkpoints.plan import PlanFile
@@ -33,6 +45,27 @@ from stream_trainer.training.watchers import Watchers
 logger = logging.getLogger(__name__)
 
 
+Writer = Callable[[], SavedCheckpoint]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A checkpoint that is durable, the seconds that it took from the first look on, and when it was (Unix time)."""
+
+    saved: SavedCheckpoint
+    seconds: float
+    at: float
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint that is being written while training goes on."""
+
+    step: int
+    snapshot: Snapshot
+    written: Future[_Written]
+
+
 @dataclass
 class Saver:
     """Makes the run's checkpoints.
@@ -48,6 +81,8 @@ class Saver:
         saved: step of the newest checkpoint; None before there is one.
         ledger: keeps what is decided, made durable with each checkpoint; None if nobody does.
         clock: seconds, from any moment on.
+        copies: what is written while training goes on; None if training waits for every checkpoint.
+        on_saved: is told the step of every checkpoint that is durable.
     """
 
     settings: Settings
@@ -67,8 +102,12 @@ class Saver:
     saved: int | None = None
     ledger: Decisions | None = None
     clock: Callable[[], float] = time.monotonic
+    copies: Copies | None = None
+    on_saved: Callable[[int], None] = lambda step: None  # noqa: ARG005
     _time: float = field(default=0.0, init=False)
     _durable: object = field(default=None, init=False)
+    _writing: _Writing | None = field(default=None, init=False)
+    _stall: float = field(default=0.0, init=False)
 
     def begin(self, step: int) -> None:
         """Take note that the run begins at a step, with nothing to save."""
@@ -88,14 +127,27 @@ class Saver:
         return (step, self.cursor.counts) != self._durable
 
     def _is_old(self) -> bool:
+        if self._writing is not None:
+            return False
         if self.failing is not None:
             return self.clock() >= self.failing.retry_at
         return self.clock() - self._time >= self.settings.checkpoint.every_seconds
 
-    def save_or_retry(self, step: int, parts: Mapping[str, Any]) -> None:
-        """Save; if that fails train on and try again later, for `checkpoint.max_failing_s` seconds."""
+    def save_or_retry(self, step: int, parts: Mapping[str, Any], *, durable: bool) -> None:
+        """Save; if that fails train on and try again later, for `checkpoint.max_failing_s` seconds.
+
+        Unless it has to be `durable` at once, it may go on being written while training goes on.
+        """
+        with self._retrying(step):
+            if durable or self.copies is None:
+                self.save(step, parts)
+            else:
+                self._begin_to_write(self.copies, step, parts)
+
+    @contextmanager
+    def _retrying(self, step: int) -> Iterator[None]:
         try:
-            self.save(step, parts)
+            yield
         except NotFiniteError:
             raise  # the disk is well, and time mends nothing
         except CheckpointError as error:
@@ -122,46 +174,110 @@ class Saver:
 
     def write_held(self, step: int, held: Held, snapshot: Snapshot, started: float) -> None:
         """The same of a run that is held as `held` says; `started` is when that began (`time.perf_counter()`)."""
-        decided = sum(snapshot.cursor["counts"].values())
-        positions = {Partition.parse(name): log["next"] for name, log in snapshot.cursor["partitions"].items()}
-        state = TrainerState(
+        state = self._state(step, held.parts, snapshot)
+        with self.counting_failures():
+            self._make_ready(state)
+            write = self._writer(held.loaded, held.optimizer, state, rows=held.rows)
+            with self.watchers.during("writing a checkpoint"):
+                written = _timed(write, started)
+        self._announce(step, snapshot, written, started)
+
+    def _begin_to_write(self, copies: Copies, step: int, parts: Mapping[str, Any]) -> None:
+        """Copy what `save` would write, and have it written while training goes on; `look` tells what came of it."""
+        started, snapshot = time.perf_counter(), self.ingest.snapshot()
+        state = self._state(step, parts, snapshot)
+        with self.counting_failures():
+            self._make_ready(state)
+            require_finite(self.loaded, self.optimizer)
+            with self.watchers.during("copying for a checkpoint"):
+                copied = copies.take(self.loaded, self.optimizer, state)
+        write = self._writer(copied.loaded, copied, copied.state, checked=True)
+        self._writing = _Writing(step, snapshot, in_background(partial(_timed, write, started)))
+        self._stalled(started)
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest checkpoint, durable or still being written; None before there is one."""
+        return self.saved if self._writing is None else self._writing.step
+
+    @property
+    def is_written(self) -> bool:
+        """Whether what was being written is durable, or failed, so that it is time to `look`."""
+        return self._writing is not None and self._writing.written.done()
+
+    def look(self) -> None:
+        """Tell everybody of a checkpoint that became durable meanwhile. One that failed is tried again later.
+
+        Raises what it failed with where `save_or_retry` does.
+        """
+        if self._writing is None or not self.is_written:
+            return
+        writing, self._writing, started = self._writing, None, time.perf_counter()
+        with self._retrying(writing.step):
+            with self.counting_failures():
+                written = writing.written.result()
+            self._announce(writing.step, writing.snapshot, written, started)
+
+    def settle(self) -> None:
+        """Wait until nothing is being written, and `look`."""
+        if self._writing is not None:
+            started = time.perf_counter()
+            with self.watchers.during("waiting for a checkpoint"):
+                self.wait()
+            self._stalled(started)
+            self.look()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written. Nobody is told what came of it."""
+        if self._writing is not None:
+            self._writing.written.exception()
+
+    def _state(self, step: int, parts: Mapping[str, Any], snapshot: Snapshot) -> TrainerState:
+        return TrainerState(
             step=step,
             cursor=snapshot.cursor,
             source_identity=dict(self.ingest.identity),
             version=__version__,
             fingerprint=self.fingerprint | consumed(self.settings.source, snapshot.cursor),
-            parts={**held.parts, **snapshot.parts},
+            parts={**parts, **snapshot.parts},
             made_with=self.made_with,
         )
-        with self.counting_failures():
-            self.owner.confirm()
-            self.dead_letters.flush()
-            self.plan.flush()
-            if self.ledger is not None:
-                self.ledger.write(decided, step)
-            with self.watchers.during("writing a checkpoint"):
-                saved = save_checkpoint(
-                    self.settings.checkpoint.dir,
-                    held.loaded,
-                    held.optimizer,
-                    state,
-                    self.settings.checkpoint.keep,
-                    self.owner.epoch,
-                    self.owner.confirm,
-                    before_rename=partial(self.ingest.confirm, self.saved or 0),
-                    rows=held.rows,
-                )
+
+    def _make_ready(self, state: TrainerState) -> None:
+        """Make durable what a checkpoint counts on."""
+        self.owner.confirm()
+        self.dead_letters.flush()
+        self.plan.flush()
+        if self.ledger is not None:
+            self.ledger.write(sum(state.cursor["counts"].values()), state.step)
+
+    def _writer(self, loaded: LoadedModel, optimizer: Moments, state: TrainerState, **how: Any) -> Writer:
+        checkpoint, owner = self.settings.checkpoint, self.owner
+        before_rename = partial(self.ingest.confirm, self.saved or 0)
+        place = (checkpoint.keep, owner.epoch, owner.confirm, before_rename)
+        return partial(save_checkpoint, checkpoint.dir, loaded, optimizer, state, *place, **how)
+
+    def _announce(self, step: int, snapshot: Snapshot, written: _Written, since: float) -> None:
+        """Tell everybody that a checkpoint is durable, for which training stands still `since`."""
         self.note_saved(step, snapshot.counts)
         self.plan.prune()
         if self.ledger is not None:
             self.ledger.saved()
-        seconds = time.perf_counter() - started
-        self.metrics.checkpoint_seconds.observe(seconds)
-        self.metrics.phase_seconds.inc(seconds, "checkpoint")
-        self.metrics.durable(step, time.time(), saved.bytes)
-        logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, seconds)
-        self.ingest.request_commit(positions, step)
+        self._stalled(since)
+        self.metrics.checkpoint_stall_seconds.observe(self._stall)
+        self._stall = 0.0
+        self.metrics.checkpoint_seconds.observe(written.seconds)
+        saved, positions = written.saved, snapshot.cursor["partitions"].items()
+        self.metrics.durable(step, written.at, saved.bytes)
+        logger.info("checkpoint %s: %.0f MB in %.1f s", saved.path, saved.bytes / 1e6, written.seconds)
+        self.ingest.request_commit({Partition.parse(name): log["next"] for name, log in positions}, step)
         self.watchers.checkpoint(step, saved.path)
+
+    def _stalled(self, since: float) -> None:
+        """Count time in which no step was made."""
+        seconds = time.perf_counter() - since
+        self._stall += seconds
+        self.metrics.phase_seconds.inc(seconds, "checkpoint")
 
     @contextmanager
     def counting_failures(self) -> Iterator[None]:
@@ -179,3 +295,9 @@ class Saver:
             self.failing = None
         self.metrics.degraded.labels("checkpoint").set(0)
         self.saved, self._time, self._durable = step, self.clock(), (step, counts)
+        self.on_saved(step)
+
+
+def _timed(write: Writer, started: float) -> _Written:
+    saved = write()
+    return _Written(saved, time.perf_counter() - started, time.time())

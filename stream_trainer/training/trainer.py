@@ -98,6 +98,7 @@ class Trainer:
     def __post_init__(self, evaluation_sets: Mapping[str, Sequence[Sample]]) -> None:
         self.recovery = Recovery(self.settings.training, self.settings.optimizer)
         self._attempts = Attempts(self.saver.owner)
+        self.saver.on_saved = self._attempts.saved
         shortest = min(evaluation_sets["target"], key=lambda sample: sample.num_tokens)
         self._identity: Mapping[str, str] = {}
         self.evaluations = Evaluations(
@@ -123,7 +124,7 @@ class Trainer:
         self.evaluate()
         self._require_sound()
         if self.saver.saved is None:
-            self.saver.save_or_retry(self.step, states_of(self._parts))
+            self.saver.save_or_retry(self.step, states_of(self._parts), durable=True)
             self.plan.begin(self.step, follow=False)
         else:
             self.plan.begin(self.step, follow=self.plan.strict or not self.changed)
@@ -146,6 +147,9 @@ class Trainer:
         except (SourceError, PoisonError):
             self._keep_what_was_learned()  # the stream failed between two steps
             raise
+        except Exception:
+            self.saver.wait()
+            raise
         else:
             self._drain()
         finally:
@@ -164,20 +168,21 @@ class Trainer:
     def _drain(self) -> None:
         self.enter(State.DRAINING)
         self.ingest.stop_reading()  # else a record could be dead-lettered after the snapshot, and again after a restart
+        self.saver.settle()
         if self.saver.has_news(self.step) or self.saver.dead_letters.held:
             self.saver.save(self.step, self._sound_parts())
-            self._attempts.saved(self.step)
 
     def _loop(self) -> None:
         limit = self.settings.training.max_steps
         while not self.stopped() and (limit is None or self.step < limit):
             self.steering.obey(self)
+            self.saver.look()
             asked = time.perf_counter()
             pool = self._next_pool()
             started = time.perf_counter()
             if not pool:
                 self.metrics.phase_seconds.inc(started - asked, "wait")
-            if not pool and self.steering.called:
+            if not pool and (self.steering.called or self.saver.is_written):
                 continue
             if not pool:
                 if self.stopped() or not self.saver.is_due_while_idle(self.step):
@@ -191,13 +196,17 @@ class Trainer:
                 if why is not None:
                     self._roll_back(why)
             if survived or self.saver.is_due(self.step) or self.plan.saves_after(self.step):
-                self.checkpoint()
+                self.checkpoint(durable=survived)
 
-    def checkpoint(self) -> None:
-        """A model that is not sound goes back to the checkpoint before, and that is saved; or it is tried later."""
-        self.saver.save_or_retry(self.step, self._sound_parts())
-        if self.saver.failing is None:
-            self._attempts.saved(self.step)
+    def checkpoint(self, *, durable: bool = False) -> None:
+        """A model that is not sound goes back to the checkpoint before, and that is saved; or it is tried later.
+
+        Unless it has to be `durable` at once, it may be written while training goes on. What is known of samples that
+        kill processes is not to be forgotten before that.
+        """
+        self.saver.settle()
+        parts = self._sound_parts()
+        self.saver.save_or_retry(self.step, parts, durable=durable or self._attempts.suspects)
 
     def _sound_parts(self) -> dict[str, object]:
         """States for a checkpoint, after a rollback if the model is not sound: what is saved can be gone back to."""
@@ -212,7 +221,7 @@ class Trainer:
         if self.buffer.records + self.sampler.waiting == 0:
             self.enter(State.IDLE)
         try:
-            pool = self.plan.next(self.sampler, self.step + 1, self.saver.saved, self._is_interrupted)
+            pool = self.plan.next(self.sampler, self.step + 1, self.saver.newest, self._is_interrupted)
         except TrainingError:  # between two steps
             self._keep_what_was_learned()
             raise
@@ -223,11 +232,13 @@ class Trainer:
         """Whether to wait no longer for samples. Raises FencedError as soon as it is known."""
         if time.monotonic() - self._owner_seen >= OWNER_LOOK_S:
             self._look_for_a_successor()
-        return self.stopped() or self.steering.called or self.saver.is_due_while_idle(self.step)
+        called = self.steering.called or self.saver.is_written
+        return self.stopped() or called or self.saver.is_due_while_idle(self.step)
 
     def rest(self) -> None:
         """What is due although no step is made, while paused."""
         self.last_progress = time.monotonic()
+        self.saver.look()
         if self._is_interrupted() and self.saver.is_due_while_idle(self.step):
             self.checkpoint()
 
@@ -287,6 +298,7 @@ class Trainer:
 
         Raises TrainingError if that did not help before, and CheckpointError if there is none to go back to.
         """
+        self.saver.settle()
         self.recovery.roll_back(why)
         checkpoint = load_latest(self.settings.checkpoint.dir)
         if checkpoint is None:

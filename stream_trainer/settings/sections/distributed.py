@@ -27,6 +27,7 @@ def why_not_shared(settings: Any) -> str | None:
         "selection.scoring": ("sketched", "exact"),
         "dead_letters.kind": ("file",),
         "ledger.enabled": (False,),
+        "checkpoint.asynchronous": (False,),
         "target.topic": (None,),
         "selection.advantage.shadow_every": (None,),
         "source.kafka.format": ("json",),

@@ -112,9 +112,10 @@ class Steering:
 
 
 def _checkpoint(trainer: "Trainer") -> str:
+    trainer.saver.settle()
     if not trainer.saver.has_news(trainer.step):
         return f"nothing is new since the checkpoint of step {trainer.saver.saved}"
-    trainer.checkpoint()
+    trainer.checkpoint(durable=True)
     if trainer.saver.failing is not None:
         raise SettingsError(trainer.saver.failing.error)
     return f"checkpoint of step {trainer.step}"

@@ -37,10 +37,15 @@ class Attempts:
         self._failing = False
 
     def begin(self, checkpoint: int | None) -> None:
-        """Read what the last process left, if it began at the same checkpoint (its step, or None)."""
+        """Read what the last process left, if it began at the same checkpoint (its step, or None).
+
+        One that died in a step behind a checkpoint, and was not told yet that this is written, began at it, too.
+        """
         self._checkpoint = checkpoint
         found = self._owner.agreed(self._open())
-        if found.get("checkpoint") != checkpoint or found.get("step") is None:
+        before, step = found.get("checkpoint"), found.get("step")
+        untold = None not in (before, step, checkpoint) and before < checkpoint < step
+        if step is None or not (before == checkpoint or untold):
             return
         self._died_in, self._killers = found["step"], found["killers"]
         trying = found["trying"]
@@ -49,6 +54,11 @@ class Attempts:
         else:
             self._suspect = trying
         logger.warning("the last process died in step %d; its samples are tried one at a time", self._died_in)
+
+    @property
+    def suspects(self) -> bool:
+        """Whether the step that the last process died in is still to come."""
+        return self._died_in is not None
 
     def enter(self, step: int) -> bool:
         """Note that a step begins. Returns whether the last process died in it."""

@@ -16,6 +16,7 @@ REFUSED: list[dict[str, dict[str, Any]]] = [
     {"selection": {"scoring": "rank_one"}},
     {"model": {"device": "cuda:1"}},
     {"ledger": {"enabled": True}},
+    {"checkpoint": {"asynchronous": True}},
     {"samples": {"duplicates": "id"}},
 ]
 

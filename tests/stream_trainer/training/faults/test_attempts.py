@@ -66,10 +66,19 @@ def test_one_death_of_each_of_two_samples_blames_neither(tmp_path: Path) -> None
     assert not any(begun(tmp_path).has_killed(each) for each in POOL)
 
 
-@pytest.mark.parametrize("checkpoint", [None, 39, 44])
+@pytest.mark.parametrize("checkpoint", [None, 39, 43, 44])
 def test_deaths_before_another_checkpoint_do_not_count(checkpoint: int | None, tmp_path: Path) -> None:
     begun(tmp_path).enter(43)
     assert not begun(tmp_path, checkpoint).enter(43)
+
+
+def test_a_death_behind_a_checkpoint_that_was_still_being_written_counts(tmp_path: Path) -> None:
+    begun(tmp_path).enter(43)
+    again = begun(tmp_path, 42)
+    assert again.suspects
+    assert again.enter(43)
+    again.leave(43)
+    assert not again.suspects
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"step": 43}', b"\xff"])
