@@ -140,7 +140,7 @@ class _Learner:
         steering: those of the target that steer the selection.
         held: those that do not.
         kept: what keeps the target, if it comes from a topic.
-        copies: of it, if checkpoints are written while it trains.
+        copies: of it, if this process writes checkpoints while it trains.
         fingerprint: what it is made of; a checkpoint's weights, once they are restored, are others.
     """
 
@@ -168,7 +168,7 @@ def _learner(run: Run) -> _Learner:
         steering, held = split_target(settings, sets["target"])
     made_of = fingerprint_of(settings, loaded, __version__)
     with watchers.during("attaching the selection to the model"):
-        copies = Copies(loaded) if settings.checkpoint.asynchronous else None
+        copies = Copies(loaded) if settings.checkpoint.asynchronous and run.world.rank == 0 else None
         loaded, capture = cut(settings, loaded, run.world)
         optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection, run.world)
         engine = make_engine(settings, loaded, optimizer, steering, anchors, run.world, capture)

@@ -29,6 +29,7 @@ class Fact:
         ended: whether none will ever come.
         full: whether its buffer takes no more.
         failure: kind and words of what its stream failed with.
+        written: whether the checkpoint that it was writing is durable, or failed.
     """
 
     time: float
@@ -40,6 +41,7 @@ class Fact:
     ended: bool = False
     full: bool = False
     failure: tuple[str, str] | None = None
+    written: bool = False
 
 
 @dataclass
@@ -51,22 +53,32 @@ class Control:
         stopping: whether any rank was told to stop, as of the last round.
         elsewhere: records by outcome that other ranks alone know of.
         ordered: what rank 0 is ordered to do, as of the last round.
+        written: whether what rank 0 was writing is durable, or failed, as of the last round.
     """
 
     world: World
     told_to_stop: Callable[[], bool]
     own_counts: Callable[[], Mapping[str, int]] = dict
     own_orders: Callable[[], Sequence[str]] = tuple
+    own_written: Callable[[], bool] = bool
     stopping: bool = field(default=False, init=False)
     elsewhere: dict[str, int] = field(default_factory=dict, init=False)
     ordered: Sequence[str] = field(default=(), init=False)
+    written: bool = field(default=False, init=False)
     _now: float = field(default=0.0, init=False)
 
     def round(self, **known: Any) -> list[Fact]:
         """Tell the others what this rank knows. Returns what each knows."""
-        own = Fact(time.monotonic(), self.told_to_stop(), self.own_counts(), self.own_orders(), **known)
+        own = Fact(
+            time.monotonic(),
+            self.told_to_stop(),
+            self.own_counts(),
+            self.own_orders(),
+            **known,
+            written=self.own_written(),
+        )
         facts = [Fact(**fact) for fact in gathered(self.world, asdict(own))]
-        self._now, self.ordered = facts[0].time, facts[0].orders
+        self._now, self.ordered, self.written = facts[0].time, facts[0].orders, facts[0].written
         self.stopping = self.stopping or any(fact.stopping for fact in facts)
         others = [fact.counts for rank, fact in enumerate(facts) if rank != self.world.rank]
         self.elsewhere = {name: sum(counts[name] for counts in others) for name in own.counts}

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from stream_trainer.training.draw.pools import PoolSampler
 from stream_trainer.training.faults.culprits import Failure
 from stream_trainer.training.faults.moved import sums_of_bits
 from stream_trainer.training.planning import Plan
-from stream_trainer.training.saver import Saver
+from stream_trainer.training.saver import Saver, Writing
 from stream_trainer.training.step import StepReport
 
 ELSEWHERE = "dead_letters_elsewhere"  # a checkpoint's part: the letters of all ranks but the first
@@ -125,6 +126,15 @@ class SharedSaver(Saver):
     control: Control = field(kw_only=True)
     buffer: SharedBuffer = field(kw_only=True)
 
+    def __post_init__(self) -> None:
+        if self.control.world.rank == 0:
+            self.control.own_written = lambda: self.writing is not None and self.writing.is_over
+
+    @property
+    def is_written(self) -> bool:
+        """The same answer on all ranks."""
+        return self.writing is not None and self.control.written
+
     def has_news(self, step: int) -> bool:
         return self.control.any(super().has_news(step) or self.dead_letters.held > 0)
 
@@ -133,8 +143,34 @@ class SharedSaver(Saver):
 
         Raises on each what rank 0, or the letters of any, failed with, and TrainingError if weights are not the same.
         """
-        started, world, own = time.perf_counter(), self.control.world, self.ingest.snapshot()
-        trouble = None
+        started, world = time.perf_counter(), self.control.world
+        own, ranks = self._agreed(step)
+        held = Held(self.loaded, self.optimizer, parts)
+        with self.counting_failures():
+            held = replace(held, rows=write_rows(world, self.owner, step, held))
+        with held_whole(held, keeps=world.rank == 0) as whole:
+            by_first(world, lambda: self.write_held(step, whole, self._whole(ranks), started))
+        if world.rank:
+            self._note_written(step, own)
+
+    def begin_to_write(self, step: int, parts: Mapping[str, Any]) -> None:
+        """As `Saver.begin_to_write`, on all ranks together: rank 0 copies and writes. Raises as `save` does."""
+        started, world = time.perf_counter(), self.control.world
+        own, ranks = self._agreed(step)
+        by_first(world, lambda: self.begin_from(step, parts, self._whole(ranks), started))
+        if world.rank:
+            self.writing = Writing(step, own, None)
+        self.control.written = False  # that was said of the one before
+
+    def tell(self, writing: Writing) -> None:
+        """As `Saver.tell`, on all ranks together."""
+        by_first(self.control.world, partial(super().tell, writing))
+        if self.control.world.rank:
+            self._note_written(writing.step, writing.snapshot)
+
+    def _agreed(self, step: int) -> tuple[Snapshot, list[dict[str, Any]]]:
+        """What this rank has decided, whose letters are safe now, and what all ranks have. Raises as `save` does."""
+        world, own, trouble = self.control.world, self.ingest.snapshot(), None
         try:
             self.dead_letters.flush()
         except SourceError as error:
@@ -147,13 +183,7 @@ class SharedSaver(Saver):
                 f"distributed.mode={self.settings.distributed.mode}: the ranks' weights are no longer the same at step "
                 f"{step}, so nothing is written; start again, on machines of one kind"
             )
-        held = Held(self.loaded, self.optimizer, parts)
-        with self.counting_failures():
-            held = replace(held, rows=write_rows(world, self.owner, step, held))
-        with held_whole(held, keeps=world.rank == 0) as whole:
-            by_first(world, lambda: self.write_held(step, whole, self._whole(ranks), started))
-        if world.rank:
-            self._note_written(step, own)
+        return own, ranks
 
     def _note_written(self, step: int, own: Snapshot) -> None:
         """Of a rank that writes nothing: it tells the stream how far its own partitions are."""

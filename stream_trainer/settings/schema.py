@@ -252,7 +252,7 @@ class CheckpointSettings(Section):
     """Number of checkpoints to keep. At least 2, because the newest may be damaged."""
     asynchronous: bool = False
     """Whether training goes on while a checkpoint is written: a step waits only until weights, moments and state are
-    copied. The copy takes as much main memory as these, all the time; page-locked where there is a GPU. One process."""
+    copied. The copy takes as much main memory as these, all the time; page-locked where there is a GPU."""
     max_failing_s: NonNegative = 900.0
     """Seconds that training goes on while checkpoints cannot be written. They are tried again all the while."""
     upload: StoreUrl | None = None

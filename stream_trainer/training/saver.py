@@ -58,12 +58,22 @@ class _Written:
 
 
 @dataclass(frozen=True)
-class _Writing:
-    """A checkpoint that is being written while training goes on."""
+class Writing:
+    """A checkpoint that is being written while training goes on.
+
+    Attributes:
+        snapshot: what it holds as decided.
+        written: what comes of it; None where another process writes.
+    """
 
     step: int
     snapshot: Snapshot
-    written: Future[_Written]
+    written: Future[_Written] | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is durable, or failed."""
+        return self.written is not None and self.written.done()
 
 
 @dataclass
@@ -81,7 +91,8 @@ class Saver:
         saved: step of the newest checkpoint; None before there is one.
         ledger: keeps what is decided, made durable with each checkpoint; None if nobody does.
         clock: seconds, from any moment on.
-        copies: what is written while training goes on; None if training waits for every checkpoint.
+        copies: of the run, if this process writes them while training goes on.
+        writing: the checkpoint that is being written while training goes on; None if none is.
         on_saved: is told the step of every checkpoint that is durable.
     """
 
@@ -104,9 +115,9 @@ class Saver:
     clock: Callable[[], float] = time.monotonic
     copies: Copies | None = None
     on_saved: Callable[[int], None] = lambda step: None  # noqa: ARG005
+    writing: Writing | None = field(default=None, init=False)
     _time: float = field(default=0.0, init=False)
     _durable: object = field(default=None, init=False)
-    _writing: _Writing | None = field(default=None, init=False)
     _stall: float = field(default=0.0, init=False)
 
     def begin(self, step: int) -> None:
@@ -127,7 +138,7 @@ class Saver:
         return (step, self.cursor.counts) != self._durable
 
     def _is_old(self) -> bool:
-        if self._writing is not None:
+        if self.writing is not None:
             return False
         if self.failing is not None:
             return self.clock() >= self.failing.retry_at
@@ -139,10 +150,10 @@ class Saver:
         Unless it has to be `durable` at once, it may go on being written while training goes on.
         """
         with self._retrying(step):
-            if durable or self.copies is None:
+            if durable or not self.settings.checkpoint.asynchronous:
                 self.save(step, parts)
             else:
-                self._begin_to_write(self.copies, step, parts)
+                self.begin_to_write(step, parts)
 
     @contextmanager
     def _retrying(self, step: int) -> Iterator[None]:
@@ -182,55 +193,68 @@ class Saver:
                 written = _timed(write, started)
         self._announce(step, snapshot, written, started)
 
-    def _begin_to_write(self, copies: Copies, step: int, parts: Mapping[str, Any]) -> None:
+    def begin_to_write(self, step: int, parts: Mapping[str, Any]) -> None:
         """Copy what `save` would write, and have it written while training goes on; `look` tells what came of it."""
-        started, snapshot = time.perf_counter(), self.ingest.snapshot()
+        self.begin_from(step, parts, self.ingest.snapshot(), time.perf_counter())
+
+    def begin_from(self, step: int, parts: Mapping[str, Any], snapshot: Snapshot, started: float) -> None:
+        """The same of what is decided in `snapshot`."""
+        assert self.copies is not None
         state = self._state(step, parts, snapshot)
         with self.counting_failures():
             self._make_ready(state)
             require_finite(self.loaded, self.optimizer)
             with self.watchers.during("copying for a checkpoint"):
-                copied = copies.take(self.loaded, self.optimizer, state)
+                copied = self.copies.take(self.loaded, self.optimizer, state)
         write = self._writer(copied.loaded, copied, copied.state, checked=True)
-        self._writing = _Writing(step, snapshot, in_background(partial(_timed, write, started)))
+        self.writing = Writing(step, snapshot, in_background(partial(_timed, write, started)))
         self._stalled(started)
 
     @property
     def newest(self) -> int | None:
         """Step of the newest checkpoint, durable or still being written; None before there is one."""
-        return self.saved if self._writing is None else self._writing.step
+        return self.saved if self.writing is None else self.writing.step
 
     @property
     def is_written(self) -> bool:
         """Whether what was being written is durable, or failed, so that it is time to `look`."""
-        return self._writing is not None and self._writing.written.done()
+        return self.writing is not None and self.writing.is_over
 
     def look(self) -> None:
         """Tell everybody of a checkpoint that became durable meanwhile. One that failed is tried again later.
 
         Raises what it failed with where `save_or_retry` does.
         """
-        if self._writing is None or not self.is_written:
-            return
-        writing, self._writing, started = self._writing, None, time.perf_counter()
-        with self._retrying(writing.step):
-            with self.counting_failures():
-                written = writing.written.result()
-            self._announce(writing.step, writing.snapshot, written, started)
+        if self.is_written:
+            self._end()
 
     def settle(self) -> None:
         """Wait until nothing is being written, and `look`."""
-        if self._writing is not None:
+        if self.writing is not None:
             started = time.perf_counter()
             with self.watchers.during("waiting for a checkpoint"):
                 self.wait()
             self._stalled(started)
-            self.look()
+            self._end()
 
     def wait(self) -> None:
         """Wait until nothing is being written. Nobody is told what came of it."""
-        if self._writing is not None:
-            self._writing.written.exception()
+        if self.writing is not None and self.writing.written is not None:
+            self.writing.written.exception()
+
+    def _end(self) -> None:
+        writing, self.writing = self.writing, None
+        assert writing is not None
+        with self._retrying(writing.step):
+            self.tell(writing)
+
+    def tell(self, writing: Writing) -> None:
+        """Tell everybody of what is durable. Raises what it failed with."""
+        assert writing.written is not None
+        started = time.perf_counter()
+        with self.counting_failures():
+            written = writing.written.result()
+        self._announce(writing.step, writing.snapshot, written, started)
 
     def _state(self, step: int, parts: Mapping[str, Any], snapshot: Snapshot) -> TrainerState:
         return TrainerState(

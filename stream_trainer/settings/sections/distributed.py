@@ -27,7 +27,6 @@ def why_not_shared(settings: Any) -> str | None:
         "selection.scoring": ("sketched", "exact"),
         "dead_letters.kind": ("file",),
         "ledger.enabled": (False,),
-        "checkpoint.asynchronous": (False,),
         "target.topic": (None,),
         "selection.advantage.shadow_every": (None,),
         "source.kafka.format": ("json",),
@@ -57,6 +56,7 @@ def _why_not_sharded(settings: Any) -> str | None:
     allowed: dict[str, tuple[object, ...]] = {
         "optimizer.moments": ("float32",),
         "target.watch": (False,),
+        "checkpoint.asynchronous": (False,),
     }
     found = {name: attrgetter(name)(settings) for name in allowed}
     if settings.model.lora is not None:

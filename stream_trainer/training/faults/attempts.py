@@ -44,8 +44,10 @@ class Attempts:
         self._checkpoint = checkpoint
         found = self._owner.agreed(self._open())
         before, step = found.get("checkpoint"), found.get("step")
-        untold = None not in (before, step, checkpoint) and before < checkpoint < step
-        if step is None or not (before == checkpoint or untold):
+        if step is None:
+            return
+        untold = before is not None and checkpoint is not None and before < checkpoint < step
+        if before != checkpoint and not untold:
             return
         self._died_in, self._killers = found["step"], found["killers"]
         trying = found["trying"]

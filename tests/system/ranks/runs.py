@@ -51,9 +51,17 @@ def loading_one_at_a_time() -> Iterator[None]:
 
 
 def serve_on_ranks(
-    config: dict[str, Any], size: int, last_step: int | None = None, *, told: int = 0
+    config: dict[str, Any],
+    size: int,
+    last_step: int | None = None,
+    *,
+    told: int = 0,
+    watcher: Watcher = Watcher(),  # noqa: B008
 ) -> tuple[list[Summary], list[list[Step]]]:
-    """Run to the end of the stream, or until rank `told` is told to stop after a step. By rank."""
+    """Run to the end of the stream, or until rank `told` is told to stop after a step. By rank.
+
+    `watcher` is told of all ranks.
+    """
 
     def work(world: World) -> tuple[Summary, list[Step]]:
         stop, steps = threading.Event(), list[Step]()
@@ -64,7 +72,7 @@ def serve_on_ranks(
                 stop.set()
 
         settings = settings_of_rank(Settings(**config), world)
-        return serve(settings, stop, Watcher(on_step), world=world), steps
+        return serve(settings, stop, Watcher(on_step), watcher, world=world), steps
 
     with loading_one_at_a_time():
         found = [work(Alone())] if size == 1 else on_ranks(size, work)

@@ -10,14 +10,20 @@ import pytest
 from gradient_selectors.views.interaction import Interaction
 from gradient_selectors.world.base import World
 
+from stream_trainer.checkpoints.checkpoint import save_checkpoint
 from stream_trainer.distributed.group import settings_of_rank
-from stream_trainer.errors import PoisonError
+from stream_trainer.distributed.parts import SharedIngest
+from stream_trainer.errors import CheckpointError, PoisonError
+from stream_trainer.monitoring.progress import Phase
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
+from stream_trainer.training import saver
+from stream_trainer.training.watchers import Watcher
 from tests.gradient_selectors.world.threads import on_ranks, without_locks
 from tests.helpers.brokers import create_topic, publish
 from tests.helpers.service import (
     ALL_ON,
+    LONG_S,
     Step,
     configuration,
     counts,
@@ -158,3 +164,67 @@ def test_what_one_rank_fails_on_ends_all_with_the_same_error_and_a_checkpoint(tm
         own, other = on_ranks(2, work)
     assert other == f"rank 0: {own}"
     assert counts(config)["dead_lettered"] >= limits["max_in_a_row"]
+
+
+def test_ranks_go_on_while_the_first_writes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same checkpoints as if all had waited; each rank tells the stream once it knows that one is durable."""
+    write_lines(tmp_path / "samples.jsonl", goods(RECORDS))
+    go_on, told = threading.Event(), list[tuple[int, int]]()
+    request, write = SharedIngest.request_commit, save_checkpoint
+
+    def held(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread().name == "checkpoint":
+            assert go_on.wait(LONG_S)
+        return write(*arguments, **options)
+
+    def tell(ingest: SharedIngest, positions: Any, step: int) -> None:
+        told.append((ingest.world.rank, step))
+        if step:
+            assert go_on.is_set()
+        request(ingest, positions, step)
+
+    def release(phase: Phase) -> None:
+        if phase.name == "waiting for a checkpoint":
+            go_on.set()
+
+    monkeypatch.setattr(saver, "save_checkpoint", held)
+    monkeypatch.setattr(SharedIngest, "request_commit", tell)
+    found = list[dict[str, dict[str, str]]]()
+    for asynchronous in (False, True):
+        told.clear()
+        go_on.clear()
+        if not asynchronous:
+            go_on.set()
+        folder, checkpoint = tmp_path / str(asynchronous), {"every_steps": 2, "keep": 10, "asynchronous": asynchronous}
+        config = settings(folder, jsonl(tmp_path / "samples.jsonl"), checkpoint=checkpoint)
+        serve_on_ranks(config, 2, watcher=Watcher(on_phase=release))
+        found.append({path.name: hashes(path) for path in checkpoints_of(config)})
+        assert sorted(told) == [(rank, step) for rank in (0, 1) for step in range(0, RECORDS // 8 + 1, 2)]
+    assert found[0] == found[1]
+    assert len(found[0]) == RECORDS // 16 + 1
+
+
+def test_ranks_all_learn_that_the_first_could_not_write_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "samples.jsonl", goods(RECORDS))
+    checkpoint = {"dir": str(tmp_path / "c"), "every_steps": 2, "asynchronous": True, "max_failing_s": 0.0}
+    config = settings(tmp_path / "run", jsonl(tmp_path / "samples.jsonl"), checkpoint=checkpoint)
+    write = save_checkpoint
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread().name == "checkpoint":
+            raise CheckpointError("checkpoint.dir is full")
+        return write(*arguments, **options)
+
+    def work(world: World) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            serve(settings_of_rank(Settings(**config), world), threading.Event(), world=world)
+        return str(caught.value)
+
+    monkeypatch.setattr(saver, "save_checkpoint", fail)
+    with loading_one_at_a_time():
+        own, other = on_ranks(2, work)
+    assert own == other
+    assert own.startswith("checkpoint.dir is full; this lasts longer")
+    assert trainer_json(config)["step"] == 0
