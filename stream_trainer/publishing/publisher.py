@@ -6,6 +6,7 @@ import queue
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -40,6 +41,15 @@ BASELINE = "baseline.json"
 STOP_WAIT_S = 30.0  # for what is being published when the run ends
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """What was found at a step: no losses if it failed. `measured` is the last step before or then that has some."""
+
+    step: int
+    measured: int
+    losses: dict[str, float]
+
+
 class Publisher:
     """What a run publishes. Its watcher is called on the main thread, all the rest happens on its own."""
 
@@ -50,8 +60,7 @@ class Publisher:
         self._hooks, self._metrics = dict(hooks), metrics
         self._events = queue.SimpleQueue[tuple[int, str, str]]()
         self._first_losses: dict[str, float] = {}
-        self._losses: dict[str, float] = {}
-        self._evaluated_step = -1
+        self._evaluations = [_Evaluation(-1, -1, {})]
         self._failed_evaluation = -1
         self._checkpoints = settings.every_checkpoints  # since the last version; the first is published at once
         self._last_number = 0
@@ -98,9 +107,9 @@ class Publisher:
 
     def _on_evaluation(self, step: int, losses: Mapping[str, float], seconds: float) -> None:  # noqa: ARG002
         if step == self._failed_evaluation:
-            self._losses = {}
+            self._evaluations.append(_Evaluation(step, self._evaluations[-1].measured, {}))
             return
-        self._losses, self._evaluated_step = dict(losses), step
+        self._evaluations.append(_Evaluation(step, step, dict(losses)))
         self._first_losses = {**losses, **self._first_losses}
 
     def _on_event(self, step: int, kind: str, text: str) -> None:  # noqa: ARG002
@@ -108,8 +117,11 @@ class Publisher:
             self._failed_evaluation = step
 
     def _offer(self, step: int, path: Path) -> None:
+        # It may have been written while training went on, and what was found then is not of it.
+        found = next((found for found in reversed(self._evaluations) if found.step <= step), self._evaluations[0])
+        self._evaluations = [later for later in self._evaluations if later.step >= found.step]
         self._checkpoints += 1
-        if self._checkpoints < self._settings.every_checkpoints or self._evaluated_step < 0:
+        if self._checkpoints < self._settings.every_checkpoints or found.measured < 0:
             return  # the first checkpoint of all comes before the first evaluation
         self._checkpoints = 0
         try:
@@ -117,7 +129,7 @@ class Publisher:
         except OSError as error:
             self._try_again("version", step, f"checkpoint {path} cannot be read ({error})")
             return
-        self._worker.offer(Candidate(step, path.name, files, dict(self._losses), self._evaluated_step))
+        self._worker.offer(Candidate(step, path.name, files, found.losses, found.measured))
 
     # On the thread
 

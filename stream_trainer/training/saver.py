@@ -269,6 +269,7 @@ class Saver:
 
     def _make_ready(self, state: TrainerState) -> None:
         """Make durable what a checkpoint counts on."""
+        self._stall = 0.0
         self.owner.confirm()
         self.dead_letters.flush()
         self.plan.flush()

@@ -107,8 +107,12 @@ def checkpoint_bytes(settings: Settings, sizes: Sizes) -> int:
         alone = lora.base != "float32"
         # Adapters twice: by our names, and as PEFT has them.
         model = 2 * FLOAT32_BYTES * sizes.num_trained + (0 if alone else model)
-    kept = 2 if settings.selection.mask == "dual_sft" else 1  # the target's gradient, and the mask's mean gradient
-    return model + _moments(settings, sizes) + kept * FLOAT32_BYTES * sizes.num_trained
+    return model + _moments(settings, sizes) + _gradients(settings, sizes)
+
+
+def _gradients(settings: Settings, sizes: Sizes) -> int:
+    """That a checkpoint holds: the target's, and the mask's mean gradient."""
+    return (2 if settings.selection.mask == "dual_sft" else 1) * FLOAT32_BYTES * sizes.num_trained
 
 
 def _moments(settings: Settings, sizes: Sizes) -> int:
@@ -131,6 +135,9 @@ def memory_bytes(settings: Settings, sizes: Sizes) -> Mapping[str, int]:
         "gradient": FLOAT32_BYTES * sizes.num_trained,
         "target's gradient": FLOAT32_BYTES * sizes.num_trained,
     }
+    if settings.checkpoint.asynchronous and not settings.model.device.startswith("cuda"):  # there it is in main memory
+        trained = FLOAT32_BYTES * sizes.num_trained
+        held["copy for checkpoints"] = trained + _moments(settings, sizes) + _gradients(settings, sizes)
     return held | {"factors of a pool, at most": _factors(settings, sizes)} if selection.weigh != "equal" else held
 
 

@@ -42,6 +42,20 @@ def test_a_checkpoint_becomes_a_version_that_says_what_it_is(tmp_path: Path) -> 
     assert run.events == [(7, "published", version.name)]
 
 
+def test_a_checkpoint_that_was_written_while_training_went_on_has_the_losses_of_its_own_step(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        assert run.watcher.on_evaluation is not None
+        assert run.watcher.on_checkpoint is not None
+        for step in (6, 8):
+            run.watcher.on_evaluation(step, {"target": 10.0 - step}, 0.0)
+        run.watcher.on_checkpoint(7, write_checkpoint(tmp_path / "checkpoints", 7))
+        wait_for(lambda: run.decided == 1)
+        assert read_about(run.versions / "v000001-step-7")["losses"] == {"target": 4.0}
+        run.watcher.on_checkpoint(9, write_checkpoint(tmp_path / "checkpoints", 9))
+        wait_for(lambda: run.decided == 2)
+        assert read_about(run.versions / "v000002-step-9")["losses"] == {"target": 2.0}
+
+
 def test_a_version_is_for_the_group_and_shares_nothing_with_its_checkpoint(tmp_path: Path) -> None:
     old = os.umask(0o077)
     try:

@@ -48,6 +48,9 @@ def test_memory_is_counted_by_what_holds_it(tmp_path: Path) -> None:
     parts = memory_bytes(settings, sizes)
     assert parts["weights"] == parts["gradient"] == parts["target's gradient"] == 4 * sizes.base
     assert parts["moments"] == 8 * sizes.base
+    assert "copy for checkpoints" not in parts
+    apart = settings.model_copy(update={"checkpoint": settings.checkpoint.model_copy(update={"asynchronous": True})})
+    assert memory_bytes(apart, sizes)["copy for checkpoints"] == 16 * sizes.base
     # Per layer: four projections of attention, of 128 and 64 wide, and three of 128 and 256.
     per_token = 3 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))
     assert parts["factors of a pool, at most"] == 4 * per_token * 8 * settings.samples.max_tokens
