@@ -255,8 +255,13 @@ def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 def _are_finite(tensors: Sequence[torch.Tensor]) -> bool:
     """Of what lies in rows a call of all processes, which have the same answer."""
-    # The largest absolute value: a sum of squares would overflow for values that are finite.
-    return not tensors or math.isfinite(float(torch.nn.utils.get_total_norm(tensors, math.inf)))
+    # The largest absolute value: a sum of squares would overflow for values that are finite. A CPU finds the least and
+    # the largest one in a tenth of the time.
+    on_cpu = [tensor for tensor in tensors if tensor.is_cpu and not is_sharded(tensor)]
+    others = [tensor for tensor in tensors if not tensor.is_cpu or is_sharded(tensor)]
+    if others and not math.isfinite(float(torch.nn.utils.get_total_norm(others, math.inf))):
+        return False
+    return all(math.isfinite(float(end)) for tensor in on_cpu for end in torch.aminmax(tensor))
 
 
 def _write_files(directory: Path, loaded: LoadedModel, optimizer: Moments | None, state: TrainerState) -> None:

@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.service import ALL_ON, MODEL, Step, configuration, goods, jsonl, serve_until, write_lines
+from tests.helpers.service import (
+    ALL_ON,
+    MODEL,
+    Step,
+    checkpoints,
+    configuration,
+    goods,
+    hashes,
+    jsonl,
+    serve_until,
+    write_lines,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -56,3 +67,25 @@ def test_bfloat16_with_gradient_checkpointing_trains(tmp_path: Path, lora: dict[
     summary, steps = serve_until(settings_on("cuda", tmp_path / "run", model=model))
     assert {step.result for step in steps} == {"applied"}
     assert summary.losses["target"] < 5.7  # ln(300), which is where random weights begin
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_what_is_written_while_it_trains_is_what_it_would_have_waited_for(
+    tmp_path: Path, lora: dict[str, int] | None
+) -> None:
+    """A merged model is rounded where it is merged, which is not the same place."""
+    found = []
+    for asynchronous in (False, True):
+        checkpoint = {"every_steps": 2, "keep": 10, "asynchronous": asynchronous}
+        config = settings_on("cuda", tmp_path / str(asynchronous), model={"lora": lora}, checkpoint=checkpoint)
+        serve_until(config)
+        found.append(
+            {
+                (path.name, name): digest
+                for path in checkpoints(config)
+                for name, digest in hashes(path).items()
+                if name.endswith(".safetensors") and not (lora and name.startswith("model/"))
+            }
+        )
+    assert len(found[0]) > 9
+    assert found[0] == found[1]

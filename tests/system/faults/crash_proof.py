@@ -63,18 +63,21 @@ class Variant:
         records: of the stream, poison among them.
         selection: what is set of the selection.
         ledger: whether a ledger is kept, with a checkpoint after each step, so that segments are merged.
+        asynchronous: whether checkpoints are written while training goes on.
     """
 
     name: str
     records: int
     selection: Mapping[str, Any]
     ledger: bool = False
+    asynchronous: bool = False
 
 
 VARIANTS = (
     Variant("default", 800, {"filter_then_weight": {"solver_max_iterations": 1000}}),
     Variant("everything", 240, ALL_ON),
     Variant("ledger", 240, {"filter_then_weight": {"solver_max_iterations": 1000}}, ledger=True),
+    Variant("asynchronous", 240, ALL_ON, ledger=True, asynchronous=True),
 )
 
 
@@ -158,11 +161,12 @@ def _padded(sample: bytes, size: int) -> bytes:
 
 def config_of(variant: Variant, stream: Stream, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
+    every_steps = 1 if variant.ledger else 6
     config = configuration(
         folder,
         stream.source(folder.name),
         model={"config": WIDE},
-        checkpoint={"every_steps": 1 if variant.ledger else 6, "every_seconds": 1e6},
+        checkpoint={"every_steps": every_steps, "every_seconds": 1e6, "asynchronous": variant.asynchronous},
         ledger={"enabled": variant.ledger},
         target={"refresh_samples": 2},
         dead_letters={} if stream.letters is None else {"kind": "topic", "topic": stream.letters},

@@ -49,6 +49,16 @@ def test_every_record_has_one_row_in_the_ledger_wherever_a_run_is_killed(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_so_does_a_run_that_trains_on_while_checkpoints_are_written(tmp_path: Path) -> None:
+    summary = tmp_path / "summary.json"
+    run_proof("crash_proof", "--seeds=6", "--variant=asynchronous", f"--summary={summary}")
+    found = json.loads(summary.read_text())
+    assert found["kills"] >= 4
+    assert not found["failures"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_on_three_partitions_that_is_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
     if reason := why_no_apache_kafka():
         pytest.skip(reason)
