@@ -116,7 +116,7 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Writer]:
 
 @pytest.mark.parametrize(
     "sections",
-    [{}, {"selection": ALL_ON}, {"model": {"lora": {"rank": 2}}}],
+    [{}, {"selection": ALL_ON}, pytest.param({"model": {"lora": {"rank": 2}}}, marks=pytest.mark.slow)],
     ids=["default", "everything", "lora"],
 )
 def test_every_checkpoint_is_the_one_that_training_would_have_waited_for(
