@@ -25,6 +25,7 @@ from benchmarks.common.reporting import OneLineParser, say, writable_file
 from benchmarks.ingest import section as ingest
 from benchmarks.learning.methods import REFERENCE
 from benchmarks.learning.summary import Curve, case_of, ratio
+from benchmarks.scale_out import section as scale_out
 from benchmarks.telemetry import section as telemetry
 from stream_trainer.errors import SettingsError, StreamTrainerError
 
@@ -75,7 +76,7 @@ class Result:
 
     def _machine(self) -> str:
         known = {**self.content, **self.content.get("environment", {}), **self.content.get("machine", {})}
-        if "gpu" in known:
+        if known.get("gpu") is not None:
             return str(known["gpu"])
         if "cpu" not in known:
             return ""
@@ -339,6 +340,16 @@ over pools of 16. The rank correlation is that of the utilities; K is the redund
         "`make bench-ingest`: records of 1 KB from a broker, 1 % of them malformed, on one core.",
         _has_rows_of("figure", "unit"),
         _all_rows(ingest),
+    ),
+    Question(
+        "What do several processes gain?",
+        """
+`python -m benchmarks.scale_out --json FILE`: processes of one thread each, over gloo on one machine. All but `plain`
+score the candidates, and one in four enters the update. `plain` trains on all of them. The speedup is in candidates a
+second.
+""",
+        lambda content: "paper" in content,
+        _all_rows(scale_out),
     ),
     Question(
         "What does watching cost?",

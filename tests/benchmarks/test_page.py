@@ -139,6 +139,16 @@ def test_a_claim_is_shown_beside_its_best_rival() -> None:
     ]
 
 
+def test_a_group_of_processes_is_shown_with_what_it_gains() -> None:
+    run = {"kind": "strong", "ranks": 2, "method": "sketch", "pool": 16, "median_s": 1.5}
+    row = {"kind": "strong", "ranks": 2, "method": "sketch", "speedup": 1.625, "sent": None, "peak": 1.25}
+    machine = {"cpu": "a processor", "vectors": "AVX2", "cores": 2}
+    content = {"paper": [], "runs": [run], "summary": [row], "gpu": None, "machine": machine}
+    text = make_page([Result("x.json", content)])
+    assert rows_of(text)[2:] == [["2", "16", "sketch", "1.50", "1.62", "-", "1.25"]]
+    assert "a processor (AVX2) with 2 cores" in text
+
+
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(step_cost({("W1", "plain_all"): (4.0, 2)})))
     assert page.main([f"--results={tmp_path}", f"--out={tmp_path / 'page.md'}"]) == 0
