@@ -239,7 +239,7 @@ def _spread(pairs: Sequence[tuple[Curve, Curve]], amount: str) -> str:
     if not usable:
         return NOTHING
     middle = f"**{_ratio(median(usable))}**"
-    return middle if len(usable) == 1 else f"{middle} ({_ratio(usable[0])} to {_ratio(usable[-1])})"
+    return middle if usable[0] == usable[-1] else f"{middle} ({_ratio(usable[0])}-{_ratio(usable[-1])})"
 
 
 def _ratio(value: float) -> str:
@@ -344,9 +344,8 @@ over pools of 16. The rank correlation is that of the utilities; K is the redund
     Question(
         "What do several processes gain?",
         """
-`python -m benchmarks.scale_out --json FILE`: processes of one thread each, over gloo on one machine. All but `plain`
-score the candidates, and one in four enters the update. `plain` trains on all of them. The speedup is in candidates a
-second.
+`python -m benchmarks.scale_out --json FILE`: processes of one thread share 16 candidates. All but `plain`, which trains
+on all, score them and train on one in four. What is sent, and memory, are over those of `plain`.
 """,
         lambda content: "paper" in content,
         _all_rows(scale_out),

@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-HEADER = ("processes", "candidates", "method", "seconds a step", "speedup", "sent over plain", "memory over plain")
+HEADER = ("processes", "method", "seconds on one", "seconds", "speedup", "sent", "memory")
 
 
 def rows(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """A row for each setting and method."""
-    ratios = {(row["kind"], row["ranks"], row["method"]): row for row in content["summary"]}
-    for run in content["runs"]:
-        row = ratios[run["kind"], run["ranks"], run["method"]]
-        shown = ("-" if row[name] is None else f"{row[name]:.2f}" for name in ("speedup", "sent", "peak"))
-        yield (f"{run['ranks']}", f"{run['pool']}", run["method"], f"{run['median_s']:.2f}", *shown)
+    """A row for each method where several processes share the candidates of one."""
+    seconds = {(run["kind"], run["ranks"], run["method"]): run["median_s"] for run in content["runs"]}
+    for row in content["summary"]:
+        if row["kind"] == "strong":
+            took = seconds["one", 1, row["method"]], seconds["strong", row["ranks"], row["method"]]
+            shown = (*took, row["speedup"], row["sent"], row["peak"])
+            yield (f"{row['ranks']}", row["method"], *("-" if value is None else f"{value:.2f}" for value in shown))

@@ -94,7 +94,7 @@ def test_learning_is_ratios_to_uniform_with_their_range() -> None:
         [Result("x.json", {"curves": curves, "environment": {"cpu": "C", "threads": 1, "dtype": "float32"}})]
     )
     assert rows_of(text)[2:] == [
-        ["real, mixture, 25 %", "`thrifty`", "3", "**0.50** (0.25 to never)", "**0.50** (0.25 to never)"],
+        ["real, mixture, 25 %", "`thrifty`", "3", "**0.50** (0.25-never)", "**0.50** (0.25-never)"],
         ["real, mixture, 25 %", "`filter_then_weight+sketched`", "1", "**0.50**", "**0.50**"],
     ]
     assert "Before 0.1.0, C, 1 thread, float32: `x.json`." in text
@@ -140,12 +140,13 @@ def test_a_claim_is_shown_beside_its_best_rival() -> None:
 
 
 def test_a_group_of_processes_is_shown_with_what_it_gains() -> None:
-    run = {"kind": "strong", "ranks": 2, "method": "sketch", "pool": 16, "median_s": 1.5}
-    row = {"kind": "strong", "ranks": 2, "method": "sketch", "speedup": 1.625, "sent": None, "peak": 1.25}
+    known = {"kind": "strong", "ranks": 2, "method": "sketch"}
+    runs = [known | {"median_s": 1.5}, {"kind": "one", "ranks": 1, "method": "sketch", "median_s": 2.4}]
+    rows = [known | {"speedup": 1.6, "sent": None, "peak": 1.25}, known | {"kind": "weak"}]
     machine = {"cpu": "a processor", "vectors": "AVX2", "cores": 2}
-    content = {"paper": [], "runs": [run], "summary": [row], "gpu": None, "machine": machine}
+    content = {"paper": [], "runs": runs, "summary": rows, "gpu": None, "machine": machine}
     text = make_page([Result("x.json", content)])
-    assert rows_of(text)[2:] == [["2", "16", "sketch", "1.50", "1.62", "-", "1.25"]]
+    assert rows_of(text)[2:] == [["2", "sketch", "2.40", "1.50", "1.60", "-", "1.25"]]
     assert "a processor (AVX2) with 2 cores" in text
 
 
