@@ -35,7 +35,7 @@ class Columns:
         likeness: cosine of the embeddings to the target's mean, both less the mean of what waits.
         ngrams: mean log ratio of hashed n-grams, target over stream.
         fluency: how well tokens follow one another, where that is less than usual.
-        copy: share of the text that was trained on lately.
+        copy: share of what carries loss that was trained on lately.
         length: log of the number of tokens.
         components: principal components of the embeddings of what waited when there was first enough of it.
         values: values of the record's fields that have a column; what comes later shares the last one. 0 turns it off.

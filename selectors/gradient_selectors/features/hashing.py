@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint64]
 Tokens = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -25,9 +26,13 @@ def mix(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(31))
 
 
-def shingles(samples: Sequence[Tokens], length: int = 8, kept: int = 32) -> list[Hashes]:
+def shingles(
+    samples: Sequence[Tokens], counted: Sequence[Flags] | None = None, length: int = 8, kept: int = 32
+) -> list[Hashes]:
     """Of each sample the `kept` smallest hashes of its runs of `length` tokens, sorted: two samples share as many as
     they have text in common (Broder 1997, bottom-k sketch). A sample shorter than a run has none.
+
+    `counted`: of each sample, the tokens that a run may end in; all by default.
 
     Examples:
         >>> from gradient_selectors.features.hashing import shingles
@@ -43,8 +48,9 @@ def shingles(samples: Sequence[Tokens], length: int = 8, kept: int = 32) -> list
     for shift in range(length):  # a polynomial in an odd number, modulo 2^64
         runs = runs * BASE + hashes[shift : shift + len(runs)]
     runs, found, start = mix(runs), [], 0
-    for tokens in lengths:
-        own = np.sort(runs[start : start + max(0, tokens - length + 1)])[: 2 * kept]
+    for i, tokens in enumerate(lengths):
+        own = runs[start : start + max(0, tokens - length + 1)]
+        own = np.sort(own if counted is None else own[counted[i][length - 1 :]])[: 2 * kept]
         found.append(own[np.append(True, own[1:] != own[:-1])[: len(own)]][:kept])
         start += tokens
     return found

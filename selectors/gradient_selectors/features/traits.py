@@ -24,6 +24,10 @@ class Described(Protocol):
         """Token ids."""
 
     @property
+    def labels(self) -> Sequence[int]:
+        """Token ids, negative where a token carries no loss."""
+
+    @property
     def fields(self) -> Sequence[tuple[str, str]]:
         """What its record says of it, by name: where it comes from, who made it."""
 
@@ -37,7 +41,8 @@ class Traits:
         embedding_d: their mean input embedding as a unit vector, (d,) float32.
         fields: names and values of its record's fields.
         own_f: a user's own features, (f,) float64.
-        shingles: hashes of its text, which tell copies, near ones too.
+        shingles: hashes of what carries loss, which tell copies, near ones too. The prompts of a whole domain may hold
+            the same instructions.
     """
 
     tokens: Tokens
@@ -61,7 +66,8 @@ def describe(samples: Sequence[Described], features: EmbeddingFeatures, own: Own
         raise ValueError(f"{len(own_Mf)} rows for {len(samples)} samples")
     tokens = [np.asarray(sample.input_ids, dtype=np.int64) for sample in samples]
     fields = [tuple(sample.fields) for sample in samples]
-    rows = zip(tokens, embeddings_Md, fields, own_Mf.reshape(len(samples), -1), shingles(tokens), strict=True)
+    hashes = shingles(tokens, [np.asarray(sample.labels) >= 0 for sample in samples])
+    rows = zip(tokens, embeddings_Md, fields, own_Mf.reshape(len(samples), -1), hashes, strict=True)
     return [Traits(*row) for row in rows]
 
 

@@ -41,3 +41,17 @@ def test_a_near_copy_shares_most_and_another_text_nothing() -> None:
     whole, copy, other = shingles([text, near, rng.integers(0, 1000, 300)])
     assert np.isin(copy, whole).mean() > 0.7
     assert not np.isin(other, whole).any()
+
+
+def test_only_runs_that_end_in_what_counts_are_looked_at() -> None:
+    rng = np.random.default_rng(2)
+    prompt, answers = rng.integers(0, 1000, 90), rng.integers(0, 1000, (2, 30))
+    texts = [np.concatenate([prompt, answer]) for answer in answers]
+    counted = [np.arange(len(text)) >= len(prompt) for text in texts]
+    whole = shingles(texts)
+    assert np.isin(whole[0], whole[1]).mean() > 0.5
+    first, second = shingles(texts, counted)
+    assert len(first) == len(second) == 30
+    assert not np.isin(first, second).any()
+    short = shingles([prompt, prompt[:5]], [np.arange(90) == 89, np.arange(5) == 4])
+    assert [len(found) for found in short] == [1, 0]
