@@ -1,8 +1,9 @@
 """The rows of a result as the page of benchmarks has them."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from benchmarks.claims.table import median_of
 
 HEADER = ("claim", "figure", "the paper's arm", "the best rival", "shows")
 
@@ -12,22 +13,16 @@ def rows(content: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]
     for claim in content["claims"]:
         for figure in claim["figures"]:
             best = max if figure["better"] == "higher" else min
-            known = {arm: _median(figure["values"][arm]) for arm in figure["rivals"]}
+            known = {arm: median_of(figure["values"][arm]) for arm in figure["rivals"]}
             measured = {arm: value for arm, value in known.items() if value is not None}
             rival = best(measured, key=lambda arm: measured[arm]) if measured else figure["rivals"][0]
             yield (
                 f"`{claim['claim']}`",
                 f"{figure['figure']}, {figure['better']} is better",
-                _shown(_median(figure["values"][figure["arm"]])),
+                _shown(median_of(figure["values"][figure["arm"]])),
                 f"`{rival}` {_shown(known[rival])}",
                 f"{figure['shows']}, {claim['seeds']} seeds",
             )
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    """None where a seed has no value, which is worse than any."""
-    known = [value for value in values if value is not None]
-    return median(known) if len(known) == len(values) else None
 
 
 def _shown(value: float | None) -> str:

@@ -102,13 +102,17 @@ def _rows(claim: Mapping[str, Any], figure: Mapping[str, Any]) -> list[list[str]
     return rows
 
 
+def median_of(values: Sequence[float | None]) -> float | None:
+    """The median of the seeds; None where one has no value, which is worse than any."""
+    known = [value for value in values if value is not None]
+    return median(known) if len(known) == len(values) else None
+
+
 def _median_and_range(values: Sequence[float | None]) -> list[str]:
     """A dash where the median or an end is a seed without a value."""
-    known = [value for value in values if value is not None]
-    ends = [min(known), max(known)] if len(known) == len(values) else [None, None]
-    return [
-        "-" if value is None else f"{value:.4f}" for value in (median(known) if ends[0] is not None else None, *ends)
-    ]
+    middle, known = median_of(values), [value for value in values if value is not None]
+    ends = (None, None) if middle is None else (min(known), max(known))
+    return ["-" if value is None else f"{value:.4f}" for value in (middle, *ends)]
 
 
 def _rank(figure: Figure, value: float | None) -> float:

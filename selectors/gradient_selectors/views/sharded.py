@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradient_selectors.capture.capture import GradientCapture
-from gradient_selectors.capture.gradients import Gradient, PoolGradients
+from gradient_selectors.capture.gradients import Gradient
 from gradient_selectors.capture.shards import is_sharded, own_rows
 from gradient_selectors.preconditioner import (
     AdamPreconditioner,
@@ -22,7 +22,7 @@ from gradient_selectors.preconditioner import (
     SelectiveOptimizer,
     plain,
 )
-from gradient_selectors.views.shared import Asked, Holdings, SharedPool
+from gradient_selectors.views.shared import Asked, SharedPool
 from gradient_selectors.world.base import World
 from gradient_selectors.world.deal import own_span
 from gradient_selectors.world.rows import RowsGradient, at_rows, whole
@@ -121,14 +121,6 @@ class ShardedPool(SharedPool):
         own = rows if diagonal is None else diagonal * rows
         return self.held.along(name, whole(self._world, own, self.shapes[name][0]))
 
-    @torch.no_grad()
-    def gram_of(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
-        return self._holding(name, samples).gram(samples, [self._asked(name, samples, preconditioner)])
-
-    def gram_within(self, names: Sequence[str], samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
-        # One by one, as `_holding` may differ: what was let go is written out anew.
-        return PoolGradients.gram_within(self, names, samples, preconditioner)
-
     def _asked(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Asked:
         if name in self.by_index:
             return super()._asked(name, samples, preconditioner)
@@ -146,10 +138,6 @@ class ShardedPool(SharedPool):
     def _update_of(self, name: str, coefficients: Tensor) -> Tensor:
         own_n = self.held.own_coefficients(coefficients)
         return self._world.scatter(self.held.local.weighted_gradient_of(name, own_n))
-
-    def _holding(self, _name: str, _samples: Sequence[int]) -> Holdings:
-        """What holds some samples' gradients of a parameter."""
-        return self.held
 
     @property
     def _world(self) -> World:

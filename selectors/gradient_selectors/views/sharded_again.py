@@ -44,6 +44,14 @@ class ShardedInPieces(ShardedPool):
         return found.utilities[name]
 
     @torch.no_grad()
+    def gram_of(self, name: str, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        return self._holding(name, samples).gram(samples, [self._asked(name, samples, preconditioner)])
+
+    def gram_within(self, names: Sequence[str], samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
+        # One by one: what was let go is written out anew, as much at once as fits.
+        return PoolGradients.gram_within(self, names, samples, preconditioner)
+
+    @torch.no_grad()
     def _update_of(self, name: str, coefficients: Tensor) -> Tensor:
         if not bool((coefficients != 0).any()):
             return super()._update_of(name, coefficients)
@@ -70,7 +78,10 @@ class ShardedInPieces(ShardedPool):
         return {name: found.get(name, self.held.nothing) for name in names}
 
     def _holding(self, name: str, samples: Sequence[int]) -> Holdings:
-        """The same; of what was let go the gradients written out, of as many parameters at once as fit the budget."""
+        """What holds some samples' gradients of a parameter.
+
+        Of what was let go they are written out, of as many parameters at once as fit the budget.
+        """
         left, found, shares = self._left, self._answers, self.held.shares.only(samples)
         if name not in left.let_go:
             return self.held

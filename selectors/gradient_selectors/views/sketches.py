@@ -234,20 +234,17 @@ class Sketched:
 
     @torch.no_grad()
     def gram(self, gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner) -> Tensor:
-        asked: list[str] = []
-        others: list[str] = []
-        for name, factors in gradients.factors.items():
-            is_drawn = name in self._checked(preconditioner) and _matrices(factors)
-            (asked if is_drawn else others).append(name)
-        gram = gradients.gram_at(samples, self._rows(gradients, samples, preconditioner, asked))
+        projections = self._checked(preconditioner)
+        known = {name: _matrices(factors) for name, factors in gradients.factors.items() if name in projections}
+        drawn = {name: matrices for name, matrices in known.items() if matrices}
+        asked = (
+            rows
+            for name, matrices in drawn.items()
+            for rows in _rows_of(name, _own_rows(matrices, samples), projections[name].sample, preconditioner)
+        )
+        others = [name for name in gradients.factors if name not in drawn]
+        gram = gradients.gram_at(samples, asked)
         return gradients.total(gram + gradients.gram_within(others, samples, preconditioner))
-
-    def _rows(
-        self, gradients: PoolGradients, samples: Sequence[int], preconditioner: Preconditioner, names: Sequence[str]
-    ) -> Iterator[Rows]:
-        for name in names:
-            own = _own_rows(_matrices(gradients.factors[name]), samples)
-            yield from _rows_of(name, own, self._checked(preconditioner)[name].sample, preconditioner)
 
     def state_dict(self) -> dict[str, Any]:
         """The generator, and what was projected by `<part>.<parameter>`, if anything."""

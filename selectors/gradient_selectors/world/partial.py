@@ -56,15 +56,9 @@ class Partial(Mapping[str, Tensor]):
         return self._parts[name]
 
     def totals(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`Totals` of this gradient, in one exchange."""
-        names = [name for name in values if name not in self._whole]
-        if not names:
-            return dict(values)
-        flat = self._world.sum(torch.cat([values[name].flatten() for name in names]))
-        found = torch.split(flat, [values[name].numel() for name in names])
-        return dict(values) | {
-            name: part.view(values[name].shape).clone() for name, part in zip(names, found, strict=True)
-        }
+        """`Totals` of this gradient, small ones together; none shares memory with another."""
+        left = ((name, part) for name, part in values.items() if name not in self._whole)
+        return dict(values) | {name: total.clone() for name, total in summed_in_buckets(self._world, left)}
 
     def move(self, fresh: "Partial", share: float) -> None:
         """Go so far towards another gradient, of which nothing was summed yet. Each rank moves its part."""
