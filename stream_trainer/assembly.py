@@ -168,11 +168,18 @@ def _learner(run: Run) -> _Learner:
         steering, held = split_target(settings, sets["target"])
     made_of = fingerprint_of(settings, loaded, __version__)
     with watchers.during("attaching the selection to the model"):
-        copies = Copies(loaded) if settings.checkpoint.asynchronous and run.world.rank == 0 else None
+        copies = _copies(run, loaded)
         loaded, capture = cut(settings, loaded, run.world)
         optimizer = make_optimizer(loaded.model, settings.optimizer, settings.selection, run.world)
         engine = make_engine(settings, loaded, optimizer, steering, anchors, run.world, capture)
     return _Learner(loaded, decoder, sets, steering, held, kept, copies, optimizer, engine, made_of)
+
+
+def _copies(run: Run, loaded: LoadedModel) -> Copies | None:
+    """Of what this process writes while it trains, if it does: of a run in rows each rank writes its own."""
+    first, distributed = run.world.rank == 0, run.settings.distributed
+    writes = first or distributed.mode == "fsdp2"
+    return Copies(loaded, keeps=first) if run.settings.checkpoint.asynchronous and writes else None
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from gradient_selectors.capture.shards import own_rows
+from gradient_selectors.capture.shards import is_sharded, own_rows
 from gradient_selectors.state import flatten, unflatten
 from torch import Tensor, nn
 
 from stream_trainer.checkpoints.checkpoint import Moments, TrainerState
 from stream_trainer.models.loading import LoadedModel
-from stream_trainer.models.twin import fill, without_weights
+from stream_trainer.models.twin import fill, gathered, without_weights
 
 T = TypeVar("T")
 
@@ -28,14 +28,17 @@ class Copied:
     """A run at one moment: `state` and `loaded` as `save_checkpoint` takes them, and itself as the optimizer.
 
     Attributes:
+        loaded: whole, also of a run that is in rows; without weights on a process that does not keep them.
         parameters: the copied ones that are trained, in the optimizer's order.
-        moments: the optimizer's state.
+        moments: the optimizer's state; of a run in rows, what lies here.
+        rows: of a run in rows, what lies here of the parts of `state`, by path, which are without it.
     """
 
     loaded: LoadedModel
     state: TrainerState
     parameters: Mapping[str, nn.Parameter]
     moments: dict[str, Tensor]
+    rows: Mapping[str, Tensor]
 
     def state_dict(self) -> dict[str, Any]:
         """As the optimizer had it."""
@@ -48,12 +51,13 @@ class Copies:
     What is frozen is copied once, to where adapters can be merged into it, or not at all.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        """To be made before anything is attached to the model."""
-        self._pinned = loaded.device.type == "cuda"
-        twin, self._held = without_weights(loaded.model), dict[str, Tensor]()
+    def __init__(self, loaded: LoadedModel, *, keeps: bool = True) -> None:
+        """To be made before anything is attached to the model. `keeps`: whether this process writes the weights."""
+        self._pinned, self._keeps = loaded.device.type == "cuda", keeps
+        twin = without_weights(loaded.model)
+        self._moments, self._parts = dict[str, Tensor](), dict[str, Tensor]()
         slots = dict(twin.named_parameters())
-        for name, parameter in loaded.model.named_parameters():
+        for name, parameter in loaded.model.named_parameters() if keeps else ():
             if parameter.requires_grad:
                 fill(slots[name], self._room_for(parameter))
             else:
@@ -62,25 +66,36 @@ class Copies:
         self._loaded = replace(loaded, model=twin, device=torch.device("cpu"), **own)
 
     def take(self, loaded: LoadedModel, optimizer: Moments, state: TrainerState) -> Copied:
-        """Copy a run. What was copied before is gone: nobody may be writing it any more."""
+        """Copy a run. What was copied before is gone: nobody may be writing it any more.
+
+        A call of all processes, if the run is in rows.
+        """
         slots = dict(self._loaded.model.named_parameters())
+        parts, rest = flatten(state.parts)
         with torch.no_grad():
-            for name, parameter in loaded.model.named_parameters():
-                if parameter.requires_grad:
-                    slots[name].copy_(parameter, non_blocking=self._pinned)
-            for name, buffer in loaded.model.named_buffers():
-                self._loaded.model.get_buffer(name).copy_(buffer)
-            tensors, rest = flatten({"moments": optimizer.state_dict(), "parts": state.parts})
-            self._held = {path: self._copy(path, values) for path, values in tensors.items()}
+            self._take_weights(loaded, slots)
+            self._moments = self._copies(optimizer.state_dict(), self._moments)
+            self._parts = self._copies(parts, self._parts)
         if self._pinned:
             torch.cuda.synchronize(loaded.device)
-        copied = unflatten(self._held, copy.deepcopy(rest))
-        parameters = {name: slots[name] for name in optimizer.parameters}
-        own = replace(state, parts=copied["parts"], made_with=dict(state.made_with))
-        return Copied(self._loaded, own, parameters, copied["moments"])
+        rows = {path: self._parts[path] for path, values in parts.items() if is_sharded(values)}
+        others = {path: values for path, values in self._parts.items() if path not in rows}
+        own = replace(state, parts=unflatten(others, copy.deepcopy(rest)), made_with=dict(state.made_with))
+        return Copied(self._loaded, own, {name: slots[name] for name in optimizer.parameters}, self._moments, rows)
 
-    def _copy(self, path: str, values: Tensor) -> Tensor:
-        live, room = own_rows(values).detach(), self._held.get(path)
+    def _take_weights(self, loaded: LoadedModel, slots: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in loaded.model.named_parameters():
+            if parameter.requires_grad:
+                whole = gathered(parameter)
+                if self._keeps:
+                    slots[name].copy_(whole, non_blocking=self._pinned)
+        for name, buffer in loaded.model.named_buffers():
+            self._loaded.model.get_buffer(name).copy_(buffer)
+
+    def _copies(self, state: Mapping[str, Tensor], rooms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {path: self._copy(own_rows(values).detach(), rooms.get(path)) for path, values in state.items()}
+
+    def _copy(self, live: Tensor, room: Tensor | None) -> Tensor:
         if room is None or (room.shape, room.dtype) != (live.shape, live.dtype):
             room = self._room_for(live)
         return room.copy_(live, non_blocking=self._pinned)

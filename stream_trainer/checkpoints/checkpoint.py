@@ -19,7 +19,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,8 +40,8 @@ from stream_trainer.checkpoints.directory import (
     put_in_place,
     remove_leftovers,
 )
-from stream_trainer.checkpoints.manifest import DamagedError, format_of, verify, write_manifest, written
-from stream_trainer.checkpoints.rows import INDEX, OF_PARTS, InRows, SavedRows, own_tensors, read_joined
+from stream_trainer.checkpoints.manifest import DamagedError, Sealed, format_of, seal, verify, write_manifest, written
+from stream_trainer.checkpoints.rows import INDEX, OF_PARTS, InRows, SavedRows, is_of_rows, own_tensors, read_joined
 from stream_trainer.checkpoints.trouble import remedy_of, writing
 from stream_trainer.checkpoints.version_1 import read_tensors, read_version_1
 from stream_trainer.errors import CheckpointError, FencedError, NotFiniteError
@@ -153,14 +154,39 @@ def save_checkpoint(
     if rows is None and not checked:
         require_finite(loaded, optimizer)
     temporary = begin_checkpoint(directory, epoch, state.step) if rows is None else rows.directory
-    try:
+    with gone_unless_written(temporary, confirm):
         _write_files(temporary, loaded, optimizer if rows is None else None, state)
-        with writing("the manifest", temporary):
-            size = write_manifest(temporary, state.step, state.made_with, {} if rows is None else rows.files)
+    there = InRows(temporary, {}) if rows is None else rows
+    return publish(directory, there, state, keep, epoch, confirm, before_rename)
+
+
+def publish(
+    directory: Path,
+    there: InRows,
+    state: TrainerState,
+    keep: int,
+    epoch: int,
+    confirm: Callable[[], None],
+    before_rename: Callable[[], None],
+) -> SavedCheckpoint:
+    """Seal a checkpoint whose files are there, and give it its place. Arguments and errors as of `save_checkpoint`."""
+    with gone_unless_written(there.directory, confirm):
+        with writing("the manifest", there.directory):
+            size = write_manifest(there.directory, state.step, state.made_with, there.files)
         confirm()
         before_rename()
         with writing("the rename", directory):
-            final = put_in_place(temporary, directory, epoch, state.step)
+            final = put_in_place(there.directory, directory, epoch, state.step)
+    prune(directory, epoch, state.step, keep, confirm)
+    confirm()
+    return SavedCheckpoint(final, state.step, size)
+
+
+@contextmanager
+def gone_unless_written(temporary: Path, confirm: Callable[[], None]) -> Iterator[None]:
+    """Take away what is half written, if it cannot be written. Raises FencedError instead, if a successor has."""
+    try:
+        yield
     except FencedError:
         raise  # nothing there is ours to delete any more
     except BaseException as error:
@@ -168,9 +194,14 @@ def save_checkpoint(
             confirm()  # a successor takes away what we were writing, which then cannot be written
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    prune(directory, epoch, state.step, keep, confirm)
-    confirm()
-    return SavedCheckpoint(final, state.step, size)
+
+
+def write_first(directory: Path, loaded: LoadedModel, state: TrainerState) -> dict[str, Sealed]:
+    """Write durably, of a checkpoint in rows, what no other process writes. Raises CheckpointError."""
+    _write_files(directory, loaded, None, state)
+    with writing("the model", directory):
+        files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+        return {name: seal(path) for name, path in files.items() if not is_of_rows(name)}
 
 
 def begin_checkpoint(directory: Path, epoch: int, step: int) -> Path:

@@ -29,7 +29,7 @@ class Fact:
         ended: whether none will ever come.
         full: whether its buffer takes no more.
         failure: kind and words of what its stream failed with.
-        written: whether the checkpoint that it was writing is durable, or failed.
+        written: whether all it was writing of a checkpoint is durable, or failed.
     """
 
     time: float
@@ -53,7 +53,7 @@ class Control:
         stopping: whether any rank was told to stop, as of the last round.
         elsewhere: records by outcome that other ranks alone know of.
         ordered: what rank 0 is ordered to do, as of the last round.
-        written: whether what rank 0 was writing is durable, or failed, as of the last round.
+        written: whether what the ranks were writing of a checkpoint is durable, or failed, as of the last round.
     """
 
     world: World
@@ -78,7 +78,7 @@ class Control:
             written=self.own_written(),
         )
         facts = [Fact(**fact) for fact in gathered(self.world, asdict(own))]
-        self._now, self.ordered, self.written = facts[0].time, facts[0].orders, facts[0].written
+        self._now, self.ordered, self.written = facts[0].time, facts[0].orders, all(fact.written for fact in facts)
         self.stopping = self.stopping or any(fact.stopping for fact in facts)
         others = [fact.counts for rank, fact in enumerate(facts) if rank != self.world.rank]
         self.elsewhere = {name: sum(counts[name] for counts in others) for name in own.counts}
@@ -104,6 +104,15 @@ def told(error: BaseException) -> tuple[str, str]:
     return type(error).__name__, str(error)
 
 
+def failure_of(work: Callable[[], object]) -> tuple[str, str] | None:
+    """What work fails with, in such words; None if it does not."""
+    try:
+        work()
+    except StreamTrainerError as error:
+        return told(error)
+    return None
+
+
 def understood(kind: str, words: str) -> StreamTrainerError:
     """The error that was told; of a kind that the exit code of the run follows from."""
     found = getattr(errors, kind, None)
@@ -124,10 +133,4 @@ def by_first(world: World, work: Callable[[], None]) -> None:
     if world.size == 1:
         work()
         return
-    failure = None
-    if world.rank == 0:
-        try:
-            work()
-        except StreamTrainerError as error:
-            failure = told(error)
-    agree_on(world, failure)
+    agree_on(world, failure_of(work) if world.rank == 0 else None)

@@ -12,7 +12,7 @@ from stream_trainer.checkpoints.checkpoint import Checkpoint, TrainerState
 from stream_trainer.distributed.buffer import SharedBuffer
 from stream_trainer.distributed.control import Control
 from stream_trainer.distributed.cursor import SharedCursor, owns
-from stream_trainer.distributed.parts import ELSEWHERE, SharedSaver
+from stream_trainer.distributed.saver import ELSEWHERE, RowsSaver, SharedSaver
 from stream_trainer.errors import CheckpointError
 from stream_trainer.ingest.buffer import Buffer
 from stream_trainer.ingest.cursor import Cursor
@@ -42,7 +42,8 @@ def make_saver(control: Control | None, buffer: Buffer, **parts: Any) -> Saver:
     if control is None or not isinstance(buffer, SharedBuffer):
         return Saver(**parts)
     jitter = Random(first(control.world, parts.pop("jitter").random()))  # noqa: S311
-    return SharedSaver(**parts, jitter=jitter, clock=control.now, control=control, buffer=buffer)
+    kind = SharedSaver if parts["loaded"].twin is None else RowsSaver
+    return kind(**parts, jitter=jitter, clock=control.now, control=control, buffer=buffer)
 
 
 def own_state(world: World, settings: Settings, state: TrainerState) -> TrainerState:

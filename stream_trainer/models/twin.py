@@ -31,10 +31,10 @@ def without_weights(model: nn.Module) -> nn.Module:
             parameters[name] = parameter
 
 
-def gathered(values: Any, *, keeps: bool) -> Tensor | None:
-    """The whole of what may lie in rows, on the CPU; None on a process that does not keep it. A call of all."""
+def gathered(values: Any) -> Tensor:
+    """The whole of what may lie in rows, where it does. A call of all processes."""
     whole: Tensor = values.detach().full_tensor() if is_sharded(values) else values.detach()
-    return whole.cpu() if keeps else None
+    return whole
 
 
 def is_first(model: nn.Module) -> bool:
@@ -55,9 +55,9 @@ def made_whole(loaded: LoadedModel, *, keeps: bool) -> Iterator[LoadedModel]:
     slots = dict(loaded.twin.named_parameters())
     try:
         for name, parameter in loaded.model.named_parameters():
-            values = gathered(parameter, keeps=keeps)
-            if values is not None:
-                fill(slots[name], values)
+            values = gathered(parameter)
+            if keeps:
+                fill(slots[name], values.cpu())
         yield replace(loaded, model=loaded.twin, device=torch.device("cpu"), twin=None)
     finally:
         for slot in slots.values():

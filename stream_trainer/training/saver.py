@@ -49,7 +49,7 @@ Writer = Callable[[], SavedCheckpoint]
 
 
 @dataclass(frozen=True)
-class _Written:
+class Written:
     """A checkpoint that is durable, the seconds that it took from the first look on, and when it was (Unix time)."""
 
     saved: SavedCheckpoint
@@ -63,17 +63,17 @@ class Writing:
 
     Attributes:
         snapshot: what it holds as decided.
-        written: what comes of it; None where another process writes.
+        written: what comes of what this process writes; None where another one writes.
     """
 
     step: int
     snapshot: Snapshot
-    written: Future[_Written] | None
+    written: Future[Any] | None
 
     @property
     def is_over(self) -> bool:
-        """Whether it is durable, or failed."""
-        return self.written is not None and self.written.done()
+        """Whether it is durable, or failed, as far as this process writes it."""
+        return self.written is None or self.written.done()
 
 
 @dataclass
@@ -190,7 +190,7 @@ class Saver:
             self._make_ready(state)
             write = self._writer(held.loaded, held.optimizer, state, rows=held.rows)
             with self.watchers.during("writing a checkpoint"):
-                written = _timed(write, started)
+                written = timed(write, started)
         self._announce(step, snapshot, written, started)
 
     def begin_to_write(self, step: int, parts: Mapping[str, Any]) -> None:
@@ -207,7 +207,7 @@ class Saver:
             with self.watchers.during("copying for a checkpoint"):
                 copied = self.copies.take(self.loaded, self.optimizer, state)
         write = self._writer(copied.loaded, copied, copied.state, checked=True)
-        self.writing = Writing(step, snapshot, in_background(partial(_timed, write, started)))
+        self.writing = Writing(step, snapshot, in_background(partial(timed, write, started)))
         self._stalled(started)
 
     @property
@@ -253,7 +253,7 @@ class Saver:
         assert writing.written is not None
         started = time.perf_counter()
         with self.counting_failures():
-            written = writing.written.result()
+            written: Written = writing.written.result()
         self._announce(writing.step, writing.snapshot, written, started)
 
     def _state(self, step: int, parts: Mapping[str, Any], snapshot: Snapshot) -> TrainerState:
@@ -277,12 +277,14 @@ class Saver:
             self.ledger.write(sum(state.cursor["counts"].values()), state.step)
 
     def _writer(self, loaded: LoadedModel, optimizer: Moments, state: TrainerState, **how: Any) -> Writer:
-        checkpoint, owner = self.settings.checkpoint, self.owner
-        before_rename = partial(self.ingest.confirm, self.saved or 0)
-        place = (checkpoint.keep, owner.epoch, owner.confirm, before_rename)
-        return partial(save_checkpoint, checkpoint.dir, loaded, optimizer, state, *place, **how)
+        return partial(save_checkpoint, self.settings.checkpoint.dir, loaded, optimizer, state, *self._place(), **how)
 
-    def _announce(self, step: int, snapshot: Snapshot, written: _Written, since: float) -> None:
+    def _place(self) -> tuple[int, int, Callable[[], None], Callable[[], None]]:
+        """What whoever writes a checkpoint asks about its place."""
+        before_rename = partial(self.ingest.confirm, self.saved or 0)
+        return self.settings.checkpoint.keep, self.owner.epoch, self.owner.confirm, before_rename
+
+    def _announce(self, step: int, snapshot: Snapshot, written: Written, since: float) -> None:
         """Tell everybody that a checkpoint is durable, for which training stands still `since`."""
         self.note_saved(step, snapshot.counts)
         self.plan.prune()
@@ -323,6 +325,7 @@ class Saver:
         self.on_saved(step)
 
 
-def _timed(write: Writer, started: float) -> _Written:
+def timed(write: Writer, started: float) -> Written:
+    """Write, and tell how long it took since `started` (`time.perf_counter()`)."""
     saved = write()
-    return _Written(saved, time.perf_counter() - started, time.time())
+    return Written(saved, time.perf_counter() - started, time.time())

@@ -56,7 +56,6 @@ def _why_not_sharded(settings: Any) -> str | None:
     allowed: dict[str, tuple[object, ...]] = {
         "optimizer.moments": ("float32",),
         "target.watch": (False,),
-        "checkpoint.asynchronous": (False,),
     }
     found = {name: attrgetter(name)(settings) for name in allowed}
     if settings.model.lora is not None:

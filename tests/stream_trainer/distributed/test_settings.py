@@ -35,7 +35,6 @@ IN_ROWS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("selection.dual_sft.anchor_path=kept.jsonl", {"selection": ANCHORED}),
     ("optimizer.moments=int8", {"optimizer": {"moments": "int8"}}),
     ("target.watch=true", {"target": {"watch": True}}),
-    ("checkpoint.asynchronous=true", {"checkpoint": {"asynchronous": True}}),
     ("model.lora.base=bfloat16", {"model": {"dtype": "bfloat16", "lora": {"base": "bfloat16"}}}),
 ]
 

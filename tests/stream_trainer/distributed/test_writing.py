@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from stream_trainer.checkpoints.ownership import claim
 from stream_trainer.checkpoints.rows import InRows, write_own
-from stream_trainer.checkpoints.whole import Held
 from stream_trainer.distributed import writing
 from stream_trainer.distributed.parts import SharedOwner
 from stream_trainer.errors import CheckpointError, FencedError, NotFiniteError, StreamTrainerError
@@ -28,16 +27,15 @@ class Part:
     state: dict[str, Tensor]
     parameters: dict[str, nn.Parameter] = field(default_factory=lambda: {"a": nn.Parameter(torch.zeros(ROWS, 2))})
     model: nn.Module = field(default_factory=lambda: nn.Linear(1, 1))
-    twin: nn.Module | None = field(default_factory=lambda: nn.Linear(1, 1))
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.state
 
 
-def begin(world: World, directory: Path, state: dict[str, Tensor], *, is_cut: bool = True) -> InRows | None:
-    owner = SharedOwner.claim(world, directory)
-    part = cast(Any, Part(state) if is_cut else Part(state, twin=None))
-    return writing.write_rows(world, owner, 7, Held(part, part, {}))
+def begin(world: World, directory: Path, state: dict[str, Tensor]) -> InRows:
+    owner, part = SharedOwner.claim(world, directory), cast(Any, Part(state))
+    begun = writing.begin_rows(world, owner, 7, part, part)
+    return writing.all_written(world, owner, begun, lambda: writing.write_share(begun, state, {}, world))
 
 
 def own(world: World) -> dict[str, Tensor]:
@@ -51,7 +49,6 @@ def temporaries(directory: Path) -> list[Path]:
 def test_all_ranks_know_what_all_have_written(tmp_path: Path) -> None:
     first, second = on_ranks(2, lambda world: begin(world, tmp_path, own(world)))
     assert first == second
-    assert first is not None
     assert [first.directory] == temporaries(tmp_path)
     assert {path.name for path in first.directory.iterdir()} == {*first.files, "optimizer.index.json"}
     for name, sealed in first.files.items():
@@ -60,11 +57,6 @@ def test_all_ranks_know_what_all_have_written(tmp_path: Path) -> None:
     assert index["files"] == [f"optimizer-0000{number}-of-00002.safetensors" for number in (1, 2)]
     assert set(first.files) == {*index["files"], *(name.replace("optimizer", "state") for name in index["files"])}
     assert index["parameters"] == {"a": {"shape": [ROWS, 2], "begins": [0, 3]}}
-
-
-def test_nothing_is_begun_where_each_rank_has_everything(tmp_path: Path) -> None:
-    assert on_ranks(2, lambda world: begin(world, tmp_path, own(world), is_cut=False)) == [None, None]
-    assert not temporaries(tmp_path)
 
 
 def failures(directory: Path, state_of: Any = own) -> list[str]:

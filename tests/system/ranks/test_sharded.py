@@ -16,7 +16,18 @@ from transformers import AutoModelForCausalLM
 
 from tests.gradient_selectors.world.processes import run_to_end
 from tests.gradient_selectors.world.threads import without_locks
-from tests.helpers.service import LONG_S, SELECTION, Step, checkpoints, configuration, counts, goods, jsonl, write_lines
+from tests.helpers.service import (
+    LONG_S,
+    SELECTION,
+    Step,
+    checkpoints,
+    configuration,
+    counts,
+    goods,
+    hashes,
+    jsonl,
+    write_lines,
+)
 from tests.system.ranks.runs import saved_model, serve_on_ranks
 
 PROGRAM = "tests.system.ranks.sharded_program"
@@ -96,6 +107,30 @@ def test_a_run_in_rows_is_that_of_one_process_and_goes_on_anyhow(
     third, _ = on_processes(config, 2)
     agrees(third["steps"][0], next_step)
     assert sum(counts(config).values()) == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("model", "selection"),
+    [
+        pytest.param(FULL, MASKED, id="mask"),
+        pytest.param(LORA, SELECTION, id="lora", marks=pytest.mark.slow),
+        pytest.param(FULL, LEARNED, id="learned", marks=pytest.mark.slow),
+    ],
+)
+def test_every_checkpoint_is_the_one_that_training_would_have_waited_for(
+    model: dict[str, Any], selection: dict[str, Any], tmp_path: Path
+) -> None:
+    """Bit for bit, although all ranks write it while training goes on, and so is what follows from it."""
+    found = list[dict[str, dict[str, str]]]()
+    for name, asynchronous in (("waiting", False), ("going on", True)):
+        checkpoint = {"every_steps": 2, "keep": 10, "asynchronous": asynchronous}
+        config = settings(tmp_path / name, model, selection=selection, checkpoint=checkpoint)
+        for last_step in (3, 0):
+            assert [rank["failure"] for rank in on_processes(config, 2, last_step)] == ["", ""]
+        found.append({path.name.partition(".")[0]: hashes(path) for path in checkpoints(config)})
+        assert sum(counts(config).values()) == RECORDS
+    assert found[0] == found[1]
+    assert len(found[0]) > 3
 
 
 @pytest.mark.slow
