@@ -61,11 +61,13 @@ def settings(folder: Path, model: dict[str, Any], mode: str = "fsdp2", **section
     return configuration(folder, jsonl(stream), model=model, distributed={"mode": mode}, **(base | sections))
 
 
-def on_processes(config: dict[str, Any], size: int, last_step: int = 0, told: int = 0) -> list[dict[str, Any]]:
+def on_processes(
+    config: dict[str, Any], size: int, last_step: int = 0, told: int = 0, program: str = PROGRAM
+) -> list[dict[str, Any]]:
     """What each rank says: its steps, or what it failed with."""
     folder = Path(config["checkpoint"]["dir"]).parent
     (folder / "settings.yaml").write_text(yaml.safe_dump(config))
-    run_to_end(PROGRAM, [str(folder), str(last_step), str(told)], size, LONG_S)
+    run_to_end(program, [str(folder), str(last_step), str(told)], size, LONG_S)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -131,6 +133,26 @@ def test_every_checkpoint_is_the_one_that_training_would_have_waited_for(
         assert sum(counts(config).values()) == RECORDS
     assert found[0] == found[1]
     assert len(found[0]) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patience_s", [900.0, 0.0])
+def test_what_one_rank_could_not_write_all_give_up_and_try_again(patience_s: float, tmp_path: Path) -> None:
+    checkpoint = {"every_steps": 2, "keep": 10, "asynchronous": True, "max_failing_s": patience_s}
+    config = settings(tmp_path / "rows", FULL, selection=SELECTION, checkpoint=checkpoint)
+    ranks = on_processes(config, 2, program="tests.system.ranks.failing_program")
+    there = [int(path.name[5:13]) for path in checkpoints(config)]
+    assert not list(Path(config["checkpoint"]["dir"]).glob(".tmp-*"))
+    assert there[0] == 0
+    if patience_s:
+        assert [rank["failure"] for rank in ranks] == ["", ""]
+        assert there[-1] == ranks[0]["steps"][-1]["number"]
+        assert 2 not in there
+        assert sum(counts(config).values()) == RECORDS
+    else:
+        assert ranks[0]["failure"].startswith("CheckpointError: checkpoint.dir is full; this lasts longer than")
+        assert ranks[0]["failure"] == ranks[1]["failure"]
+        assert there == [0]
 
 
 @pytest.mark.slow

@@ -104,7 +104,10 @@ def test_sigterm_to_one_process_ends_all_with_a_checkpoint(broker: str, topic: s
 def test_killed_processes_lose_and_repeat_nothing_in_whatever_number_they_go_on(
     broker: str, topic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed while they load, read, score, write a checkpoint or wait; started again on 2, 1, 3, 2, ... ranks."""
+    """Killed while they load, read, score, write a checkpoint or wait; started again on 2, 1, 3, 2, ... ranks.
+
+    Each life has the whole model on each rank or in rows, and waits for its checkpoints or trains on, as chance says.
+    """
     # A step takes few records: else most of a life would be waiting for more.
     learned = {"profile": "thrifty", "pool_size": 8, "batch_size": 3, "waiting": 16, "intake": 8}
     source = kafka(broker, topic, stop_at_end=False)
@@ -114,6 +117,8 @@ def test_killed_processes_lose_and_repeat_nothing_in_whatever_number_they_go_on(
     records, places = 0, Counter[str]()
     for number in range(KILLS):
         records = publish_more(broker, topic, records, chance.randrange(FEWEST, MOST))
+        config["distributed"]["mode"] = mode = chance.choice(["replicated", "fsdp2"])
+        config["checkpoint"]["asynchronous"] = chance.random() < 0.5
         with torchrun(tmp_path, config, (2, 1, 3)[number % 3]) as process:
             saved = trainer_json(config)["step"] if checkpoints(config) else 0
             found = wait_for_a_moment(process, tmp_path, saved, chance)
@@ -121,7 +126,7 @@ def test_killed_processes_lose_and_repeat_nothing_in_whatever_number_they_go_on(
             chance.choice(workers(process)).kill()
             assert process.wait(LONG_S) not in (0, None)
         with capsys.disabled():
-            print(f"\nkill {number + 1}: {found}, of {(2, 1, 3)[number % 3]} ranks", end="", flush=True)
+            print(f"\nkill {number + 1}: {found}, of {(2, 1, 3)[number % 3]} ranks, {mode}", end="", flush=True)
     config["source"]["kafka"]["stop_at_end"] = True
     with torchrun(tmp_path, config, 2) as process:
         assert process.wait(LONG_S) == 0
