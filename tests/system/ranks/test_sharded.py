@@ -112,22 +112,26 @@ def test_a_run_in_rows_is_that_of_one_process_and_goes_on_anyhow(
 
 
 @pytest.mark.parametrize(
-    ("model", "selection"),
+    ("model", "selection", "ends"),
     [
-        pytest.param(FULL, MASKED, id="mask"),
-        pytest.param(LORA, SELECTION, id="lora", marks=pytest.mark.slow),
-        pytest.param(FULL, LEARNED, id="learned", marks=pytest.mark.slow),
+        pytest.param(FULL, MASKED, [0], id="mask"),
+        pytest.param(FULL, MASKED, [3, 0], id="mask resumed", marks=pytest.mark.slow),
+        pytest.param(LORA, SELECTION, [3, 0], id="lora resumed", marks=pytest.mark.slow),
+        pytest.param(FULL, LEARNED, [3, 0], id="learned resumed", marks=pytest.mark.slow),
     ],
 )
 def test_every_checkpoint_is_the_one_that_training_would_have_waited_for(
-    model: dict[str, Any], selection: dict[str, Any], tmp_path: Path
+    model: dict[str, Any], selection: dict[str, Any], ends: list[int], tmp_path: Path
 ) -> None:
-    """Bit for bit, although all ranks write it while training goes on, and so is what follows from it."""
+    """Bit for bit, although all ranks write it while training goes on, and so is what follows from it.
+
+    `ends`: steps after which the run is stopped, and resumed; 0 is the stream's end.
+    """
     found = list[dict[str, dict[str, str]]]()
     for name, asynchronous in (("waiting", False), ("going on", True)):
         checkpoint = {"every_steps": 2, "keep": 10, "asynchronous": asynchronous}
         config = settings(tmp_path / name, model, selection=selection, checkpoint=checkpoint)
-        for last_step in (3, 0):
+        for last_step in ends:
             assert [rank["failure"] for rank in on_processes(config, 2, last_step)] == ["", ""]
         found.append({path.name.partition(".")[0]: hashes(path) for path in checkpoints(config)})
         assert sum(counts(config).values()) == RECORDS
