@@ -18,10 +18,9 @@ from gradient_selectors.features.ngrams import NgramImportance
 from gradient_selectors.features.traits import Traits, embeddings_of
 
 LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
+COPY = 0.5  # share of a sample's shingles from which on it is a copy and no more
 RECENT = 256  # samples trained on lately, among which near copies are looked for
 NAMED_CHARS = 48
-# What is more fluent than most is only more predictable: it is text that is far less so which may be broken.
-HIGHEST = {"fluency": 0.0}
 LIKENESS_CERTAINTY = 16.0  # times that of other columns
 UNSEEN = "unseen value"  # begins the name of a column that no value has yet
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
@@ -35,7 +34,7 @@ class Columns:
         likeness: cosine of the embeddings to the target's mean, both less the mean of what waits.
         ngrams: mean log ratio of hashed n-grams, target over stream.
         fluency: how well tokens follow one another, where that is less than usual.
-        copy: share of what carries loss that was trained on lately.
+        copy: share of what carries loss that was trained on lately, as `COPY` and `LIMIT` say.
         length: log of the number of tokens.
         components: principal components of the embeddings of what waited when there was first enough of it.
         values: values of the record's fields that have a column; what comes later shares the last one. 0 turns it off.
@@ -61,8 +60,9 @@ class Columns:
 class ColumnTable:
     """Turns the traits of what waits into a matrix.
 
-    All but fields are standardised, components over what waited first and the others over what waits, and cut at three
-    deviations.
+    All but fields and copies are standardised, components over what waited first and the others over what waits, and
+    cut at three deviations. Copies are not: samples of one subject share a few turns of phrase with what was trained
+    on, others none at all, and in deviations that little would be much.
     """
 
     def __init__(self, columns: Columns, target: Sequence[Traits]) -> None:
@@ -116,20 +116,19 @@ class ColumnTable:
         embeddings_Me = embeddings_of(waiting)
         if not bool(self._basis_ec.any()) and len(waiting) >= FOUNDING * max(1, self.columns.components):
             self._found(embeddings_Me)
+        lengths_M = torch.tensor([float(len(traits.tokens)) for traits in waiting], dtype=torch.float64)
         simple = {
-            "likeness": lambda: self._likeness(embeddings_Me),
-            "ngrams": lambda: torch.from_numpy(self._ngrams.scores(waiting)),
-            "fluency": lambda: torch.from_numpy(self._fluency.scores(waiting)),
+            "likeness": lambda: _standardised(self._likeness(embeddings_Me)),
+            "ngrams": lambda: _standardised(torch.from_numpy(self._ngrams.scores(waiting))),
+            # What is more fluent than most is only more predictable. Text that is far less so may be broken.
+            "fluency": lambda: _standardised(torch.from_numpy(self._fluency.scores(waiting))).clamp(max=0.0),
             "copy": lambda: self._copied(waiting),
-            "length": lambda: torch.tensor([float(len(traits.tokens)) for traits in waiting]).double().log1p(),
+            "length": lambda: _standardised(lengths_M.log1p()),
         }
         own_Mf = torch.from_numpy(np.stack([traits.own_f for traits in waiting]))
         parts = [
             torch.ones(len(waiting), 1, dtype=torch.float64),
-            *(
-                _standardised(simple[name]()).clamp(max=HIGHEST.get(name, LIMIT))[:, None]
-                for name in self.columns.simple
-            ),
+            *(simple[name]()[:, None] for name in self.columns.simple),
             ((embeddings_Me - self._centre_e) @ self._basis_ec).double().clamp(-LIMIT, LIMIT),
             *(_standardised(own_M)[:, None] for own_M in own_Mf.T),
             self._one_hot(waiting),
@@ -152,12 +151,13 @@ class ColumnTable:
         return (F.normalize(embeddings_Me - mean_e, dim=1) @ F.normalize(self._target_e - mean_e, dim=0)).double()
 
     def _copied(self, waiting: Sequence[Traits]) -> Tensor:
+        """0 for what is new, `LIMIT` for a copy."""
         counts = [len(traits.shingles) for traits in waiting]
         recent = np.concatenate([np.empty(0, dtype=np.uint64), *self._recent])
         seen = np.isin(np.concatenate([traits.shingles for traits in waiting]), recent)
         owners = np.repeat(np.arange(len(waiting)), counts)
         found = np.bincount(owners, weights=seen, minlength=len(waiting))
-        return torch.from_numpy(found / np.maximum(counts, 1))
+        return torch.from_numpy(found / np.maximum(counts, 1) / COPY).clamp(max=1.0) * LIMIT
 
     def _found(self, embeddings_Me: Tensor) -> None:
         """Principal components, each of unit spread; those that too few samples leave open are zero."""

@@ -1,5 +1,7 @@
 """The columns of a learned draw, one by one, against what they are said to be."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,16 @@ def test_a_copy_of_what_was_trained_on_stands_out_and_so_does_its_forgetting() -
     assert float(copied[3]) == LIMIT
     table.trained([sample(seed) for seed in range(200, 500)])
     assert not bool(column(table, table.matrix(WAITING), "copy").any())
+
+
+def test_a_turn_of_phrase_that_a_subject_shares_is_no_copy() -> None:
+    """One run in twenty, as answers to sums share it with other ones, leaves a sample as good as new."""
+    table = ColumnTable(Columns(), TARGET)
+    table.trained([replace(WAITING[0], shingles=np.arange(7, dtype=np.uint64))])
+    alike = replace(WAITING[0], shingles=np.arange(6, 26, dtype=np.uint64))
+    copied = column(table, table.matrix([alike, *WAITING[1:]]), "copy")
+    assert copied[0] == pytest.approx(0.1 * LIMIT)
+    assert not bool(copied[1:].any())
 
 
 def test_components_are_those_of_the_first_samples_and_of_unit_spread() -> None:
