@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from stream_trainer import __version__
@@ -103,9 +103,10 @@ def put_in_place(temporary: Path, name: str) -> Path:
 def _write_model(temporary: Path, files: HeldFiles, origin: Origin) -> None:
     expected = json.loads(files.read(MANIFEST))["files"]
     for name, place in _places(files.names, origin):
-        to = temporary / place
-        to.parent.mkdir(parents=True, exist_ok=True)
-        if files.copy_file(name, to) != expected[name]["sha256"]:
+        # Not what is above: a directory that has vanished is not made again halfway.
+        for parent in reversed(PurePath(place).parents[:-1]):
+            (temporary / parent).mkdir(exist_ok=True)
+        if files.copy_file(name, temporary / place) != expected[name]["sha256"]:
             raise DamagedError(f"{name} of the checkpoint has other contents than were written")
 
 
