@@ -40,7 +40,16 @@ from stream_trainer.checkpoints.directory import (
     put_in_place,
     remove_leftovers,
 )
-from stream_trainer.checkpoints.manifest import DamagedError, Sealed, format_of, seal, verify, write_manifest, written
+from stream_trainer.checkpoints.manifest import (
+    DamagedError,
+    Sealed,
+    files_in,
+    format_of,
+    seal,
+    verify,
+    write_manifest,
+    written,
+)
 from stream_trainer.checkpoints.rows import INDEX, OF_PARTS, InRows, SavedRows, is_of_rows, own_tensors, read_joined
 from stream_trainer.checkpoints.trouble import remedy_of, writing
 from stream_trainer.checkpoints.version_1 import read_tensors, read_version_1
@@ -189,19 +198,25 @@ def gone_unless_written(temporary: Path, confirm: Callable[[], None]) -> Iterato
         yield
     except FencedError:
         raise  # nothing there is ours to delete any more
-    except BaseException as error:
-        if isinstance(error, Exception):
-            confirm()  # a successor takes away what we were writing, which then cannot be written
+    except Exception:
+        give_up(temporary, confirm)
+        raise
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def give_up(temporary: Path, confirm: Callable[[], None]) -> None:
+    """Take away what cannot be written. Raises FencedError if a successor has, for whom it then could not be."""
+    confirm()
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_first(directory: Path, loaded: LoadedModel, state: TrainerState) -> dict[str, Sealed]:
     """Write durably, of a checkpoint in rows, what no other process writes. Raises CheckpointError."""
     _write_files(directory, loaded, None, state)
     with writing("the model", directory):
-        files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-        return {name: seal(path) for name, path in files.items() if not is_of_rows(name)}
+        return {name: seal(path) for name, path in files_in(directory).items() if not is_of_rows(name)}
 
 
 def begin_checkpoint(directory: Path, epoch: int, step: int) -> Path:

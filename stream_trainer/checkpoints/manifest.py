@@ -36,6 +36,11 @@ def seal(path: Path) -> Sealed:
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
+def files_in(directory: Path) -> dict[str, Path]:
+    """All files below a directory, by their path in it."""
+    return {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+
+
 def write_manifest(
     directory: Path, step: int, made_with: Mapping[str, Any] | None = None, sealed: Mapping[str, Sealed] | None = None
 ) -> int:
@@ -46,7 +51,7 @@ def write_manifest(
     if it is not there.
     """
     known = sealed or {}
-    there = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    there = files_in(directory)
     if known.keys() - there.keys():
         raise CheckpointError(
             "checkpoint.dir: what other processes have written is not there; put it on a file system that they share"
@@ -81,7 +86,7 @@ def format_of(path: Path) -> int:
 
 
 def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files_in(directory).values())
 
 
 def verify(path: Path, step: int) -> None:

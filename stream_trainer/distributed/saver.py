@@ -110,7 +110,7 @@ class SharedSaver(Saver):
 
 
 @dataclass(frozen=True)
-class _Begun:
+class WritingRows(Writing):
     """A checkpoint that all ranks are writing: where, of what, and since when (`time.perf_counter()`)."""
 
     directory: Path
@@ -121,8 +121,6 @@ class _Begun:
 @dataclass
 class RowsSaver(SharedSaver):
     """Of a run that lies in rows: every rank writes its own, rank 0 what is left, and seals all."""
-
-    _begun: _Begun | None = field(default=None, init=False)
 
     def _write(self, step: int, held: Held, snapshot: Snapshot, started: float) -> None:
         world = self.control.world
@@ -144,26 +142,25 @@ class RowsSaver(SharedSaver):
             by_first(world, lambda: self._make_ready(state))
             directory = begin_rows(world, self.owner, step, self.loaded, self.optimizer)
             copied = self.copies.take(self.loaded, self.optimizer, state)
-        self._begun = _Begun(directory, state, started)
-        write = partial(write_copied, directory, copied, world)
-        self.writing = Writing(step, own if world.rank else snapshot, in_background(write))
+        written = in_background(partial(write_copied, directory, copied, world))
+        self.writing = WritingRows(step, own if world.rank else snapshot, written, directory, copied.state, started)
         self.control.written = False  # that was said of the one before
         self._stalled(started)
 
     def tell(self, writing: Writing) -> None:
         """Seal what all ranks have written, and tell everybody. Raises on each what any failed with."""
+        assert isinstance(writing, WritingRows)
         assert writing.written is not None
-        assert self._begun is not None
-        world, begun, started = self.control.world, self._begun, time.perf_counter()
+        world, started = self.control.world, time.perf_counter()
         with self.counting_failures():
-            rows = all_written(world, self.owner, begun.directory, writing.written.result)
-            by_first(world, lambda: self._seal(writing, rows, begun, started))
+            rows = all_written(world, self.owner, writing.directory, writing.written.result)
+            by_first(world, lambda: self._seal(writing, rows, started))
         if world.rank:
             self._note_written(writing.step, writing.snapshot)
 
-    def _seal(self, writing: Writing, rows: InRows, begun: _Begun, started: float) -> None:
-        seal = partial(publish, self.settings.checkpoint.dir, rows, begun.state, *self._place())
-        self._announce(writing.step, writing.snapshot, timed(seal, begun.started), started)
+    def _seal(self, writing: WritingRows, rows: InRows, started: float) -> None:
+        seal = partial(publish, self.settings.checkpoint.dir, rows, writing.state, *self._place())
+        self._announce(writing.step, writing.snapshot, timed(seal, writing.started), started)
 
 
 def fingerprint(model: torch.nn.Module) -> list[int]:

@@ -1,6 +1,5 @@
 """How the ranks write the state that lies in rows on them: all at once, each its own."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from gradient_selectors.world.base import World, first, gathered
 from torch import Tensor
 
 from stream_trainer.checkpoints.background import Copied
-from stream_trainer.checkpoints.checkpoint import Moments, begin_checkpoint, require_finite, write_first
+from stream_trainer.checkpoints.checkpoint import Moments, begin_checkpoint, give_up, require_finite, write_first
 from stream_trainer.checkpoints.manifest import Sealed
 from stream_trainer.checkpoints.ownership import Owner
 from stream_trainer.checkpoints.rows import OF_OPTIMIZER, OF_PARTS, InRows, write_index, write_own
@@ -61,11 +60,6 @@ def all_written(world: World, owner: Owner, directory: Path, work: Callable[[], 
     try:
         agree_on(world, failure)
     except StreamTrainerError:
-        by_first(world, lambda: _give_up(directory, owner))
+        by_first(world, lambda: give_up(directory, owner.confirm))
         raise
     return InRows(directory, {name: sealed for rank in gathered(world, files[0]) for name, sealed in rank.items()})
-
-
-def _give_up(directory: Path, owner: Owner) -> None:
-    owner.confirm()  # a successor takes away what we were writing, which then cannot be written
-    shutil.rmtree(directory, ignore_errors=True)

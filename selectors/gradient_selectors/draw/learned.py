@@ -17,12 +17,11 @@ from torch import Tensor
 
 from gradient_selectors.draw.predictor import Predictor, Standardiser
 from gradient_selectors.draw.stream_draw import Found, StreamDraw
-from gradient_selectors.features.columns import ColumnTable
+from gradient_selectors.features.columns import NEAR_COPY, ColumnTable
 from gradient_selectors.features.traits import Traits
 
 Role = Literal["policy", "uncertainty", "rival", "uniform"]
 
-NEAR_COPY = 0.5  # share of the shingles of one sample that another one has
 CONFIDENT, EXPLORING = 0.25, 2.0  # times the deviation of theta: in slots of the policy, and of uncertainty
 SAME = 0.95  # correlation of what waits, predicted before and after a probe, from which on it found no news
 LONGER = 3  # times as many steps to the next probe as to this one

@@ -18,7 +18,7 @@ from gradient_selectors.features.ngrams import NgramImportance
 from gradient_selectors.features.traits import Traits, embeddings_of
 
 LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
-COPY = 0.5  # share of a sample's shingles from which on it is a copy and no more
+NEAR_COPY = 0.5  # share of a sample's shingles that others have, from which on it is a copy
 RECENT = 256  # samples trained on lately, among which near copies are looked for
 NAMED_CHARS = 48
 LIKENESS_CERTAINTY = 16.0  # times that of other columns
@@ -34,7 +34,7 @@ class Columns:
         likeness: cosine of the embeddings to the target's mean, both less the mean of what waits.
         ngrams: mean log ratio of hashed n-grams, target over stream.
         fluency: how well tokens follow one another, where that is less than usual.
-        copy: share of what carries loss that was trained on lately, as `COPY` and `LIMIT` say.
+        copy: share of what carries loss that was trained on lately, as `NEAR_COPY` and `LIMIT` say.
         length: log of the number of tokens.
         components: principal components of the embeddings of what waited when there was first enough of it.
         values: values of the record's fields that have a column; what comes later shares the last one. 0 turns it off.
@@ -157,7 +157,7 @@ class ColumnTable:
         seen = np.isin(np.concatenate([traits.shingles for traits in waiting]), recent)
         owners = np.repeat(np.arange(len(waiting)), counts)
         found = np.bincount(owners, weights=seen, minlength=len(waiting))
-        return torch.from_numpy(found / np.maximum(counts, 1) / COPY).clamp(max=1.0) * LIMIT
+        return torch.from_numpy(found / np.maximum(counts, 1) / NEAR_COPY).clamp(max=1.0) * LIMIT
 
     def _found(self, embeddings_Me: Tensor) -> None:
         """Principal components, each of unit spread; those that too few samples leave open are zero."""
