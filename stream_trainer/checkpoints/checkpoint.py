@@ -50,7 +50,7 @@ from stream_trainer.checkpoints.manifest import (
     write_manifest,
     written,
 )
-from stream_trainer.checkpoints.rows import INDEX, OF_PARTS, InRows, SavedRows, is_of_rows, own_tensors, read_joined
+from stream_trainer.checkpoints.rows import INDEX, OF_PARTS, InRows, SavedRows, own_tensors, read_joined
 from stream_trainer.checkpoints.trouble import remedy_of, writing
 from stream_trainer.checkpoints.version_1 import read_tensors, read_version_1
 from stream_trainer.errors import CheckpointError, FencedError, NotFiniteError
@@ -215,8 +215,10 @@ def give_up(temporary: Path, confirm: Callable[[], None]) -> None:
 def write_first(directory: Path, loaded: LoadedModel, state: TrainerState) -> dict[str, Sealed]:
     """Write durably, of a checkpoint in rows, what no other process writes. Raises CheckpointError."""
     _write_files(directory, loaded, None, state)
+    # By name: what the others are writing meanwhile comes and goes, for safetensors writes under another name first.
+    own = {MODEL, PEFT, ADAPTER, STATE, TRAINER, INDEX}
     with writing("the model", directory):
-        return {name: seal(path) for name, path in files_in(directory).items() if not is_of_rows(name)}
+        return {name: seal(path) for name, path in files_in(directory).items() if name.partition("/")[0] in own}
 
 
 def begin_checkpoint(directory: Path, epoch: int, step: int) -> Path:

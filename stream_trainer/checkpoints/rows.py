@@ -9,7 +9,6 @@ its metadata, in a file or between ranks, and knows no moments of some weights a
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,11 +69,6 @@ def read_joined(directory: Path, of: str) -> dict[str, Tensor]:
     """All rows of what the ranks have written, on the CPU; nothing if they have not."""
     parts = [load_file(path) for path in sorted(directory.glob(f"{of}-*-of-*.safetensors"))]
     return {key: torch.cat([part[key] for part in parts]) for key in (parts[0] if parts else ())}
-
-
-def is_of_rows(name: str) -> bool:
-    """Whether a file of a checkpoint is one that each rank has its own of."""
-    return re.fullmatch(r"\w+-\d{5}-of-\d{5}\.safetensors", name) is not None
 
 
 def _name(of: str, rank: int, size: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from gradient_selectors.state import flatten
 
 from stream_trainer.checkpoints import checkpoint
-from stream_trainer.checkpoints.checkpoint import TrainerState, load_latest, restore, save_checkpoint
+from stream_trainer.checkpoints.checkpoint import TrainerState, load_latest, restore, save_checkpoint, write_first
 from stream_trainer.errors import CheckpointError, FencedError, NotFiniteError
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.settings.schema import LoraSettings
@@ -413,3 +413,16 @@ def test_files_are_json_and_safetensors_only(trained: Trained, tmp_path: Path) -
     manifest = json.loads((path / "manifest.json").read_text())
     listed = {file.relative_to(path).as_posix() for file in files} - {"manifest.json"}
     assert set(manifest["files"]) == listed
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_what_others_write_meanwhile_is_not_of_the_first(lora: LoraSettings | None, tmp_path: Path) -> None:
+    made = fresh(lora=lora)
+    alone = save_checkpoint(tmp_path, *made, state_at(1), keep=2).path
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    theirs = (".tmpa1B2c3", "state-00002-of-00002.safetensors", "optimizer-00002-of-00002.safetensors")
+    for name in (*theirs, "optimizer.index.json"):
+        (shared / name).touch()
+    wanted = set(json.loads((alone / "manifest.json").read_text())["files"]) - {"optimizer.safetensors"}
+    assert write_first(shared, made.loaded, state_at(1)).keys() == wanted | {"optimizer.index.json"}
