@@ -172,15 +172,13 @@ class ColumnTable:
 
     def _one_hot(self, waiting: Sequence[Traits]) -> Tensor:
         room = self.columns.values
-        one_hot_Mv = torch.zeros(len(waiting), room, dtype=torch.float64)
-        if not room:
-            return one_hot_Mv
+        one_hot_Mv = np.zeros((len(waiting), room))
         for row, traits in enumerate(waiting):
-            for name, value in traits.fields:
+            for name, value in traits.fields if room else ():
                 # A lone surrogate would break whatever shows the name.
                 named = f"{name}={value}"[:NAMED_CHARS].encode(errors="replace").decode()
                 one_hot_Mv[row, self._column_of(named)] = 1.0
-        return one_hot_Mv
+        return torch.from_numpy(one_hot_Mv)
 
     def _column_of(self, named: str) -> int:
         if named in self._values:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,11 +39,13 @@ class EmbeddingFeatures:
     def size(self) -> int:
         return self.table_Vd.shape[1]
 
-    def __call__(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+    def __call__(self, token_ids: Sequence[npt.ArrayLike]) -> Tensor:
         """Unit vectors of M samples, (M, d) float32; all tokens count, with loss or without. O(tokens d)."""
-        means = [self.table_Vd[list(ids)].float().mean(0) for ids in token_ids]
+        # From an array: torch reads a list, and looks up by one, in twice the time of all else.
+        rows = (torch.from_numpy(np.asarray(ids, dtype=np.int64)) for ids in token_ids)
+        means = [self.table_Vd.index_select(0, ids_T).float().mean(0) for ids_T in rows]
         return F.normalize(torch.stack(means), dim=1) if means else torch.empty(0, self.size)
 
-    def centre(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+    def centre(self, token_ids: Sequence[npt.ArrayLike]) -> Tensor:
         """Mean of the samples' features, (d,) float32: what the target looks like."""
         return self(token_ids).mean(0)

@@ -60,11 +60,11 @@ def describe(samples: Sequence[Described], features: EmbeddingFeatures, own: Own
     """The traits of samples that come in. O(tokens d). Raises ValueError if `own` makes no row for each sample."""
     if not samples:
         return []
-    embeddings_Md = features([sample.input_ids for sample in samples])
+    tokens = [np.asarray(sample.input_ids, dtype=np.int64) for sample in samples]
+    embeddings_Md = features(tokens)
     own_Mf = np.zeros((len(samples), 0)) if own is None else np.asarray(own(samples), dtype=np.float64)
     if len(own_Mf) != len(samples):
         raise ValueError(f"{len(own_Mf)} rows for {len(samples)} samples")
-    tokens = [np.asarray(sample.input_ids, dtype=np.int64) for sample in samples]
     fields = [tuple(sample.fields) for sample in samples]
     hashes = shingles(tokens, [np.asarray(sample.labels) >= 0 for sample in samples])
     rows = zip(tokens, embeddings_Md, fields, own_Mf.reshape(len(samples), -1), hashes, strict=True)
