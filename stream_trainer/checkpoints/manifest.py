@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict
@@ -67,11 +68,20 @@ def write_manifest(
         "files": files,
     }
     manifest.write_text(_manifest_text(content))
+    _make_as_readable_as(manifest, there.values())
     sync(manifest)
     for path in [path for path in directory.rglob("*") if path.is_dir()]:
         sync_directory(path)
     sync_directory(directory)
     return _size(directory)
+
+
+def _make_as_readable_as(manifest: Path, files: Iterable[Path]) -> None:
+    """Of files that safetensors has written nobody but their owner may read, whatever the umask is."""
+    mode = manifest.stat().st_mode & 0o777
+    for path in files:
+        with suppress(OSError):  # a mount that knows no modes
+            path.chmod(mode)
 
 
 def written(path: Path) -> tuple[float, int]:

@@ -76,6 +76,7 @@ def _write_mask(mask: dict[str, Tensor], args: argparse.Namespace) -> None:
     path = args.out / "mask.safetensors"
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({name: values.cpu() for name, values in mask.items()}, temporary)
+    temporary.chmod((args.out / "subset.jsonl").stat().st_mode & 0o777)  # safetensors lets nobody else read it
     sync(temporary)
     temporary.replace(path)
 

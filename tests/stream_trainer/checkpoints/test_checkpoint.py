@@ -415,6 +415,17 @@ def test_files_are_json_and_safetensors_only(trained: Trained, tmp_path: Path) -
     assert set(manifest["files"]) == listed
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_whoever_may_read_one_file_may_read_all(umask: int, mode: int, trained: Trained, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        path = save_checkpoint(tmp_path, *trained, state_at(1), keep=2).path
+    finally:
+        os.umask(before)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_what_others_write_meanwhile_is_not_of_the_first(lora: LoraSettings | None, tmp_path: Path) -> None:
     made = fresh(lora=lora)

@@ -103,6 +103,8 @@ def test_a_run_is_repeated_bit_for_bit_and_replaces_what_was_there(directory: Pa
     first = select(directory, "--learning-rate=0.01")
     before = {path.name: path.read_bytes() for path in first.iterdir()}
     assert before.keys() == {"mask.safetensors", "subset.jsonl", "scores.jsonl", "rejected.jsonl"}
+    kept = [path for path in first.iterdir() if path.name != "rejected.jsonl"]  # that is for its owner alone
+    assert len({path.stat().st_mode for path in kept}) == 1
     again = select(directory, "--learning-rate=0.01")
     assert {path.name: path.read_bytes() for path in again.iterdir()} == before
     other = select(directory, "--learning-rate=0.01", "--seed=1", out="other")
