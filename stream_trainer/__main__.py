@@ -1,7 +1,15 @@
-"""`python -m stream_trainer`, which torchrun starts as `-m stream_trainer`."""
+"""`python -m stream_trainer`, which torchrun starts as `-m stream_trainer`; and `stream-trainer`."""
 
-import sys
+from typing import NoReturn
 
 from stream_trainer.cli import main
+from stream_trainer.distributed.leaving import leave
 
-sys.exit(main())
+
+def start() -> NoReturn:
+    """Do what the command line says, and end."""
+    leave(main())
+
+
+if __name__ == "__main__":
+    start()

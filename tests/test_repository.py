@@ -80,7 +80,7 @@ SERVICE_ROOMS = {
         *("settings", "records", "errors"),
     ),
     "cli": ("demo", "replay", "service", "commands", "monitoring", "settings", "errors", "__init__"),
-    "__main__": ("cli",),
+    "__main__": ("cli", "distributed"),
 }
 
 KAFKA = {

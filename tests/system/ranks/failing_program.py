@@ -10,6 +10,7 @@ import pytest
 
 from stream_trainer.checkpoints.rows import write_own
 from stream_trainer.distributed import writing
+from stream_trainer.distributed.leaving import leave
 from stream_trainer.errors import CheckpointError
 from tests.system.ranks import sharded_program
 
@@ -30,3 +31,4 @@ def main(folder: Path, last_step: int, told: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    leave(0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from stream_trainer.distributed.group import joined, settings_of_rank
+from stream_trainer.distributed.leaving import leave
 from stream_trainer.errors import StreamTrainerError
 from stream_trainer.records import Sample
 from stream_trainer.service import serve
@@ -45,3 +46,4 @@ def main(folder: Path, last_step: int, told: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    leave(0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stream_trainer.distributed.leaving import leave
 from tests.system.ranks import sharded_program
 from tests.system.ranks.slow import SLOW, slow_down
 
@@ -21,3 +22,4 @@ def main(folder: Path, pass_s: float, first_s: float) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))
+    leave(0)
