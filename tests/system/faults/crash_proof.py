@@ -29,7 +29,7 @@ import transformers
 from stream_trainer.models.loading import load_model
 from stream_trainer.models.saving import save_model
 from stream_trainer.settings.schema import ModelSettings
-from tests.helpers.brokers import apache_kafka, create_topic, publish
+from tests.helpers.brokers import apache_kafka, create_topic, publish, why_no_apache_kafka
 from tests.helpers.crashes import RANDOM, Kill, Place, fork, run_in_child
 from tests.helpers.service import ALL_ON, MODEL, configuration, good, jsonl, kafka, write_lines
 from tests.system.faults.ends import (
@@ -310,6 +310,8 @@ def main() -> int:
     parser.add_argument("--letters", action="store_true", help="with --kafka: letters in a topic, kills on their way")
     parser.add_argument("--summary", type=Path, help="JSON file to write")
     options = parser.parse_args()
+    if options.kafka and (missing := why_no_apache_kafka()):
+        parser.error(f"--kafka: {missing}")
     variants = [variant for variant in VARIANTS if options.variant in (None, variant.name)]
     folder = Path(tempfile.mkdtemp(prefix="crash-proof-", dir=MEMORY if MEMORY.is_dir() else None))
     summary = Summary(options.summary, options.seeds)
