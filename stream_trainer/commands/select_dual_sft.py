@@ -15,10 +15,9 @@ import sys
 
 import torch
 from gradient_selectors import MaskRule, UnsupportedParameterError, select_dual_sft
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from stream_trainer.checkpoints.trouble import sync
 from stream_trainer.commands.options import (
     add_common_options,
     load_inputs,
@@ -27,7 +26,7 @@ from stream_trainer.commands.options import (
     share,
     share_or_none,
 )
-from stream_trainer.commands.pool_file import PoolFile, writing
+from stream_trainer.commands.pool_file import PoolFile, replacing, writing
 from stream_trainer.errors import SettingsError
 
 
@@ -73,12 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_mask(mask: dict[str, Tensor], args: argparse.Namespace) -> None:
-    path = args.out / "mask.safetensors"
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: values.cpu() for name, values in mask.items()}, temporary)
-    temporary.chmod((args.out / "subset.jsonl").stat().st_mode & 0o777)  # safetensors lets nobody else read it
-    sync(temporary)
-    temporary.replace(path)
+    with replacing(args.out / "mask.safetensors") as out:
+        out.write(save({name: values.cpu() for name, values in mask.items()}))
 
 
 def _report(args: argparse.Namespace, pool: PoolFile, mask: dict[str, Tensor], ranked: int, chosen: int) -> None:

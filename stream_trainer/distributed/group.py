@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 from gradient_selectors.world.base import Alone, LostError, World
 
+from stream_trainer.distributed.leaving import processes
 from stream_trainer.distributed.resume import letters_path
 from stream_trainer.errors import GroupError, SettingsError
 from stream_trainer.monitoring.metrics import Metrics
@@ -29,7 +30,7 @@ def joined(settings: Settings) -> Iterator[World]:
 
     Raises SettingsError if the settings do not say that it may, GroupError if another process ends or does not answer.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = processes()
     if size == 1:
         yield Alone()
         return
