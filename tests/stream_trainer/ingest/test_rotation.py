@@ -11,7 +11,7 @@ from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.ingest.rotation import MAX_RECORDS, PATIENCE_S, PLAN_PATIENCE_S, Rotation
 from stream_trainer.records import Outcome, Partition, Record
 from tests.helpers.fakes import ListSource, records_of
-from tests.stream_trainer.ingest.test_thread import Service, good, running
+from tests.stream_trainer.ingest.service import Service, good, running
 
 A, B, C = PARTITIONS = [Partition("log", number) for number in range(3)]
 

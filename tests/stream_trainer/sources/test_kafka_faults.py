@@ -33,7 +33,7 @@ from tests.helpers.brokers import (
     publish,
     rewrite_batch,
 )
-from tests.stream_trainer.ingest.test_thread import Service, good, running
+from tests.stream_trainer.ingest.service import Service, good, running
 from tests.stream_trainer.sources.test_kafka import WAIT_S, letters, read, read_to_end, recreate, started, values
 
 
