@@ -92,7 +92,8 @@ def test_a_run_of_nothing_that_can_be_used_is_no_success(tmp_path: Path, capsys:
     assert run_main(tmp_path, config) == 8
     assert "all 3 last records of the stream cannot be used, 3 of them for bad_json" in capsys.readouterr().err
     assert len(list(read_dead_letters(tmp_path / "dead-letters.jsonl"))) == 3
-    assert run_main(tmp_path, config | {"dead_letters": config["dead_letters"] | {"max_ratio": None, "max_in_a_row": None}}) == 0
+    unlimited = {"dead_letters": config["dead_letters"] | {"max_ratio": None, "max_in_a_row": None}}
+    assert run_main(tmp_path, config | unlimited) == 0
 
 
 @pytest.fixture(scope="module")
