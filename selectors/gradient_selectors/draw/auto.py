@@ -20,13 +20,14 @@ Way = Literal["learned", "scored", "rival", "uniform"]
 WAYS: tuple[Way, ...] = get_args(Way)
 # Relative utilities that each way is thought to have before anything was measured, and the samples these count as.
 PRIOR: Mapping[Way, float] = {"learned": 0.2, "scored": 0.2, "rival": 0.15, "uniform": 0.1}
-PRIOR_SAMPLES = 4.0
+PRIOR_SAMPLES = 2.0
 ROLES: Mapping[str, Way] = {"policy": "learned", "rival": "rival", "uniform": "uniform"}
-# Standard errors of their difference by which a way has to be better than the present one. Utilities of single samples
-# differ far more than the means of two ways do, and a way that is no better costs little to stay with.
-SURE = 1.5
+# Standard errors of their difference by which a way has to be better than the learned draw to be taken, and to stay.
+# Utilities of single samples differ far more than the means of two ways do: what looked best after a few of them mostly
+# was lucky, and has to go when more is known, while the learned draw costs little where it is no better.
+SURE, STAYS = 1.5, 1.0
 PAYS = 1.1  # times the rate of uniform: less is not worth it
-CLEAR = 0.25  # such an error, as a share of the rate of uniform, is small enough to say that nothing pays
+CLEAR = 0.2  # such an error, as a share of the rate of uniform, is small enough to say that nothing pays
 TIMED = 4  # steps of a kind whose time is measured
 
 
@@ -116,8 +117,15 @@ class AutoDraw:
         if rates[best] <= PAYS * rates["uniform"]:
             if self._error(best, "uniform") <= CLEAR * rates["uniform"]:
                 self.way = "uniform"
-        elif rates[best] - rates[self.way] > SURE * self._error(best, self.way):
-            self.way = best
+        elif self.way != "uniform" or rates[best] - rates["uniform"] > SURE * self._error(best, "uniform"):
+            self.way = max(WAYS, key=self._surely_gained)
+
+    def _surely_gained(self, way: Way) -> float:
+        """By how much its rate is above that of the learned draw, less what may be chance."""
+        if way == "learned":
+            return 0.0
+        gained = self.rates[way] - self.rates["learned"]
+        return gained - (STAYS if way == self.way else SURE) * self._error(way, "learned")
 
     def _error(self, one: Way, other: Way) -> float:
         """Standard error of the difference of two rates."""

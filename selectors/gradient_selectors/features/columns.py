@@ -90,7 +90,7 @@ class ColumnTable:
     @property
     def prior_d(self) -> Tensor:
         """Where a predictor starts: what is like the target is thought useful, what was just trained on is not."""
-        prior = {"likeness": 0.5, "ngrams": 0.5, "copy": -0.5}
+        prior = {"likeness": 0.25, "ngrams": 0.75, "copy": -0.5}
         return torch.tensor([prior.get(name, 0.0) for name in self.names], dtype=torch.float64)
 
     @property
