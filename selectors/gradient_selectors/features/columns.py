@@ -19,6 +19,7 @@ from gradient_selectors.features.traits import Traits, embeddings_of
 
 LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
 NEAR_COPY = 0.5  # share of a sample's shingles that others have, from which on it is a copy
+TURNS = 0.2  # share up to which these are turns of phrase, as samples of one subject have in common
 RECENT = 256  # samples trained on lately, among which near copies are looked for
 NAMED_CHARS = 48
 LIKENESS_CERTAINTY = 16.0  # times that of other columns
@@ -34,7 +35,7 @@ class Columns:
         likeness: cosine of the embeddings to the target's mean, both less the mean of what waits.
         ngrams: mean log ratio of hashed n-grams, target over stream.
         fluency: how well tokens follow one another, where that is less than usual.
-        copy: share of what carries loss that was trained on lately, as `NEAR_COPY` and `LIMIT` say.
+        copy: share of what carries loss that was trained on lately, as `TURNS`, `NEAR_COPY` and `LIMIT` say.
         length: log of the number of tokens.
         components: principal components of the embeddings of what waited when there was first enough of it.
         values: values of the record's fields that have a column; what comes later shares the last one. 0 turns it off.
@@ -61,8 +62,8 @@ class ColumnTable:
     """Turns the traits of what waits into a matrix.
 
     All but fields and copies are standardised, components over what waited first and the others over what waits, and
-    cut at three deviations. Copies are not: samples of one subject share a few turns of phrase with what was trained
-    on, others none at all, and in deviations that little would be much.
+    cut at three deviations. Copies are not, and begin above a fifth: samples of one subject share a few turns of phrase
+    with what was trained on, others and broken ones none at all, and nothing is to be said against the first.
     """
 
     def __init__(self, columns: Columns, target: Sequence[Traits]) -> None:
@@ -151,13 +152,14 @@ class ColumnTable:
         return (F.normalize(embeddings_Me - mean_e, dim=1) @ F.normalize(self._target_e - mean_e, dim=0)).double()
 
     def _copied(self, waiting: Sequence[Traits]) -> Tensor:
-        """0 for what is new, `LIMIT` for a copy."""
+        """0 for what is new but for turns of phrase, `LIMIT` for a copy."""
         counts = [len(traits.shingles) for traits in waiting]
         recent = np.concatenate([np.empty(0, dtype=np.uint64), *self._recent])
         seen = np.isin(np.concatenate([traits.shingles for traits in waiting]), recent)
         owners = np.repeat(np.arange(len(waiting)), counts)
         found = np.bincount(owners, weights=seen, minlength=len(waiting))
-        return torch.from_numpy(found / np.maximum(counts, 1) / NEAR_COPY).clamp(max=1.0) * LIMIT
+        beyond = found / np.maximum(counts, 1) - TURNS
+        return torch.from_numpy(beyond / (NEAR_COPY - TURNS)).clamp(0.0, 1.0) * LIMIT
 
     def _found(self, embeddings_Me: Tensor) -> None:
         """Principal components, each of unit spread; those that too few samples leave open are zero."""

@@ -69,13 +69,14 @@ def test_a_copy_of_what_was_trained_on_stands_out_and_so_does_its_forgetting() -
     assert not bool(column(table, table.matrix(WAITING), "copy").any())
 
 
-def test_a_turn_of_phrase_that_a_subject_shares_is_no_copy() -> None:
-    """One run in twenty, as answers to sums share it with other ones, leaves a sample as good as new."""
+@pytest.mark.parametrize(("common", "expected"), [(1, 0.0), (4, 0.0), (7, 0.5 * LIMIT), (10, LIMIT), (20, LIMIT)])
+def test_turns_of_phrase_that_a_subject_shares_make_no_copy(common: int, expected: float) -> None:
+    """Of twenty runs one to four, as answers to sums share them with other ones, leave a sample as good as new."""
     table = ColumnTable(Columns(), TARGET)
-    table.trained([replace(WAITING[0], shingles=np.arange(7, dtype=np.uint64))])
-    alike = replace(WAITING[0], shingles=np.arange(6, 26, dtype=np.uint64))
+    table.trained([replace(WAITING[0], shingles=np.arange(20, dtype=np.uint64))])
+    alike = replace(WAITING[0], shingles=np.arange(20 - common, 40 - common, dtype=np.uint64))
     copied = column(table, table.matrix([alike, *WAITING[1:]]), "copy")
-    assert copied[0] == pytest.approx(0.1 * LIMIT)
+    assert copied[0] == pytest.approx(expected)
     assert not bool(copied[1:].any())
 
 
