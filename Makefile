@@ -29,10 +29,9 @@ docs: $(VENV)/.installed ## Build the documentation into build/site; a dead link
 
 test: lint docs pytest ## Check style, types and documentation, and run every test; this is what CI runs
 
-# The tests' models are so small that threads only wait for each other: one each, and a process for each core. Files of
-# long tests come first: a process that has one of them left at the end would let the others wait.
+# The tests' models are so small that threads only wait for each other: one each, and a process for each core.
 pytest: $(VENV)/.installed ## Run every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests/system tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed ## Run the tests that take long: two trainers, three brokers, soak, large files
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
