@@ -1,6 +1,5 @@
 """Brokers as fixtures: started once, only if a test asks, skipped with the reason where they cannot run."""
 
-import gc
 import logging
 import uuid
 from collections.abc import Iterator
@@ -61,9 +60,3 @@ def topic() -> str:
 def samples_file(tmp_path: Path) -> Path:
     """Where a test may write a JSONL file."""
     return tmp_path / "samples.jsonl"
-
-
-def pytest_collection_finish() -> None:
-    """Thousands of tests are objects, too: no collection of garbage has to look through them again and again."""
-    gc.collect()
-    gc.freeze()
