@@ -65,7 +65,10 @@ class AutoDraw:
     @property
     def rates(self) -> dict[Way, float]:
         """Progress of each way in the time of a plain step; not below 0."""
-        return {way: max(0.0, self._sums[way] / self._counts[way]) / self._cost(way) for way in WAYS}
+        return {way: self._rate(way) for way in WAYS}
+
+    def _rate(self, way: Way) -> float:
+        return max(0.0, self._sums[way] / self._counts[way]) / self._cost(way)
 
     def _cost(self, way: Way) -> float:
         """Time of a step in that of a plain one."""
@@ -117,15 +120,13 @@ class AutoDraw:
         if rates[best] <= PAYS * rates["uniform"]:
             if self._error(best, "uniform") <= CLEAR * rates["uniform"]:
                 self.way = "uniform"
-        elif self.way != "uniform" or rates[best] - rates["uniform"] > SURE * self._error(best, "uniform"):
-            self.way = max(WAYS, key=self._surely_gained)
+        elif self.way != "uniform" or self._lead(best, "uniform", SURE) > 0:
+            leads = {way: self._lead(way, "learned", STAYS if way == self.way else SURE) for way in WAYS}
+            self.way = max(WAYS, key=lambda way: leads[way])
 
-    def _surely_gained(self, way: Way) -> float:
-        """By how much its rate is above that of the learned draw, less what may be chance."""
-        if way == "learned":
-            return 0.0
-        gained = self.rates[way] - self.rates["learned"]
-        return gained - (STAYS if way == self.way else SURE) * self._error(way, "learned")
+    def _lead(self, one: Way, other: Way, errors: float) -> float:
+        """By how much its rate is above another's, less so many standard errors; none over itself."""
+        return 0.0 if one == other else self._rate(one) - self._rate(other) - errors * self._error(one, other)
 
     def _error(self, one: Way, other: Way) -> float:
         """Standard error of the difference of two rates."""
