@@ -31,7 +31,7 @@ test: lint docs pytest ## Check style, types and documentation, and run every te
 
 # The tests' models are so small that threads only wait for each other: one each, and a process for each core.
 pytest: $(VENV)/.installed ## Run every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed ## Run the tests that take long: two trainers, three brokers, soak, large files
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow

@@ -1,5 +1,6 @@
 """Brokers as fixtures: started once, only if a test asks, skipped with the reason where they cannot run."""
 
+import gc
 import logging
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,21 @@ from stream_trainer.demo.broker import has_mock_cluster
 from stream_trainer.demo.broker import mock_cluster as run_mock_cluster
 from tests.helpers.brokers import ApacheKafka, why_no_apache_kafka
 from tests.helpers.brokers import apache_kafka as run_apache_kafka
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs, which take long, come first: short tests can fill what time one process has left at the end."""
+    items.sort(key=lambda item: "system" not in item.path.parts)
+
+
+@pytest.fixture(scope="module")
+def heap_set_aside() -> Iterator[None]:
+    """After a failure the trainer collects garbage: not among all that pytest has collected, which takes half a second
+    each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

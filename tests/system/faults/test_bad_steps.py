@@ -49,6 +49,8 @@ TOO_HIGH = {"learning_rate": 1e38}
 ONE_ROLLBACK_MENDS_IT = {"max_dead_steps": 3, "rollback_learning_rate_factor": 1e-41, "seed": 5, "threads": 1}
 POISON = ord("~")  # a token of the tokenizer of bytes that no other sample holds
 
+pytestmark = pytest.mark.usefixtures("heap_set_aside")
+
 
 def config_of(folder: Path, values: list[bytes], **sections: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)

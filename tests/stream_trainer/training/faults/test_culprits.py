@@ -14,6 +14,8 @@ from tests.helpers.fakes import sample, step_report
 
 CONTROL = sample(10**6)
 
+pytestmark = pytest.mark.usefixtures("heap_set_aside")
+
 
 @dataclass
 class Model:
