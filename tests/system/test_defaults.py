@@ -50,7 +50,7 @@ def test_what_is_learned_draws_and_sketches_score_the_probes(
     assert engine.target is not None
     assert (engine.target.refresh_samples, len(engine.target.samples)) == (4, 12)
     assert (engine.route, engine.mask) == (None, None)
-    assert [len(step.ids) for step in steps[:9]] == [6, *[4] * 7, 6]  # probes at 0 and 8
+    assert [len(step.ids) for step in steps[:17]] == [*[4] * 8, 6, *[4] * 7, 6]  # probes at 8 and 16
     candidates = [name for step in steps for name in step.ids]
     assert len(candidates) == len(set(candidates)) < RECORDS
     assert all(len(step.selected) <= 4 for step in steps)
@@ -65,6 +65,14 @@ def test_it_learns_what_the_target_shows(config: dict[str, Any]) -> None:
     config["optimizer"] = {"learning_rate": 3e-3}
     summary, _ = serve_until(config)
     assert summary.losses["target"] < 5.0  # ln(300) = 5.7 is where random weights begin
+
+
+def test_with_a_mask_that_is_chosen_the_first_step_is_a_probe_and_trains(config: dict[str, Any]) -> None:
+    """No weight moves before there is a mask."""
+    config["selection"] = {"mask": "dual_sft"}
+    _, steps = serve_until(config, 9)
+    assert [len(step.ids) for step in steps] == [6, *[4] * 7, 6]
+    assert all(step.result == "applied" and step.selected for step in steps)
 
 
 def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not(config: dict[str, Any], tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def config_of(folder: Path, name: str, bad: range = range(0), records: int = 96)
     values = [poisoned(number) if number in bad else good(number) for number in range(records)]
     write_lines(folder / "samples.jsonl", values)
     name = name if ":" in name else f"own_features_of_a_user:{name}"
-    learned = {"features": ["likeness", name]}
+    learned = {"features": ["likeness", name], "probe_every": 2}
     selection = ALL_ON | {"draw": "learned", "route": "none", "mask": "none", "learned": learned}
     return configuration(folder, jsonl(folder / "samples.jsonl"), selection=selection)
 

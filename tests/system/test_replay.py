@@ -120,7 +120,7 @@ def test_a_run_that_was_stopped_in_between_is_replayed_as_one(
 def test_a_live_draw_that_learns_from_its_time_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = everything_on(tmp_path)
     config["selection"] = {name: ALL_ON[name] for name in ("pool_size", "batch_size", "waiting", "intake")}
-    config["selection"] |= {"draw": "auto", "preconditioner_warmup_steps": 2}
+    config["selection"] |= {"draw": "auto", "preconditioner_warmup_steps": 2, "learned": {"probe_every": 3}}
     assert run_main(tmp_path, config) == 0
     names = [path.name for path in checkpoints(config)]
     code, said = replayed(tmp_path, config, names[1], names[-1], capsys)

@@ -38,6 +38,7 @@ class LearnedOptions:
     Attributes:
         batch_size: samples that a step trains on.
         probe_size: samples that a probe scores.
+        first_probe: steps before the first probe.
         probe_every: steps between probes; up to `max_probe_every` while probes hardly change what is drawn.
         discount: what is left of an observation's weight after a probe.
         precision: observations that the prior counts as.
@@ -48,6 +49,7 @@ class LearnedOptions:
 
     batch_size: int = 4
     probe_size: int = 6
+    first_probe: int = 8
     probe_every: int = 8
     max_probe_every: int = 64
     discount: float = 0.985
@@ -69,7 +71,8 @@ class LearnedDraw:
         >>> def sample(seed: int) -> Traits:
         ...     generator = np.random.default_rng(seed)
         ...     return Traits(generator.integers(0, 50, 20), torch.from_numpy(generator.normal(size=4)).float())
-        >>> draw = LearnedDraw(LearnedOptions(batch_size=2, probe_size=4), ColumnTable(Columns(), [sample(0)]), seed=0)
+        >>> options = LearnedOptions(batch_size=2, probe_size=4, first_probe=0)
+        >>> draw = LearnedDraw(options, ColumnTable(Columns(), [sample(0)]), seed=0)
         >>> waiting = [sample(seed) for seed in range(1, 33)]
         >>> draw.probes, draw.count
         (True, 4)
@@ -105,7 +108,7 @@ class LearnedDraw:
         self.merit = Predictor(torch.zeros_like(prior_d), precision_d, options.discount)
         self._utilities, self._losses = Standardiser(options.discount), Standardiser(options.discount)
         self._explained = torch.zeros(2, dtype=torch.float64)  # squares of rewards, and of what was not predicted
-        self._steps_to_probe, self._interval = 0, options.probe_every
+        self._steps_to_probe, self._interval = options.first_probe, options.probe_every
         self._drawn: list[Traits] = []
         self._drawn_nd = self._waiting_Md = torch.empty(0, len(prior_d), dtype=torch.float64)
 

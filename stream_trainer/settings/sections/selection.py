@@ -44,7 +44,7 @@ class LearnedSettings(Section):
     """
 
     probe_every: Count = 8
-    """Steps between probes. The first step is one."""
+    """Steps before the first probe, and between probes. With `mask: dual_sft` the first step is one."""
     max_probe_every: Count = 64
     """Steps between probes while these hardly change what is drawn."""
     features: tuple[FeatureName | OwnFunction, ...] = get_args(FeatureName)

@@ -176,6 +176,9 @@ def learned_options(selection: SelectionSettings) -> LearnedOptions:
     return LearnedOptions(
         batch_size=selection.batch_size,
         probe_size=selection.pool_size,
+        # Before the first steps Adam has no moments, so utilities would be those of plain gradients, and the prior
+        # draws as well. Only a mask cannot wait: no weight moves before it is chosen, in a probe.
+        first_probe=0 if selection.mask == "dual_sft" else learned.probe_every,
         probe_every=learned.probe_every,
         max_probe_every=learned.max_probe_every,
         discount=learned.discount,

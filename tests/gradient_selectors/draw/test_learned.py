@@ -16,17 +16,27 @@ from torch import Tensor
 OPTIONS = LearnedOptions(batch_size=4, probe_size=8)
 
 
-def sample(rng: np.random.Generator, kind: int = 0, source: str = "a") -> Traits:
+def samples(rng: np.random.Generator, kinds: Sequence[int], sources: Sequence[str]) -> list[Traits]:
     """Kinds differ in their tokens and embeddings."""
-    tokens = rng.integers(50 * kind, 50 * kind + 50, 40)
-    direction = np.eye(4)[kind] + 0.3 * rng.normal(size=4)
-    embedding_d = torch.nn.functional.normalize(torch.from_numpy(direction).float(), dim=0)
-    return Traits(tokens, embedding_d, (("source", source),), shingles=shingles([tokens])[0])
+    drawn = [
+        (rng.integers(50 * kind, 50 * kind + 50, 40), np.eye(4)[kind] + 0.3 * rng.normal(size=4)) for kind in kinds
+    ]
+    directions_Me = torch.from_numpy(np.stack([direction for _, direction in drawn])).float()
+    embeddings_Me = torch.nn.functional.normalize(directions_Me, dim=1)
+    hashes = shingles([tokens for tokens, _ in drawn])
+    return [
+        Traits(tokens, embedding_e, (("source", source),), shingles=own)
+        for (tokens, _), embedding_e, source, own in zip(drawn, embeddings_Me, sources, hashes, strict=True)
+    ]
+
+
+def sample(rng: np.random.Generator, kind: int = 0, source: str = "a") -> Traits:
+    return samples(rng, [kind], [source])[0]
 
 
 def room(rng: np.random.Generator, count: int = 64) -> list[Traits]:
     """A quarter of each kind, each source alike."""
-    return [sample(rng, i % 4, "abcd"[(i // 4) % 4]) for i in range(count)]
+    return samples(rng, [i % 4 for i in range(count)], ["abcd"[(i // 4) % 4] for i in range(count)])
 
 
 def draw_of(options: LearnedOptions = OPTIONS, seed: int = 0) -> LearnedDraw:
@@ -106,13 +116,14 @@ def test_a_low_loss_of_a_subject_is_no_merit() -> None:
     assert kinds.count(0) > 30
 
 
-def test_probes_come_at_once_and_then_ever_later_while_they_find_no_news() -> None:
-    draw, rng = draw_of(), np.random.default_rng(4)
+@pytest.mark.parametrize("first", [0, 3, 8])
+def test_probes_come_ever_later_while_they_find_no_news(first: int) -> None:
+    draw, rng = draw_of(replace(OPTIONS, first_probe=first)), np.random.default_rng(4)
     probed = []
     for step in range(160):
         probed += [step] if draw.probes else []
         steps(draw, 1, rng)
-    assert probed[:2] == [0, OPTIONS.probe_every]
+    assert probed[:2] == [first, first + OPTIONS.probe_every]
     gaps = np.diff(probed)
     assert max(gaps) > OPTIONS.probe_every
     assert max(gaps) <= OPTIONS.max_probe_every

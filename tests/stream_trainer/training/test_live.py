@@ -94,6 +94,7 @@ def test_plain_training_shows_no_stage_and_texts_only_where_asked(tmp_path: Path
 
 def test_the_learned_draw_shows_what_it_believes(tmp_path: Path) -> None:
     selection = {"pool_size": 8, "batch_size": 3, "waiting": 24, "intake": 12, "draw": "learned"}
+    selection |= {"learned": {"probe_every": 2}}
     learned = panels_of(tmp_path, selection, until=lambda status: status.get("step", 0) >= 3)["/panels"]["learned"]
     assert len(learned["features"]) > 3
     assert all(one["deviation"] > 0 for one in learned["features"])

@@ -193,7 +193,7 @@ ERRORS: dict[str, tuple[str, Callable[[], Exception]]] = {
 SELECTIONS: dict[str, dict[str, Any]] = {
     "thorough": {},
     "everything": ALL_ON,
-    "auto": {"draw": "auto"},
+    "auto": {"draw": "auto", "learned": {"probe_every": 2}},
     "middle loss": {"draw": "middle_loss"},
 }
 QUICK = {("middle loss", "memory of a CPU")}

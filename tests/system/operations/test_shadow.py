@@ -31,7 +31,7 @@ from tests.helpers.service import (
 STEPS = 30
 KINDS: dict[str, dict[str, Any]] = {
     "selects": {},
-    "learned": {"selection": {"profile": "thrifty", "waiting": 24, "intake": 12, "preconditioner_warmup_steps": 2}},
+    "learned": {"selection": {"profile": "thrifty", "waiting": 24, "intake": 12, "learned": {"probe_every": 3}}},
     "mask": {"selection": {"mask": "dual_sft", "dual_sft": {"density": 0.3, "refresh_steps": 3}}},
     "lora": {"model": {"lora": {"rank": 2}}},
     "uniform_draw": {"selection": {"draw": "uniform", "weigh": "equal"}},

@@ -104,9 +104,8 @@ def test_a_run_goes_on_at_any_number_of_ranks(broker: str, topic: str, tmp_path:
 @pytest.mark.parametrize("draw", [pytest.param("learned", marks=pytest.mark.slow), "all_on"])
 def test_what_a_draw_learns_is_the_same_on_all_ranks(draw: str, tmp_path: Path) -> None:
     write_lines(tmp_path / "samples.jsonl", goods(70))
-    selection = (
-        ALL_ON if draw == "all_on" else {"profile": "thrifty", "draw": "learned", "pool_size": 8, "batch_size": 3}
-    )
+    learned = {"profile": "thrifty", "pool_size": 8, "batch_size": 3, "learned": {"probe_every": 2}}
+    selection = ALL_ON if draw == "all_on" else learned
     config = settings(tmp_path / "run", jsonl(tmp_path / "samples.jsonl"), selection=selection)
     _, first = serve_on_ranks(config, 2, 6, told=1)
     _, then = serve_on_ranks(config, 2)

@@ -36,7 +36,7 @@ RECORDS = 48
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FULL: dict[str, Any] = {}
 LORA = {"lora": {"rank": 3, "alpha": 6.0}, "gradient_checkpointing": True}
-LEARNED = {"profile": "thrifty", "draw": "learned", "pool_size": 8, "batch_size": 3}
+LEARNED = {"profile": "thrifty", "pool_size": 8, "batch_size": 3, "learned": {"probe_every": 2}}
 MASKED = SELECTION | {"mask": "dual_sft", "dual_sft": {"density": 0.3, "refresh_steps": 2}}
 
 pytestmark = pytest.mark.timeout(LONG_S * 2)

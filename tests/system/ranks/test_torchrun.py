@@ -109,7 +109,8 @@ def test_killed_processes_lose_and_repeat_nothing_in_whatever_number_they_go_on(
     Each life has the whole model on each rank or in rows, and waits for its checkpoints or trains on, as chance says.
     """
     # A step takes few records: else most of a life would be waiting for more.
-    learned = {"profile": "thrifty", "pool_size": 8, "batch_size": 3, "waiting": 16, "intake": 8}
+    learned: dict[str, Any] = {"profile": "thrifty", "pool_size": 8, "batch_size": 3, "waiting": 16, "intake": 8}
+    learned["learned"] = {"probe_every": 3}
     source = kafka(broker, topic, stop_at_end=False)
     config = settings(tmp_path / "run", source, checkpoint={"every_steps": 4}, selection=learned)
     chance = random.Random(int(os.environ.get("STREAM_TRAINER_SEED", "1")))

@@ -121,7 +121,7 @@ def test_steps_that_change_nothing_are_advised_on_once(caplog: pytest.LogCapture
 SELECTIONS: dict[str, dict[str, Any]] = {
     "scored": {},
     "all on": ALL_ON,
-    "auto": {"draw": "auto", "waiting": 24, "intake": 12},
+    "auto": {"draw": "auto", "waiting": 24, "intake": 12, "learned": {"probe_every": 2}},
     "uniform": {"draw": "uniform", "when_none_helps": "uniform"},
     "sketched": {"scoring": "sketched", "sketch_width": 4},
     "dsir": {"draw": "dsir", "waiting": 24, "intake": 12},
