@@ -6,6 +6,7 @@ kafka-python ships without type information, so its clients are `Any` here and i
 import difflib
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ RECONNECT_BACKOFF_MAX_MS = 2_000  # the client's own 30 s would add to every out
 MAX_ADDRESSES = 5
 ADDRESS_TIMEOUT_S = 3.0
 ABANDON_TIMEOUT_S = 2.0
+_CONNECTING = threading.Lock()  # while the client's logger, of which each process has one, is changed
 REFUSALS = ("Authentication", "SSL", "CERTIFICATE", "Sasl")  # waiting mends none of these
 
 
@@ -73,7 +75,7 @@ def connect(client: Callable[..., Any], settings: KafkaSettings, client_id: str,
         networks.append(KafkaNetClient(**configs))
         return networks[-1]
 
-    with _last_error() as heard:
+    with last_error(client_id) as heard:
         try:
             if settings.api_version:
                 _require_answer(settings)
@@ -228,14 +230,21 @@ def require_codecs() -> None:
             )
 
 
-class _LastError(logging.Handler):
-    """Keeps the last error: a failed bootstrap says why in its log only."""
+class LastError(logging.Handler):
+    """Keeps the last error of one client: a failed bootstrap says why in its log only.
 
-    def __init__(self) -> None:
+    Attributes:
+        before: level and propagation of the client's logger while no client connects.
+    """
+
+    def __init__(self, client_id: str, before: tuple[int, bool]) -> None:
         super().__init__(logging.ERROR)
-        self.message = ""
+        self.message, self.before = "", before
+        self._threads = {threading.current_thread().name, f"kafka-io-{client_id}"}
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.threadName not in self._threads:
+            return
         message = _one_line(record.getMessage()).rpartition(">: ")[2]  # without the name of the connection
         # A broker that refuses a password closes the connection at once: some tries hear no more than that.
         if "Authentication" in self.message:
@@ -246,19 +255,31 @@ class _LastError(logging.Handler):
 
 
 @contextmanager
-def _last_error() -> Iterator[_LastError]:
-    """Keep the client's complaints while it connects; the one that counts ends up in our own error."""
+def last_error(client_id: str) -> Iterator[LastError]:
+    """Keep a client's complaints while it connects; the one that counts ends up in our own error.
+
+    Several may connect at a time, the stream's, the target's and the dead letters': the last one to be done lets the
+    client's logger be heard again.
+    """
     logger = logging.getLogger("kafka")
-    handler, level, propagate = _LastError(), logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.ERROR)
-    logger.propagate = False
+    with _CONNECTING:
+        others = _hearing(logger)
+        handler = LastError(client_id, others[0].before if others else (logger.level, logger.propagate))
+        logger.addHandler(handler)
+        logger.setLevel(logging.ERROR)
+        logger.propagate = False
     try:
         yield handler
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        with _CONNECTING:
+            logger.removeHandler(handler)
+            if not _hearing(logger):
+                level, logger.propagate = handler.before
+                logger.setLevel(level)
+
+
+def _hearing(logger: logging.Logger) -> list[LastError]:
+    return [handler for handler in logger.handlers if isinstance(handler, LastError)]
 
 
 def _one_line(what: object) -> str:
