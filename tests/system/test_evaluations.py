@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -229,3 +230,24 @@ def test_an_evaluation_tells_what_has_moved(tmp_path: Path) -> None:
     assert found[0]["moved_weights_ratio"] > 0.5
     assert 0 < found[1]["moved_tensors_ratio"] <= 1
     assert found[1]["moved_weights_ratio"] < 0.1
+
+
+def test_an_evaluation_that_fails_later_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, 64, evaluation={"every_steps": 3})
+    monkeypatch.setattr(evaluations, "mean_loss", failing_in(range(2, 10**9)))
+    summary, steps = serve_until(config)
+    assert [step.number for step in steps] == list(range(1, 9))
+    assert sum(summary.counts.values()) == 64
+    assert math.isfinite(summary.losses["target"])  # the first, for none came after it
+
+
+def test_a_first_evaluation_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tmp_path, 64)
+    monkeypatch.setattr(evaluations, "mean_loss", failing_in(range(1, 10**9)))
+    assert run_main(tmp_path, config) == 7
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: the loss of target cannot be measured (OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB); "
+        "lower evaluation.max_samples or target.max_samples"
+    )

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,9 @@ from stream_trainer.samples.decoder import REASONS, Decoder
 from stream_trainer.settings.schema import BufferSettings, DeadLetterSettings, SampleSettings
 from stream_trainer.sources.base import Source
 from tests.helpers.fakes import ListDeadLetters, ListSource
+from tests.helpers.service import LONG_S
 
 DECODER = Decoder(byte_tokenizer(), SampleSettings(max_tokens=64, max_bytes=5000))
-LONG_S = 60.0
 UNLIMITED = DeadLetterSettings(max_ratio=None, max_in_a_row=None)
 
 
@@ -64,13 +64,6 @@ def running(service: Service) -> Iterator[Service]:
     finally:
         service.ingest.stop()
     assert not service.ingest.alive
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def good(number: int) -> bytes:

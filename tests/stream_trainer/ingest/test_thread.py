@@ -9,7 +9,8 @@ from stream_trainer.ingest.cursor import Cursor
 from stream_trainer.monitoring.metrics import READING
 from stream_trainer.records import Outcome, Partition, Record
 from tests.helpers.fakes import LOG, ListDeadLetters, ListSource, records_of
-from tests.stream_trainer.ingest.service import UNLIMITED, Service, SlowSource, good, running, wait_for
+from tests.helpers.service import wait_for
+from tests.stream_trainer.ingest.service import UNLIMITED, Service, SlowSource, good, running
 
 
 def test_what_was_decided_before_a_restart_is_skipped() -> None:

@@ -7,7 +7,8 @@ import pytest
 from stream_trainer.errors import FencedError, SourceAwayError, SourceError
 from stream_trainer.records import Record
 from tests.helpers.fakes import LOG, ListSource, records_of
-from tests.stream_trainer.ingest.service import LONG_S, Service, good, running, wait_for
+from tests.helpers.service import LONG_S, wait_for
+from tests.stream_trainer.ingest.service import Service, good, running
 
 
 def test_a_failed_commit_is_counted_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,8 @@ from stream_trainer.samples.decoder import REASONS
 from stream_trainer.settings.schema import DeadLetterSettings
 from tests.helpers.fakes import LOG, ListDeadLetters, ListSource, records_of
 from tests.helpers.malformed import malformed, malformed_values
-from tests.stream_trainer.ingest.service import UNLIMITED, Service, SlowSource, good, running, wait_for
+from tests.helpers.service import wait_for
+from tests.stream_trainer.ingest.service import UNLIMITED, Service, SlowSource, good, running
 
 
 def test_a_stream_that_ends_without_one_sample_is_an_error() -> None:

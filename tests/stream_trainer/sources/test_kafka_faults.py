@@ -34,7 +34,8 @@ from tests.helpers.brokers import (
     rewrite_batch,
 )
 from tests.stream_trainer.ingest.service import Service, good, running
-from tests.stream_trainer.sources.test_kafka import WAIT_S, letters, read, read_to_end, recreate, started, values
+from tests.stream_trainer.sources.test_kafka import WAIT_S, letters, read, read_to_end, started, values
+from tests.stream_trainer.sources.test_kafka_topics import recreate
 
 
 def marks_of(records: list[Any]) -> dict[Partition, tuple[int, str]]:

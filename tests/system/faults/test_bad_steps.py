@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from gradient_selectors import FilterThenWeight
-from gradient_selectors.target import mean_loss
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,7 +20,6 @@ from stream_trainer.ingest.letter import read_dead_letters
 from stream_trainer.models.loading import LoadedModel, load_model
 from stream_trainer.service import serve
 from stream_trainer.settings.schema import Settings
-from stream_trainer.training import evaluations
 from stream_trainer.training.status import Status
 from stream_trainer.training.watchers import Watcher
 from tests.helpers.service import (
@@ -382,37 +380,3 @@ def test_tries_of_single_samples_change_nothing(tmp_path: Path) -> None:
             ends.append(hashes(checkpoints(config)[-1]))
         assert ends[0] == ends[1]
     assert len(note_in(note.read_bytes())) < 1000
-
-
-def failing_from(call: int) -> Callable[..., float]:
-    calls = 0
-
-    def failing_loss(*arguments: Any) -> float:
-        nonlocal calls
-        calls += 1
-        if calls >= call:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return mean_loss(*arguments)
-
-    return failing_loss
-
-
-def test_an_evaluation_that_fails_later_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(tmp_path, goods(64), evaluation={"every_steps": 3})
-    monkeypatch.setattr(evaluations, "mean_loss", failing_from(2))
-    summary, steps = serve_until(config)
-    assert [step.number for step in steps] == list(range(1, 9))
-    assert sum(summary.counts.values()) == 64
-    assert math.isfinite(summary.losses["target"])  # the first, for none came after it
-
-
-def test_a_first_evaluation_that_fails_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = config_of(tmp_path, goods(64))
-    monkeypatch.setattr(evaluations, "mean_loss", failing_from(1))
-    assert run_main(tmp_path, config) == 7
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: the loss of target cannot be measured (OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB); "
-        "lower evaluation.max_samples or target.max_samples"
-    )
