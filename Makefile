@@ -4,8 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
-# Modules are compiled as they are first imported: most of torch's never are, and pip takes minutes for all of them.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Tests start hundreds of processes, each of which would compile our modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Compiled by all cores: pip would take one. What cannot be compiled is never imported.
+define install
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt $(1)
+@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+endef
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install lint docs test pytest test-slow coverage test-lowest demo page \
@@ -146,7 +152,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml selectors/pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e ./selectors -e ".[test]"
+	$(call install,-e ./selectors -e ".[test]")
 	@touch $@ $(VENV)/.installed-demo
 
 .venv-lowest/.installed: pyproject.toml selectors/pyproject.toml lowest.txt
@@ -162,11 +168,11 @@ $(VENV)/.installed: pyproject.toml selectors/pyproject.toml constraints.txt | $(
 	@touch $@
 
 $(VENV)/.installed-demo: pyproject.toml selectors/pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e ./selectors -e ".[demo]"
+	$(call install,-e ./selectors -e ".[demo]")
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(INSTALL) -e ./selectors -e ".[bench]"
+	$(call install,-e ./selectors -e ".[bench]")
 	@touch $@
 
 .venv-opacus/.installed: PEER := opacus==1.6.0
