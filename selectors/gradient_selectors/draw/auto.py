@@ -24,8 +24,10 @@ PRIOR_SAMPLES = 2.0
 ROLES: Mapping[str, Way] = {"policy": "learned", "rival": "rival", "uniform": "uniform"}
 # Standard errors of their difference by which a way has to be better than the learned draw to be taken, and to stay.
 # Utilities of single samples differ far more than the means of two ways do: what looked best after a few of them mostly
-# was lucky, and has to go when more is known, while the learned draw costs little where it is no better.
-SURE, STAYS = 1.5, 1.0
+# was lucky, and has to go when more is known, while the learned draw costs little where it is no better. It begins with
+# what the ways without gradients know, so that of these more is asked.
+SURE: Mapping[Way, float] = {"learned": 1.5, "scored": 1.5, "rival": 2.5, "uniform": 2.5}
+STAYS = 1.0
 PAYS = 1.1  # times the rate of uniform: less is not worth it
 CLEAR = 0.2  # such an error, as a share of the rate of uniform, is small enough to say that nothing pays
 TIMED = 4  # steps of a kind whose time is measured
@@ -120,8 +122,8 @@ class AutoDraw:
         if rates[best] <= PAYS * rates["uniform"]:
             if self._error(best, "uniform") <= CLEAR * rates["uniform"]:
                 self.way = "uniform"
-        elif self.way != "uniform" or self._lead(best, "uniform", SURE) > 0:
-            leads = {way: self._lead(way, "learned", STAYS if way == self.way else SURE) for way in WAYS}
+        elif self.way != "uniform" or self._lead(best, "uniform", SURE[best]) > 0:
+            leads = {way: self._lead(way, "learned", STAYS if way == self.way else SURE[way]) for way in WAYS}
             self.way = max(WAYS, key=lambda way: leads[way])
 
     def _lead(self, one: Way, other: Way, errors: float) -> float:

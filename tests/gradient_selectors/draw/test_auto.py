@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from gradient_selectors.draw.auto import AutoDraw
+from gradient_selectors.draw.auto import WAYS, AutoDraw
 from gradient_selectors.draw.learned import LearnedDraw
 from gradient_selectors.draw.nearest import NearRandom
 from gradient_selectors.draw.stream_draw import Found
@@ -60,10 +60,18 @@ def test_what_a_few_noisy_samples_say_is_no_reason_to_change(seed: int) -> None:
     assert set(ways) == {"learned"}
 
 
-@pytest.mark.parametrize("seed", [12, 20])
+@pytest.mark.parametrize("seed", [2, 5])
 def test_what_was_lucky_at_first_has_to_go_when_more_is_known(seed: int) -> None:
-    ways = steps(auto_of(seed), 300, np.random.default_rng(seed), {0: 0.15, 1: 0.1, 2: 0.1, 3: 0.1}, noise=0.15)
-    assert "rival" in ways
+    """Likeness, by which the rival draws, misleads; of its first six samples it looked otherwise."""
+    worth = {0: 0.0, 1: 0.1, 2: 0.4, 3: 0.1}
+    draw, rng = auto_of(seed), np.random.default_rng(seed)
+    steps(draw, 9, rng, worth, noise=0.15)
+    counts = {"learned": 10.0, "scored": 10.0, "rival": 6.0, "uniform": 6.0}
+    means = {"learned": 0.12, "scored": 0.12, "rival": 0.4, "uniform": 0.1}
+    sums = [counts[way] * means[way] for way in WAYS]
+    draw.load_state_dict(draw.state_dict() | {"way": "rival", "sums": sums, "counts": [counts[way] for way in WAYS]})
+    ways = steps(draw, 300, rng, worth, noise=0.15)
+    assert ways[0] == "rival"
     assert set(ways[-40:]) == {"learned"}
 
 
