@@ -35,20 +35,18 @@ UNSTAMPED = "before 0.1.0"  # versions that did not write theirs into a result
 NOTHING = "–"
 OVER = "plain_all"
 WIDTH = 120
-PREAMBLE = f"""\
+PREAMBLE = """\
 # Benchmarks
 
 <!-- Made by `python -m benchmarks.page --results benchmarks/results --out docs/benchmarks.md`. Do not edit. -->
 
-What Stream Trainer costs, and what it buys. Each table answers one question and names its command, its files and its
-machine. Every benchmark drives the service itself, never a copy.
+What Stream Trainer costs, and what it buys. Each table answers one question and names command, files and machine. Every
+benchmark drives the service itself, never a copy.
 
-Methods are measured in turn, in one run on one machine. A busy machine slows all of them alike, so read ratios before
-seconds. All figures are medians unless a table says otherwise. "{UNSTAMPED}" means that a file does not state its
-version.
+Methods are measured in turn, in one run on one machine. A busy machine slows all alike, so read ratios before seconds.
+All figures are medians unless a table says otherwise.
 
-The files are in `benchmarks/results/`. What was tried, what failed and what earlier versions measured is in
-`benchmarks/LOG.md`.
+The files are in `benchmarks/results/`. What was tried and what failed is in `benchmarks/LOG.md`.
 """
 
 
@@ -304,9 +302,9 @@ cheaper.
 is grade-school mathematics (GSM8K, MIT); the rest of a stream is role-play and tool use (GPTeacher, Apache-2.0).
 
 Cells are ratios to what uniform needs, with the range over seeds; below 1 is cheaper. `samples` are those trained on;
-`seconds` count reading, drawing, refreshes, passes and updates. The tier `real` is SmolLM2-135M, `broad` a small Llama.
-The percentage is the target's share of the stream. Uniform trains on 4 of 16 samples; the others draw from
-256 that wait, and read more records for it. `nearest` and `near_random` draw without a gradient.
+`seconds` count reading, drawing, refreshes, passes and updates. `real` is SmolLM2-135M, `qwen2` a small Qwen2. The
+percentage is the target's share. Uniform trains on 4 of 16 samples; the others draw from 256 that wait, and read more
+records for it. `nearest` and `near_random` draw without a gradient.
 """,
         lambda content: "curves" in content,
         _learning,
