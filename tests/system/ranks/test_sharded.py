@@ -51,7 +51,7 @@ def settings(folder: Path, model: dict[str, Any], mode: str = "fsdp2", **section
     folder.mkdir(exist_ok=True)
     stream = folder.parent / "samples.jsonl"
     if not stream.exists():
-        write_lines(stream, goods(RECORDS))
+        write_lines(stream, [distinct(value) for value in goods(RECORDS)])
     # In rows nothing is kept for the update; else everything is.
     base: dict[str, Any] = {
         "memory": {"factors_gb": 0 if mode == "fsdp2" else None},
@@ -59,6 +59,12 @@ def settings(folder: Path, model: dict[str, Any], mode: str = "fsdp2", **section
     }
     model = {**saved_model(folder.parent), **model}
     return configuration(folder, jsonl(stream), model=model, distributed={"mode": mode}, **(base | sections))
+
+
+def distinct(value: bytes) -> bytes:
+    """Of two samples with the same text either may be chosen: which one is, is a matter of rounding."""
+    record = json.loads(value)
+    return json.dumps(record | {"text": f"{record['id']} {record['text']}"}).encode()
 
 
 def on_processes(
