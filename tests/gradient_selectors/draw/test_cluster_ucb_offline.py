@@ -10,10 +10,7 @@ from gradient_selectors.draw.cluster_ucb_offline import Index, OfflineOptions, s
 from torch import Tensor
 
 from benchmarks.cluster_ucb_simulation import OURS, PUBLISHED, recall, recovered, simulated_pool
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.gradient_selectors.draw.test_cluster_ucb import seeded
 
 
 def moments_of(*arms: list[float]) -> ArmMoments:
