@@ -37,12 +37,12 @@ class Dsir:
         """`count` of the waiting samples, or all if there are fewer: indices in ascending order."""
         # Minus the log of an exponential variable is a Gumbel variable: the largest sums are then a weighted draw.
         waits_M = torch.empty(len(waiting), dtype=torch.float64).exponential_(generator=self._generator).numpy()
-        keys_M = self._importance.log_weights(waiting) - np.log(waits_M)
+        keys_M = self._importance.log_weights([traits.tokens for traits in waiting]) - np.log(waits_M)
         return sorted(np.argsort(-keys_M, kind="stable")[:count].tolist())
 
     def learn(self, gone: Sequence[Traits]) -> None:
         """Count the n-grams of samples that have left, drawn or not."""
-        self._importance.learn(gone)
+        self._importance.learn([traits.tokens for traits in gone])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The counts and the generator: copies."""

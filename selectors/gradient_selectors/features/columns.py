@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradient_selectors.features.fluency import Fluency
-from gradient_selectors.features.hashing import Hashes
+from gradient_selectors.features.hashing import Hashes, Tokens
 from gradient_selectors.features.ngrams import NgramImportance
+from gradient_selectors.features.relevance import Vector, relevance
 from gradient_selectors.features.traits import Traits, embeddings_of
 
 LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
@@ -24,6 +25,8 @@ RECENT = 256  # samples trained on lately, among which near copies are looked fo
 NAMED_CHARS = 48
 LIKENESS_CERTAINTY = 16.0  # times that of other columns
 UNSEEN = "unseen value"  # begins the name of a column that no value has yet
+LEAST_SPREAD = 0.2  # of the target's fluency or relevance, as a share of its mean: few samples may be alike by chance
+TINY = 1e-9
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
 
@@ -33,8 +36,9 @@ class Columns:
 
     Attributes:
         likeness: cosine of the embeddings to the target's mean, both less the mean of what waits.
-        ngrams: mean log ratio of hashed n-grams, target over stream.
-        fluency: how well tokens follow one another, where that is less than usual.
+        ngrams: mean log ratio of hashed n-grams of what carries loss, target over stream.
+        fluency: how well tokens that carry loss follow one another, where that is less than in the target.
+        relevance: what a prompt and its answer have in common, where that is less than in the target.
         copy: share of what carries loss that was trained on lately, as `TURNS`, `NEAR_COPY` and `LIMIT` say.
         length: log of the number of tokens.
         components: principal components of the embeddings of what waited when there was first enough of it.
@@ -45,6 +49,7 @@ class Columns:
     likeness: bool = True
     ngrams: bool = True
     fluency: bool = True
+    relevance: bool = True
     copy: bool = True
     length: bool = True
     components: int = 4
@@ -54,23 +59,24 @@ class Columns:
     @property
     def simple(self) -> tuple[str, ...]:
         """Names of those that are one standardised column each."""
-        names = ("likeness", "ngrams", "fluency", "copy", "length")
+        names = ("likeness", "ngrams", "fluency", "relevance", "copy", "length")
         return tuple(name for name in names if getattr(self, name))
 
 
 class ColumnTable:
     """Turns the traits of what waits into a matrix.
 
-    All but fields and copies are standardised, components over what waited first and the others over what waits, and
-    cut at three deviations. Copies are not, and begin above a fifth: samples of one subject share a few turns of phrase
-    with what was trained on, others and broken ones none at all, and nothing is to be said against the first.
+    All but fields and copies are standardised and cut at three deviations: fluency and relevance by the target's own
+    samples, components by what waited first, the others by what waits. Copies begin above a fifth: samples of one
+    subject share a few turns of phrase with what was trained on, others and broken ones none at all, and nothing is to
+    be said against the first.
     """
 
     def __init__(self, columns: Columns, target: Sequence[Traits]) -> None:
         """`target`: traits of the target's samples."""
-        self.columns = columns
+        self.columns, self._target = columns, tuple(target)
         self._target_e = embeddings_of(target).mean(0)
-        self._ngrams = NgramImportance([traits.tokens for traits in target])
+        self._ngrams = NgramImportance(_answers(target))
         self._fluency = Fluency()
         self._values: list[str] = []
         self._basis_ec = torch.zeros(len(self._target_e), columns.components)
@@ -91,7 +97,7 @@ class ColumnTable:
     @property
     def prior_d(self) -> Tensor:
         """Where a predictor starts: what is like the target is thought useful, what was just trained on is not."""
-        prior = {"likeness": 0.25, "ngrams": 0.75, "copy": -0.5}
+        prior = {"likeness": 0.25, "ngrams": 0.75, "fluency": 0.25, "relevance": 0.5, "copy": -0.5}
         return torch.tensor([prior.get(name, 0.0) for name in self.names], dtype=torch.float64)
 
     @property
@@ -105,11 +111,11 @@ class ColumnTable:
 
     @property
     def judges_quality_d(self) -> Tensor:
-        """1 for columns in which the loss tells good from bad, (d,) float64: fluency, and who made a record.
+        """1 for columns in which the loss tells good from bad, (d,) float64: fluency, relevance, and who made a record.
 
         In all others it tells one subject from another, or what is known already.
         """
-        quality = [float(name == "fluency") for name in self._unchanging] + [1.0] * self.columns.values
+        quality = [float(name in ("fluency", "relevance")) for name in self._unchanging] + [1.0] * self.columns.values
         return torch.tensor(quality, dtype=torch.float64)
 
     def matrix(self, waiting: Sequence[Traits]) -> Tensor:
@@ -120,9 +126,9 @@ class ColumnTable:
         lengths_M = torch.tensor([float(len(traits.tokens)) for traits in waiting], dtype=torch.float64)
         simple = {
             "likeness": lambda: _standardised(self._likeness(embeddings_Me)),
-            "ngrams": lambda: _standardised(torch.from_numpy(self._ngrams.scores(waiting))),
-            # What is more fluent than most is only more predictable. Text that is far less so may be broken.
-            "fluency": lambda: _standardised(torch.from_numpy(self._fluency.scores(waiting))).clamp(max=0.0),
+            "ngrams": lambda: _standardised(torch.from_numpy(self._ngrams.scores(_answers(waiting)))),
+            "fluency": lambda: _below(*map(self._fluency.scores, (_answers(waiting), _answers(self._target)))),
+            "relevance": lambda: self._relevance(waiting),
             "copy": lambda: self._copied(waiting),
             "length": lambda: _standardised(lengths_M.log1p()),
         }
@@ -139,9 +145,9 @@ class ColumnTable:
     def learn(self, gone: Sequence[Traits]) -> None:
         """Take note of samples that have left."""
         if self.columns.ngrams:
-            self._ngrams.learn(gone)
+            self._ngrams.learn(_answers(gone))
         if self.columns.fluency:
-            self._fluency.learn(gone)
+            self._fluency.learn(_answers(gone))
 
     def trained(self, samples: Sequence[Traits]) -> None:
         """Take note of samples that were trained on."""
@@ -150,6 +156,10 @@ class ColumnTable:
     def _likeness(self, embeddings_Me: Tensor) -> Tensor:
         mean_e = embeddings_Me.mean(0)
         return (F.normalize(embeddings_Me - mean_e, dim=1) @ F.normalize(self._target_e - mean_e, dim=0)).double()
+
+    def _relevance(self, waiting: Sequence[Traits]) -> Tensor:
+        both = relevance([traits.exchange for traits in (*waiting, *self._target)])
+        return _below(both[: len(waiting)], both[len(waiting) :])
 
     def _copied(self, waiting: Sequence[Traits]) -> Tensor:
         """0 for what is new but for turns of phrase, `LIMIT` for a copy."""
@@ -219,9 +229,27 @@ class ColumnTable:
         self._recent = [part.copy() for part in np.split(recent, bounds)] if len(state["recent_lengths"]) else []
 
 
+def _answers(samples: Sequence[Traits]) -> list[Tokens]:
+    return [traits.answer for traits in samples]
+
+
+def _below(values_M: Vector, target_T: Vector) -> Tensor:
+    """How far below the mean of the target's samples, in their deviations; 0 above it, and where nothing is known.
+
+    Text that is more fluent than the target's is only more predictable, and who repeats more of a prompt answers it no
+    better. But what is far below may be broken, or the answer to another prompt.
+    """
+    known_T = target_T[~np.isnan(target_T)]
+    mean, deviation = (float(known_T.mean()), float(known_T.std())) if len(known_T) else (0.0, 0.0)
+    deviation = max(deviation, LEAST_SPREAD * abs(mean))
+    if deviation <= TINY:
+        return torch.zeros(len(values_M), dtype=torch.float64)
+    return torch.from_numpy((values_M - mean) / deviation).clamp(-LIMIT, 0.0).nan_to_num(0.0)
+
+
 def _standardised(values_M: Tensor) -> Tensor:
     """In deviations from the mean of what waits; 0 where all are alike."""
     deviation = float(values_M.std(correction=0))
-    if deviation <= 1e-9 * max(1.0, float(values_M.abs().max())):
+    if deviation <= TINY * max(1.0, float(values_M.abs().max())):
         return torch.zeros_like(values_M)
     return ((values_M - values_M.mean()) / deviation).clamp(-LIMIT, LIMIT)

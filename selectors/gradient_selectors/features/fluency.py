@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from gradient_selectors.features.hashing import Tokens, mix
-from gradient_selectors.features.traits import Traits
 
 Numbers = npt.NDArray[np.int64]
 Vector = npt.NDArray[np.float64]
@@ -29,11 +28,10 @@ class Fluency:
 
     Examples:
         >>> from gradient_selectors.features.fluency import Fluency
-        >>> from gradient_selectors.features.traits import Traits
         >>> import numpy as np
         >>> fluency = Fluency()
-        >>> fluency.learn([Traits(np.array([1, 2, 3, 4] * 8), torch.ones(1))])
-        >>> in_order, shuffled = fluency.scores([Traits(np.array(t), torch.ones(1)) for t in ([1, 2, 3], [3, 1, 4])])
+        >>> fluency.learn([np.array([1, 2, 3, 4] * 8)])
+        >>> in_order, shuffled = fluency.scores([np.array([1, 2, 3]), np.array([3, 1, 4])])
         >>> bool(in_order > shuffled)
         True
     """
@@ -42,24 +40,24 @@ class Fluency:
         self._pairs = np.zeros(PAIRS, dtype=np.float32)
         self._singles = np.zeros(SINGLES, dtype=np.float32)
 
-    def scores(self, waiting: Sequence[Traits]) -> Vector:
-        """In nats per pair, (M,) float64; 0 for a sample without pairs, and before anything was counted."""
+    def scores(self, waiting: Sequence[Tokens]) -> Vector:
+        """In nats per pair, (M,) float64; not a number without pairs, and 0 for all before anything was counted."""
         total = float(self._singles.sum())
         if not total:
             return np.zeros(len(waiting))
-        pairs_G, first_G, second_G, owners_G = _pairs_of([traits.tokens for traits in waiting])
+        pairs_G, first_G, second_G, owners_G = _pairs_of(waiting)
         expected_G = self._singles[first_G] * self._singles[second_G] / total
         information_G = np.log((self._pairs[pairs_G] + 1.0) / (expected_G + 1.0))
         sums_M = np.bincount(owners_G, weights=information_G, minlength=len(waiting))
-        means_M: Vector = sums_M / np.maximum(np.bincount(owners_G, minlength=len(waiting)), 1)
+        pairs_M = np.bincount(owners_G, minlength=len(waiting))
+        means_M: Vector = np.where(pairs_M > 0, sums_M / np.maximum(pairs_M, 1), np.nan)
         return means_M
 
-    def learn(self, gone: Sequence[Traits]) -> None:
+    def learn(self, gone: Sequence[Tokens]) -> None:
         """Count the pairs of samples that have left."""
-        tokens = [traits.tokens for traits in gone]
         one = np.float32(1)  # of their own type: numpy adds another one ten times as slowly
-        np.add.at(self._pairs, _pairs_of(tokens)[0], one)
-        np.add.at(self._singles, _single(np.concatenate([np.empty(0, dtype=np.int64), *tokens])), one)
+        np.add.at(self._pairs, _pairs_of(gone)[0], one)
+        np.add.at(self._singles, _single(np.concatenate([np.empty(0, dtype=np.int64), *gone])), one)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The counts: copies."""

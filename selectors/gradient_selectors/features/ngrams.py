@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from gradient_selectors.features.hashing import Tokens, mix
-from gradient_selectors.features.traits import Traits
 
 Numbers = npt.NDArray[np.int64]
 Vector = npt.NDArray[np.float64]
@@ -63,10 +62,9 @@ class NgramImportance:
 
     Examples:
         >>> from gradient_selectors.features.ngrams import NgramImportance
-        >>> from gradient_selectors.features.traits import Traits
         >>> import numpy as np
         >>> importance = NgramImportance([np.array([1, 2, 3, 1, 2, 3])])
-        >>> waiting = [Traits(np.array(tokens), torch.ones(1)) for tokens in ([1, 2, 3], [4, 5, 6], [3, 2, 1])]
+        >>> waiting = [np.array(tokens) for tokens in ([1, 2, 3], [4, 5, 6], [3, 2, 1])]
         >>> like, other, shuffled = importance.scores(waiting)
         >>> bool(like > shuffled > other)
         True
@@ -83,18 +81,18 @@ class NgramImportance:
         self._target_B = self._counted(_buckets_and_owners(target_tokens, buckets)[0])
         self._gone_B = np.zeros(buckets, dtype=np.int64)
 
-    def log_weights(self, waiting: Sequence[Traits]) -> Vector:
+    def log_weights(self, waiting: Sequence[Tokens]) -> Vector:
         """Sum of each sample's log ratios, (M,) float64: the published weight, which grows with length."""
         return self._log_weights_and_lengths(waiting)[0]
 
-    def scores(self, waiting: Sequence[Traits]) -> Vector:
+    def scores(self, waiting: Sequence[Tokens]) -> Vector:
         """Mean of each sample's log ratios, (M,) float64, in nats per n-gram; 0 for one without tokens."""
         weights_M, lengths_M = self._log_weights_and_lengths(waiting)
         return weights_M / np.maximum(lengths_M, 1)
 
-    def learn(self, gone: Sequence[Traits]) -> None:
+    def learn(self, gone: Sequence[Tokens]) -> None:
         """Count the n-grams of samples that have left."""
-        self._gone_B += self._counted(self._ngrams(gone)[0])
+        self._gone_B += self._counted(_buckets_and_owners(gone, self._buckets)[0])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Counts of what has left; the target's follow from the settings."""
@@ -109,8 +107,8 @@ class NgramImportance:
             )
         self._gone_B = gone_B.copy()
 
-    def _log_weights_and_lengths(self, waiting: Sequence[Traits]) -> tuple[Vector, Numbers]:
-        buckets_G, owners_G = self._ngrams(waiting)
+    def _log_weights_and_lengths(self, waiting: Sequence[Tokens]) -> tuple[Vector, Numbers]:
+        buckets_G, owners_G = _buckets_and_owners(waiting, self._buckets)
         ratios_G = self._log_ratios(self._gone_B + self._counted(buckets_G))[buckets_G]
         weights_M = np.bincount(owners_G, weights=ratios_G, minlength=len(waiting)).astype(np.float64)
         return weights_M, np.bincount(owners_G, minlength=len(waiting))
@@ -120,9 +118,6 @@ class NgramImportance:
         target_probs_B = (self._target_B + self._buckets * stream_probs_B) / (self._target_B.sum() + self._buckets)
         ratios_B: Vector = np.log(target_probs_B / stream_probs_B)
         return ratios_B
-
-    def _ngrams(self, samples: Sequence[Traits]) -> tuple[Numbers, Numbers]:
-        return _buckets_and_owners([traits.tokens for traits in samples], self._buckets)
 
     def _counted(self, buckets_G: Numbers) -> Numbers:
         return np.bincount(buckets_G, minlength=self._buckets)

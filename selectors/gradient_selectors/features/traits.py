@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gradient_selectors.features.embeddings import EmbeddingFeatures
-from gradient_selectors.features.hashing import Hashes, Tokens, shingles
+from gradient_selectors.features.hashing import Flags, Hashes, Tokens, shingles
+from gradient_selectors.features.relevance import Exchange, exchange_of
 
 
 class Described(Protocol):
@@ -43,6 +44,8 @@ class Traits:
         own_f: a user's own features, (f,) float64.
         shingles: hashes of what carries loss, which tell copies, near ones too. The prompts of a whole domain may hold
             the same instructions.
+        exchange: the distinct tokens of its prompt and its answer.
+        counted: whether each token carries loss; None if all do.
     """
 
     tokens: Tokens
@@ -50,6 +53,13 @@ class Traits:
     fields: tuple[tuple[str, str], ...] = ()
     own_f: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     shingles: Hashes = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    exchange: Exchange = field(default_factory=lambda: exchange_of(np.empty(0, np.int64), np.empty(0, np.bool_)))
+    counted: Flags | None = None
+
+    @property
+    def answer(self) -> Tokens:
+        """The tokens that carry loss: what a model learns to write."""
+        return self.tokens if self.counted is None else self.tokens[self.counted]
 
 
 OwnFeatures = Callable[[Sequence[Any]], Any]
@@ -66,8 +76,10 @@ def describe(samples: Sequence[Described], features: EmbeddingFeatures, own: Own
     if len(own_Mf) != len(samples):
         raise ValueError(f"{len(own_Mf)} rows for {len(samples)} samples")
     fields = [tuple(sample.fields) for sample in samples]
-    hashes = shingles(tokens, [np.asarray(sample.labels) >= 0 for sample in samples])
-    rows = zip(tokens, embeddings_Md, fields, own_Mf.reshape(len(samples), -1), hashes, strict=True)
+    counted = [np.asarray(sample.labels) >= 0 for sample in samples]
+    hashes, exchanges = shingles(tokens, counted), map(exchange_of, tokens, counted)
+    own_rows = own_Mf.reshape(len(samples), -1)
+    rows = zip(tokens, embeddings_Md, fields, own_rows, hashes, exchanges, counted, strict=True)
     return [Traits(*row) for row in rows]
 
 

@@ -162,6 +162,7 @@ def columns_of(settings: LearnedSettings, num_own: int) -> Columns:
         likeness="likeness" in asked,
         ngrams="ngrams" in asked,
         fluency="fluency" in asked,
+        relevance="relevance" in asked,
         copy="copy" in asked,
         length="length" in asked,
         components=Columns.components if "components" in asked else 0,

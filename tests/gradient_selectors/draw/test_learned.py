@@ -10,6 +10,7 @@ from gradient_selectors.draw.learned import LearnedDraw, LearnedOptions
 from gradient_selectors.draw.stream_draw import Found
 from gradient_selectors.features.columns import Columns, ColumnTable
 from gradient_selectors.features.hashing import shingles
+from gradient_selectors.features.relevance import exchange_of
 from gradient_selectors.features.traits import Traits
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def steps(draw: LearnedDraw, count: int, rng: np.random.Generator, useful: int =
         utilities_n = torch.tensor([1.0 if kind_of(t) == useful else 0.0 for t in now]) + 0.3 * noise[0]
         losses_n = torch.tensor([3.0 if source_of(t) == bad else 2.0 for t in now]) + 0.5 * noise[1]
         draw.observe(found(losses_n, utilities_n if probes else None, range(4)))
-        draw.learn(now)
+        draw.learn(waiting)
         drawn += [] if probes else now
     return drawn
 
@@ -77,6 +78,19 @@ def test_it_begins_with_what_is_like_the_target() -> None:
     draw, waiting = draw_of(), room(np.random.default_rng(0))
     kinds = [kind_of(waiting[i]) for _ in range(10) for i in draw.draw(waiting, 4)]
     assert kinds.count(0) > 36
+
+
+def test_answers_to_other_prompts_are_seldom_drawn() -> None:
+    """Three of ten tokens of an answer are its prompt's; every other sample has the answer of the one before."""
+    rng = np.random.default_rng(0)
+    prompts, others = rng.integers(0, 10**5, (2, 72, 10))
+    answers = np.concatenate([prompts[:, :3], others[:, 3:]], axis=1)
+    answers[1:64:2] = answers[:64:2]
+    exchanges = [exchange_of(np.concatenate(pair), np.arange(20) >= 10) for pair in zip(prompts, answers, strict=True)]
+    whole = [replace(sample(rng), exchange=exchange) for exchange in exchanges]
+    draw = LearnedDraw(OPTIONS, ColumnTable(Columns(), whole[64:]), seed=0)
+    drawn = [i for _ in range(25) for i in draw.draw(whole[:64], 4)]
+    assert sum(i % 2 for i in drawn) < len(drawn) // 5
 
 
 def test_gradients_teach_it_another_kind() -> None:
@@ -111,7 +125,7 @@ def test_a_low_loss_of_a_subject_is_no_merit() -> None:
         losses_n = torch.tensor([3.0 if kind_of(t) == 0 else 0.5 for t in now])
         utilities_n = torch.tensor([1.0 if kind_of(t) == 0 else 0.0 for t in now])
         draw.observe(found(losses_n, utilities_n if probes else None, [0]))
-        draw.learn(now)
+        draw.learn(waiting)
     kinds = [kind_of(waiting[i]) for _ in range(10) for i in draw.draw(waiting, 4)]
     assert kinds.count(0) > 30
 

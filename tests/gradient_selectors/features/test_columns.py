@@ -1,12 +1,15 @@
 """The columns of a learned draw, one by one, against what they are said to be."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from gradient_selectors.features.columns import LIMIT, Columns, ColumnTable
+from gradient_selectors.features.fluency import Fluency
 from gradient_selectors.features.hashing import shingles
+from gradient_selectors.features.relevance import exchange_of
 from gradient_selectors.features.traits import Traits
 from torch import Tensor
 
@@ -36,7 +39,7 @@ def test_there_is_one_column_for_each_name() -> None:
     x_Md = table.matrix([sample(seed, own_f=np.array([float(seed)])) for seed in range(9)])
     assert x_Md.shape == (9, len(table.names))
     assert len(table.prior_d) == len(table.certainty_d) == len(table.judges_quality_d) == len(table.names)
-    assert table.names[:6] == ("constant", "likeness", "ngrams", "fluency", "copy", "length")
+    assert table.names[:6] == ("constant", "likeness", "ngrams", "fluency", "relevance", "copy")
     torch.testing.assert_close(column(table, x_Md, "mine 0"), standardised(torch.arange(9.0).double()))
     assert bool((column(table, x_Md, "constant") == 1).all())
 
@@ -51,12 +54,66 @@ def test_likeness_is_the_cosine_of_what_sets_samples_and_target_apart_from_the_r
     torch.testing.assert_close(column(table, x_Md, "likeness"), standardised(cosines), rtol=1e-4, atol=1e-5)
 
 
-def test_fluency_counts_where_it_is_low() -> None:
+def test_fluency_is_how_far_a_text_is_below_those_of_the_target() -> None:
     table = ColumnTable(Columns(), TARGET)
+    assert not bool(column(table, table.matrix(WAITING), "fluency").any()), "nothing was counted yet"
     table.learn(WAITING)
-    fluency = column(table, table.matrix(WAITING), "fluency")
-    assert float(fluency.max()) == 0.0
-    assert float(fluency.min()) < -1.0
+    found = Fluency()
+    found.learn([traits.tokens for traits in WAITING])
+    scores, target = (found.scores([traits.tokens for traits in samples]) for samples in (WAITING, TARGET))
+    deviation = max(target.std(), 0.2 * abs(target.mean()))
+    expected = torch.from_numpy((scores - target.mean()) / deviation).clamp(-LIMIT, 0.0)
+    torch.testing.assert_close(column(table, table.matrix(WAITING), "fluency"), expected)
+
+
+def test_ngrams_and_fluency_are_those_of_what_carries_loss() -> None:
+    """A model learns to write answers; what stands in prompts is another matter."""
+    counted = np.arange(40) >= 20
+    target = [replace(sample(seed), counted=counted) for seed in (100, 101)]
+    table = ColumnTable(Columns(), target)
+    waiting = [replace(sample(seed), counted=counted) for seed in range(1, 9)]
+    others = [replace(traits, tokens=np.where(counted, traits.tokens, 59 - traits.tokens)) for traits in waiting]
+    table.learn(target)
+    for name in ("ngrams", "fluency"):
+        assert torch.equal(*(column(table, table.matrix(samples), name) for samples in (waiting, others)))
+        assert bool(column(table, table.matrix(waiting), name).any())
+
+
+def asked(kept: int, seed: int, size: int = 20) -> Traits:
+    """A prompt and an answer; so many of the answer's tokens are the prompt's."""
+    prompt, new = np.random.default_rng(seed).integers(0, 10**6, (2, size))
+    tokens = np.concatenate([prompt, prompt[:kept], new[kept:]])
+    return replace(sample(seed), tokens=tokens, exchange=exchange_of(tokens, np.arange(2 * size) >= size))
+
+
+def relevance_of(target: list[Traits], waiting: list[Traits]) -> Tensor:
+    table = ColumnTable(Columns(), target)
+    return column(table, table.matrix(waiting), "relevance")
+
+
+def test_relevance_is_how_far_an_answer_is_below_those_of_the_target() -> None:
+    target = [asked(kept, seed=100 + kept) for kept in (6, 8, 10, 6, 8, 10)]
+    found = relevance_of(target, [asked(kept, seed=kept) for kept in (0, 6, 7, 8, 20)])
+    expected = [-LIMIT, -math.sqrt(1.5), -math.sqrt(1.5) / 2, 0.0, 0.0]
+    assert found.tolist() == pytest.approx(expected, abs=0.05)
+
+
+def test_relevance_says_nothing_where_there_is_no_prompt_or_the_target_has_none() -> None:
+    waiting = [asked(kept, seed=kept) for kept in range(4)]
+    target = [asked(kept, seed=100 + kept) for kept in (6, 8)]
+    assert not bool(relevance_of(target, WAITING).any())
+    assert not bool(relevance_of(TARGET, waiting).any())
+
+
+def test_one_sample_is_a_target_too() -> None:
+    found = relevance_of([asked(kept=10, seed=100)], [asked(kept, seed=kept) for kept in (0, 8, 9, 10)])
+    assert found.tolist() == pytest.approx([-LIMIT, -1.0, -0.5, 0.0], abs=0.05)
+
+
+def test_where_the_target_answers_in_other_words_so_may_all() -> None:
+    """Translations, say, have hardly a word of what was asked."""
+    found = relevance_of([asked(kept=0, seed=seed) for seed in range(100, 104)], [asked(kept=0, seed=1)])
+    assert found.tolist() == [0.0]
 
 
 def test_a_copy_of_what_was_trained_on_stands_out_and_so_does_its_forgetting() -> None:
@@ -100,7 +157,7 @@ def test_each_value_of_a_field_has_a_column_until_there_are_too_many() -> None:
 
 
 def test_a_feature_that_is_off_has_no_column() -> None:
-    columns = Columns(likeness=False, ngrams=False, fluency=False, copy=False, components=0, values=0)
+    columns = Columns(False, False, False, False, False, components=0, values=0)
     table = ColumnTable(columns, TARGET)
     assert table.names == ("constant", "length")
     assert table.matrix(WAITING).shape == (len(WAITING), 2)

@@ -19,17 +19,14 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def samples_of(seed: int, count: int, vocabulary: int = 60, first: int = 0, longest: int = 30) -> list[Traits]:
+def samples_of(seed: int, count: int, vocabulary: int = 60, first: int = 0, longest: int = 30) -> list[Tokens]:
     """Samples of 0 to `longest` tokens."""
     random = np.random.default_rng(seed)
-    return [
-        Traits(random.integers(first, first + vocabulary, size=random.integers(longest + 1)), torch.ones(1))
-        for _ in range(count)
-    ]
+    return [random.integers(first, first + vocabulary, size=random.integers(longest + 1)) for _ in range(count)]
 
 
-def tokens_of(samples: list[Traits]) -> list[Tokens]:
-    return [traits.tokens for traits in samples]
+def traits_of(samples: list[Tokens]) -> list[Traits]:
+    return [Traits(tokens, torch.ones(1)) for tokens in samples]
 
 
 def mixed(value: int) -> int:
@@ -45,13 +42,13 @@ def bag(tokens: list[int], buckets: int) -> Counter[int]:
     return Counter(unigrams + [mixed((mixed(a) + b) % WORD) % buckets for a, b in pairwise(tokens)])
 
 
-def dense_scores(target: list[Traits], stream: list[Traits], scored: list[Traits], buckets: int) -> list[float]:
+def dense_scores(target: list[Tokens], stream: list[Tokens], scored: list[Tokens], buckets: int) -> list[float]:
     """The formulas of the docstring, one n-gram at a time."""
-    bags = [sum((bag(t.tokens.tolist(), buckets) for t in samples), Counter[int]()) for samples in (target, stream)]
+    bags = [sum((bag(tokens.tolist(), buckets) for tokens in samples), Counter[int]()) for samples in (target, stream)]
     of_target, of_stream = bags
     scores = []
-    for traits in scored:
-        total, own = 0.0, bag(traits.tokens.tolist(), buckets)
+    for tokens in scored:
+        total, own = 0.0, bag(tokens.tolist(), buckets)
         for bucket, times in own.items():
             q = (of_stream[bucket] + 1) / (of_stream.total() + buckets)
             p = (of_target[bucket] + buckets * q) / (of_target.total() + buckets)
@@ -69,9 +66,9 @@ def test_the_hash_is_splitmix64() -> None:
 
 @pytest.mark.parametrize("buckets", [1, 7, 1000])
 def test_buckets_are_those_of_unigrams_and_bigrams_in_order(buckets: int) -> None:
-    for traits in samples_of(1, 20):
-        tokens = traits.tokens.tolist()
-        found = ngram_buckets(traits.tokens, buckets)
+    for sample in samples_of(1, 20):
+        tokens = sample.tolist()
+        found = ngram_buckets(sample, buckets)
         assert found.dtype == np.int64
         assert len(found) == max(0, 2 * len(tokens) - 1)
         assert found[: len(tokens)].tolist() == [mixed(token) % buckets for token in tokens]
@@ -91,29 +88,29 @@ def test_order_matters_and_buckets_fill_evenly() -> None:
 @pytest.mark.parametrize("buckets", [5, 500, 10_000])
 def test_scores_are_those_of_counting_in_dictionaries(buckets: int) -> None:
     target, waiting, gone = samples_of(0, 8), samples_of(1, 25, first=30), samples_of(2, 40)
-    importance = NgramImportance(tokens_of(target), buckets)
+    importance = NgramImportance(target, buckets)
     expected = dense_scores(target, waiting, waiting, buckets)
     np.testing.assert_allclose(importance.scores(waiting), expected, rtol=1e-9, atol=1e-12)
     importance.learn(gone[:15])
     importance.learn(gone[15:])
     expected = dense_scores(target, waiting + gone, waiting, buckets)
     np.testing.assert_allclose(importance.scores(waiting), expected, rtol=1e-9, atol=1e-12)
-    lengths = [max(0, 2 * len(traits.tokens) - 1) for traits in waiting]
+    lengths = [max(0, 2 * len(tokens) - 1) for tokens in waiting]
     np.testing.assert_allclose(importance.log_weights(waiting), np.multiply(expected, lengths), rtol=1e-9, atol=1e-12)
 
 
 def test_a_sample_does_not_run_into_its_neighbour() -> None:
     """The score of each is the same whatever the order in which they wait."""
     target, waiting = samples_of(0, 8), samples_of(1, 25)
-    importance = NgramImportance(tokens_of(target))
+    importance = NgramImportance(target)
     np.testing.assert_allclose(importance.scores(waiting[::-1]), importance.scores(waiting)[::-1], rtol=1e-12)
 
 
 def test_what_looks_like_the_target_scores_higher() -> None:
     target = samples_of(0, 30)
     like, other = samples_of(1, 40), samples_of(2, 40, first=1000)
-    scores = NgramImportance(tokens_of(target)).scores([*like, *other])
-    filled = np.array([len(traits.tokens) > 0 for traits in (*like, *other)])
+    scores = NgramImportance(target).scores([*like, *other])
+    filled = np.array([len(tokens) > 0 for tokens in (*like, *other)])
     assert scores[:40][filled[:40]].min() > 0 > scores[40:][filled[40:]].max()
 
 
@@ -121,14 +118,14 @@ def test_a_stream_like_the_target_says_nothing() -> None:
     """As does a token that makes up the same share of both, however rare it is."""
     tokens = np.arange(500)
     importance = NgramImportance([tokens] * 20)
-    importance.learn([Traits(tokens, torch.ones(1))] * 200)
-    assert abs(importance.scores([Traits(tokens[:250], torch.ones(1))])).max() < 0.05
+    importance.learn([tokens] * 200)
+    assert abs(importance.scores([tokens[:250]])).max() < 0.05
 
 
 def test_it_is_the_same_whether_samples_wait_or_have_left() -> None:
     """Ratios are those of all that came in: they do not move when samples leave."""
     target, first, second = samples_of(0, 8), samples_of(1, 10), samples_of(2, 10)
-    early, late = (NgramImportance(tokens_of(target)) for _ in range(2))
+    early, late = (NgramImportance(target) for _ in range(2))
     late.learn(first)
     assert np.array_equal(early.scores([*first, *second])[10:], late.scores(second))
 
@@ -165,12 +162,14 @@ def follow(draw: Dsir, steps: range, waits: list[Traits]) -> list[list[int]]:
     for step in steps:
         draws.append(draw.draw(waits, 4))
         draw.learn([waits[i] for i in draws[-1]])
-        waits[:] = [traits for i, traits in enumerate(waits) if i not in draws[-1]] + samples_of(100 + step, 4)
+        waits[:] = [traits for i, traits in enumerate(waits) if i not in draws[-1]] + traits_of(
+            samples_of(100 + step, 4)
+        )
     return draws
 
 
 def test_an_interrupted_stream_goes_on_bit_for_bit() -> None:
-    target, waits = tokens_of(samples_of(0, 8)), samples_of(1, 16, longest=4)
+    target, waits = samples_of(0, 8), traits_of(samples_of(1, 16, longest=4))
     whole, first = (Dsir(NgramImportance(target), seeded()) for _ in range(2))
     whole_waits, first_waits = list(waits), list(waits)
     expected = follow(whole, range(12), whole_waits)
@@ -184,20 +183,20 @@ def test_an_interrupted_stream_goes_on_bit_for_bit() -> None:
 
 
 def test_draws_are_distinct_ascending_and_as_many_as_asked() -> None:
-    draw = Dsir(NgramImportance(tokens_of(samples_of(0, 8))), seeded())
+    draw = Dsir(NgramImportance(samples_of(0, 8)), seeded())
     for count, waiting in ((6, 24), (24, 24), (30, 24), (5, 1), (0, 4)):
-        found = draw.draw(samples_of(count, waiting), count)
+        found = draw.draw(traits_of(samples_of(count, waiting)), count)
         assert found == sorted(set(found))
         assert len(found) == min(count, waiting)
 
 
 def test_draws_follow_the_weights() -> None:
     """Of two samples that are drawn one at a time, each comes as often as its weight says."""
-    waiting = [Traits(np.array([token]), torch.ones(1)) for token in (1, 2)]
+    waiting = [np.array([token]) for token in (1, 2)]
     importance = NgramImportance([np.array([1] * 10 + [3] * 30)], buckets=50)
     weights = np.exp(importance.log_weights(waiting))
     share = float(weights[0] / weights.sum())
     assert 0.6 < share < 0.95
     draw = Dsir(importance, seeded())
-    hits = sum(draw.draw(waiting, 1) == [0] for _ in range(2000))
+    hits = sum(draw.draw(traits_of(waiting), 1) == [0] for _ in range(2000))
     assert abs(hits / 2000 - share) < 4 * math.sqrt(share * (1 - share) / 2000)

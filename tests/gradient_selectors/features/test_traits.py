@@ -35,3 +35,13 @@ def test_a_prompt_that_many_share_makes_no_copies_and_an_answer_does() -> None:
     )
     assert not np.isin(first.shingles, second.shingles).any()
     assert np.isin(first.shingles, copy.shingles).mean() > 0.5
+
+
+def test_what_carries_loss_is_the_answer_and_its_prompt_is_the_rest() -> None:
+    (traits,) = describe([Asked([5, 7, 5], [7, 9])], FEATURES)
+    assert traits.tokens.tolist() == [5, 7, 5, 7, 9]
+    assert traits.answer.tolist() == [7, 9]
+    exchange = traits.exchange
+    assert exchange.tokens_D.tolist() == [5, 7, 9]
+    assert exchange.asked_D.tolist() == [True, True, False]
+    assert exchange.answered_D.tolist() == [False, True, True]

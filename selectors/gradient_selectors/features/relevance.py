@@ -1,0 +1,81 @@
+"""Relevance: how much of what is rare in a prompt and in its answer they have in common.
+
+Names, numbers and subjects come back in an answer. In an answer to another prompt they do not, however fluent it is.
+
+Shape suffixes: M samples waiting, W distinct tokens of all samples together, D those of one sample.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gradient_selectors.features.hashing import Flags, Tokens
+
+Vector = npt.NDArray[np.float64]
+
+NOTHING = 1.0  # sum of squared weights below which a side says nothing: that of one token in 37 % of the samples
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """A prompt and its answer as sets of tokens.
+
+    Attributes:
+        tokens_D: the sample's distinct tokens.
+        asked_D: whether each is in the prompt: where no loss is.
+        answered_D: whether each carries loss somewhere.
+    """
+
+    tokens_D: Tokens
+    asked_D: Flags
+    answered_D: Flags
+
+
+def exchange_of(tokens: Tokens, answers: Flags) -> Exchange:
+    """The sets of one sample, from its T token ids and whether each carries loss.
+
+    Examples:
+        >>> from gradient_selectors.features.relevance import exchange_of
+        >>> import numpy as np
+        >>> exchange = exchange_of(np.array([5, 7, 5, 9]), np.array([False, False, True, True]))
+        >>> exchange.tokens_D.tolist(), exchange.asked_D.tolist(), exchange.answered_D.tolist()
+        ([5, 7, 9], [True, True, False], [True, False, True])
+    """
+    distinct_D, places_T = np.unique(tokens, return_inverse=True)
+    asked_D, answered_D = (np.zeros(len(distinct_D), dtype=np.bool_) for _ in range(2))
+    asked_D[places_T[~answers]] = True
+    answered_D[places_T[answers]] = True
+    return Exchange(distinct_D, asked_D, answered_D)
+
+
+def relevance(waiting: Sequence[Exchange]) -> Vector:
+    """TF-IDF cosine of each sample's prompt and answer, (M,) float64 in [0, 1]; not a number where either says nothing.
+
+    A token counts once. Its inverse document frequency is that among the samples given: log((M + 1) / samples that have
+    it) (Salton and Buckley 1988). So a prompt of nothing but marks that every sample has says nothing.
+
+    Examples:
+        >>> from gradient_selectors.features.relevance import exchange_of, relevance
+        >>> import numpy as np
+        >>> answers = np.array([False] * 3 + [True] * 3)
+        >>> kept, swapped = [1, 2, 3, 2, 3, 8], [1, 4, 5, 6, 7, 8]
+        >>> relevance([exchange_of(np.array(tokens), answers) for tokens in (kept, swapped)]).round(2).tolist()
+        [0.94, 0.0]
+    """
+    owners_W = np.repeat(np.arange(len(waiting)), [len(exchange.tokens_D) for exchange in waiting])
+    tokens_W = np.concatenate([np.empty(0, dtype=np.int64), *(exchange.tokens_D for exchange in waiting)])
+    asked_W = np.concatenate([np.empty(0, dtype=np.bool_), *(exchange.asked_D for exchange in waiting)])
+    answered_W = np.concatenate([np.empty(0, dtype=np.bool_), *(exchange.answered_D for exchange in waiting)])
+    squares_W = np.square(np.log((len(waiting) + 1) / np.bincount(tokens_W)[tokens_W]))
+
+    def sums_over(flags_W: Flags) -> Vector:
+        return np.bincount(owners_W, weights=squares_W * flags_W, minlength=len(waiting)).astype(np.float64)
+
+    asked_M, answered_M = sums_over(asked_W), sums_over(answered_W)
+    cosines_M = np.full(len(waiting), np.nan)
+    says_M = np.minimum(asked_M, answered_M) >= NOTHING
+    shared_M = sums_over(asked_W & answered_W)
+    cosines_M[says_M] = shared_M[says_M] / np.sqrt(asked_M[says_M] * answered_M[says_M])
+    return cosines_M
