@@ -74,9 +74,10 @@ class ColumnTable:
 
     def __init__(self, columns: Columns, target: Sequence[Traits]) -> None:
         """`target`: traits of the target's samples."""
-        self.columns, self._target = columns, tuple(target)
+        self.columns = columns
         self._target_e = embeddings_of(target).mean(0)
-        self._ngrams = NgramImportance(_answers(target))
+        self._target_answers, self._target_exchanges = _answers(target), [traits.exchange for traits in target]
+        self._ngrams = NgramImportance(self._target_answers)
         self._fluency = Fluency()
         self._values: list[str] = []
         self._basis_ec = torch.zeros(len(self._target_e), columns.components)
@@ -123,11 +124,12 @@ class ColumnTable:
         embeddings_Me = embeddings_of(waiting)
         if not bool(self._basis_ec.any()) and len(waiting) >= FOUNDING * max(1, self.columns.components):
             self._found(embeddings_Me)
+        answers = _answers(waiting)
         lengths_M = torch.tensor([float(len(traits.tokens)) for traits in waiting], dtype=torch.float64)
         simple = {
             "likeness": lambda: _standardised(self._likeness(embeddings_Me)),
-            "ngrams": lambda: _standardised(torch.from_numpy(self._ngrams.scores(_answers(waiting)))),
-            "fluency": lambda: _below(*map(self._fluency.scores, (_answers(waiting), _answers(self._target)))),
+            "ngrams": lambda: _standardised(torch.from_numpy(self._ngrams.scores(answers))),
+            "fluency": lambda: _below(*map(self._fluency.scores, (answers, self._target_answers))),
             "relevance": lambda: self._relevance(waiting),
             "copy": lambda: self._copied(waiting),
             "length": lambda: _standardised(lengths_M.log1p()),
@@ -158,7 +160,7 @@ class ColumnTable:
         return (F.normalize(embeddings_Me - mean_e, dim=1) @ F.normalize(self._target_e - mean_e, dim=0)).double()
 
     def _relevance(self, waiting: Sequence[Traits]) -> Tensor:
-        both = relevance([traits.exchange for traits in (*waiting, *self._target)])
+        both = relevance([traits.exchange for traits in waiting] + self._target_exchanges)
         return _below(both[: len(waiting)], both[len(waiting) :])
 
     def _copied(self, waiting: Sequence[Traits]) -> Tensor:

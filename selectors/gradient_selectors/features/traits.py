@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradient_selectors.features.embeddings import EmbeddingFeatures
 from gradient_selectors.features.hashing import Flags, Hashes, Tokens, shingles
-from gradient_selectors.features.relevance import Exchange, exchange_of
+from gradient_selectors.features.relevance import NO_EXCHANGE, Exchange, exchanges_of
 
 
 class Described(Protocol):
@@ -53,7 +53,7 @@ class Traits:
     fields: tuple[tuple[str, str], ...] = ()
     own_f: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     shingles: Hashes = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
-    exchange: Exchange = field(default_factory=lambda: exchange_of(np.empty(0, np.int64), np.empty(0, np.bool_)))
+    exchange: Exchange = NO_EXCHANGE
     counted: Flags | None = None
 
     @property
@@ -77,7 +77,7 @@ def describe(samples: Sequence[Described], features: EmbeddingFeatures, own: Own
         raise ValueError(f"{len(own_Mf)} rows for {len(samples)} samples")
     fields = [tuple(sample.fields) for sample in samples]
     counted = [np.asarray(sample.labels) >= 0 for sample in samples]
-    hashes, exchanges = shingles(tokens, counted), map(exchange_of, tokens, counted)
+    hashes, exchanges = shingles(tokens, counted), exchanges_of(tokens, counted)
     own_rows = own_Mf.reshape(len(samples), -1)
     rows = zip(tokens, embeddings_Md, fields, own_rows, hashes, exchanges, counted, strict=True)
     return [Traits(*row) for row in rows]

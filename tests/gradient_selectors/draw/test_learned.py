@@ -10,7 +10,7 @@ from gradient_selectors.draw.learned import LearnedDraw, LearnedOptions
 from gradient_selectors.draw.stream_draw import Found
 from gradient_selectors.features.columns import Columns, ColumnTable
 from gradient_selectors.features.hashing import shingles
-from gradient_selectors.features.relevance import exchange_of
+from gradient_selectors.features.relevance import exchanges_of
 from gradient_selectors.features.traits import Traits
 from torch import Tensor
 
@@ -86,7 +86,7 @@ def test_answers_to_other_prompts_are_seldom_drawn() -> None:
     prompts, others = rng.integers(0, 10**5, (2, 72, 10))
     answers = np.concatenate([prompts[:, :3], others[:, 3:]], axis=1)
     answers[1:64:2] = answers[:64:2]
-    exchanges = [exchange_of(np.concatenate(pair), np.arange(20) >= 10) for pair in zip(prompts, answers, strict=True)]
+    exchanges = exchanges_of(list(np.concatenate([prompts, answers], axis=1)), [np.arange(20) >= 10] * 72)
     whole = [replace(sample(rng), exchange=exchange) for exchange in exchanges]
     draw = LearnedDraw(OPTIONS, ColumnTable(Columns(), whole[64:]), seed=0)
     drawn = [i for _ in range(25) for i in draw.draw(whole[:64], 4)]

@@ -9,7 +9,7 @@ import torch
 from gradient_selectors.features.columns import LIMIT, Columns, ColumnTable
 from gradient_selectors.features.fluency import Fluency
 from gradient_selectors.features.hashing import shingles
-from gradient_selectors.features.relevance import exchange_of
+from gradient_selectors.features.relevance import exchanges_of
 from gradient_selectors.features.traits import Traits
 from torch import Tensor
 
@@ -83,7 +83,7 @@ def asked(kept: int, seed: int, size: int = 20) -> Traits:
     """A prompt and an answer; so many of the answer's tokens are the prompt's."""
     prompt, new = np.random.default_rng(seed).integers(0, 10**6, (2, size))
     tokens = np.concatenate([prompt, prompt[:kept], new[kept:]])
-    return replace(sample(seed), tokens=tokens, exchange=exchange_of(tokens, np.arange(2 * size) >= size))
+    return replace(sample(seed), tokens=tokens, exchange=exchanges_of([tokens], [np.arange(2 * size) >= size])[0])
 
 
 def relevance_of(target: list[Traits], waiting: list[Traits]) -> Tensor:

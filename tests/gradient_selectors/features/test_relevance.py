@@ -4,15 +4,14 @@ import math
 
 import numpy as np
 import pytest
-from gradient_selectors.features.relevance import NOTHING, Exchange, exchange_of, relevance
+from gradient_selectors.features.relevance import NOTHING, Exchange, exchanges_of, relevance
 
 VOCABULARY = 40
 
 
 def exchange(prompt: list[int], answer: list[int]) -> Exchange:
-    return exchange_of(
-        np.array([*prompt, *answer], dtype=np.int64), np.arange(len(prompt) + len(answer)) >= len(prompt)
-    )
+    tokens = np.array([*prompt, *answer], dtype=np.int64)
+    return exchanges_of([tokens], [np.arange(len(tokens)) >= len(prompt)])[0]
 
 
 def some(count: int, seed: int) -> list[tuple[list[int], list[int]]]:
@@ -52,3 +51,16 @@ def test_a_prompt_that_says_nothing_has_no_relevance(prompt: list[int]) -> None:
 def test_there_may_be_nothing() -> None:
     assert relevance([]).tolist() == []
     assert np.isnan(relevance([exchange([], [])])).all()
+
+
+def test_sets_are_those_of_each_sample_alone() -> None:
+    texts = some(30, seed=2)
+    tokens = [np.array([*prompt, *answer], dtype=np.int64) for prompt, answer in texts]
+    counted = [np.arange(len(ids)) >= len(prompt) for ids, (prompt, _) in zip(tokens, texts, strict=True)]
+    found = exchanges_of(tokens, counted)
+    assert len(found) == len(texts)
+    for (prompt, answer), sets in zip(texts, found, strict=True):
+        assert sets.tokens_D.tolist() == sorted({*prompt, *answer})
+        assert sets.tokens_D[sets.asked_D].tolist() == sorted(set(prompt))
+        assert sets.tokens_D[sets.answered_D].tolist() == sorted(set(answer))
+    assert exchanges_of([], []) == []
