@@ -102,7 +102,9 @@ def live() -> dict[tuple[str, str, bool], dict[str, Any]]:
     return {}
 
 
-@pytest.mark.parametrize("order", [by_name, backwards, shuffled])
+@pytest.mark.parametrize(
+    "order", [*(pytest.param(order, marks=pytest.mark.slow) for order in (by_name, backwards)), shuffled]
+)
 @pytest.mark.parametrize(
     ("kind", "scoring", "masked"),
     [(kind, scoring, False) for kind in KINDS for scoring in SCORINGS] + [("llama", s, True) for s in SCORINGS],

@@ -107,7 +107,11 @@ def backward(
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [*(("llama", method) for method in METHODS), *((k, m) for k in KINDS for m in ("greedy", "gast"))],
+    [
+        *(("llama", method) for method in METHODS),
+        *((kind, "gast") for kind in KINDS),
+        *(pytest.param(kind, "greedy", marks=pytest.mark.slow) for kind in KINDS),
+    ],
 )
 def test_decisions_and_updates_are_those_of_the_whole_pool(kind: str, method: str) -> None:
     model = make_model(kind)

@@ -165,7 +165,9 @@ def test_what_an_earlier_version_wrote_is_made_anew() -> None:
     assert from_tensors({"target_pr.w": torch.ones(2, 1), "square.w": torch.ones(()), "left_pk.w": torch.ones(2)}) == {}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2_tied", "gpt2", "gemma2_capped"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "gpt2")), "qwen2_tied", "gemma2_capped"]
+)
 @pytest.mark.parametrize("density", [1.0, 0.2])
 @pytest.mark.parametrize("keep_errors", [True, False], ids=["errors kept", "errors computed again"])
 def test_redundancy_is_right_in_the_mean_of_all_draws(

@@ -45,10 +45,17 @@ def write_mask(folder: Path, share: float) -> Path:
     return path
 
 
-COMBINATIONS = [c for c in itertools.product(DRAWS, WEIGHERS, ROUTES, MASKS) if c[:2] != ("learned", "equal")]
+def combinations() -> list[Any]:
+    """All of them; those that are not slow have each value of one setting with each of another."""
+    found = []
+    for places in itertools.product(*(range(len(values)) for values in (DRAWS, WEIGHERS, ROUTES, MASKS))):
+        chosen = DRAWS[places[0]], WEIGHERS[places[1]], ROUTES[places[2]], MASKS[places[3]]
+        if chosen[:2] != ("learned", "equal"):
+            found.append(pytest.param(*chosen, marks=[pytest.mark.slow] if sum(places) % 3 else []))
+    return found
 
 
-@pytest.mark.parametrize(("draw", "weigh", "route", "mask"), COMBINATIONS)
+@pytest.mark.parametrize(("draw", "weigh", "route", "mask"), combinations())
 def test_every_combination_makes_updates(tmp_path: Path, draw: str, weigh: str, route: str, mask: str) -> None:
     selection = ALL_ON | {"draw": draw, "weigh": weigh, "route": route, "mask": mask}
     if mask == "fixed":
