@@ -23,7 +23,7 @@ NEAR_COPY = 0.5  # share of a sample's shingles that others have, from which on 
 TURNS = 0.2  # share up to which these are turns of phrase, as samples of one subject have in common
 RECENT = 256  # samples trained on lately, among which near copies are looked for
 NAMED_CHARS = 48
-LIKENESS_CERTAINTY = 16.0  # times that of other columns
+LIKENESS_CERTAINTY, FREE = 16.0, 0.01  # times that of other columns
 UNSEEN = "unseen value"  # begins the name of a column that no value has yet
 LEAST_SPREAD = 0.2  # of the target's fluency or relevance, as a share of its mean: few samples may be alike by chance
 TINY = 1e-9
@@ -105,9 +105,12 @@ class ColumnTable:
     def certainty_d(self) -> Tensor:
         """How much surer the prior is of one column than of another, (d,) float64.
 
-        A producer is seen seldom. A few utilities hardly tell the target's subject from others; likeness does.
+        A producer is seen seldom. A few utilities hardly tell the target's subject from others; likeness does. The
+        constant is free: the prior promises much of what it draws, and rewards are relative to what was drawn. Else
+        the components would take the promise back, and with it the target's subject.
         """
-        unchanging = [LIKENESS_CERTAINTY if name in ("likeness", "ngrams") else 1.0 for name in self._unchanging]
+        certainties = {"constant": FREE, "likeness": LIKENESS_CERTAINTY, "ngrams": LIKENESS_CERTAINTY}
+        unchanging = [certainties.get(name, 1.0) for name in self._unchanging]
         return torch.tensor(unchanging + [0.25] * self.columns.values, dtype=torch.float64)
 
     @property

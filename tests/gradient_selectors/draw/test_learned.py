@@ -1,5 +1,6 @@
 """The learned draw in streams whose useful samples are known."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -98,6 +99,19 @@ def test_gradients_teach_it_another_kind() -> None:
     drawn = steps(draw_of(), 120, np.random.default_rng(1), useful=2)
     late = [kind_of(traits) for traits in drawn[-100:]]
     assert late.count(2) > 60
+
+
+def test_rewards_of_one_kind_alone_say_nothing_of_the_others() -> None:
+    """They are relative to their own mean: that the prior promised more is no reason to leave the target's kind."""
+    draw, rng = draw_of(), np.random.default_rng(8)
+    for _ in range(200):
+        waiting, probes = room(rng), draw.probes
+        now = [waiting[i] for i in draw.draw(waiting, draw.count)]
+        ours_n = torch.tensor([kind_of(traits) == 0 for traits in now])
+        utilities_n = torch.where(ours_n, torch.from_numpy(rng.normal(size=len(now))), math.nan)
+        draw.observe(found(torch.full((len(now),), 2.0), utilities_n if probes else None, range(4)))
+    drawn = [kind_of(waiting[i]) for _ in range(20) for waiting in [room(rng)] for i in draw.draw(waiting, 4)]
+    assert drawn.count(0) > 76
 
 
 def test_the_loss_tells_it_which_source_is_bad() -> None:
