@@ -26,6 +26,7 @@ NAMED_CHARS = 48
 LIKENESS_CERTAINTY, FREE = 16.0, 0.01  # times that of other columns
 UNSEEN = "unseen value"  # begins the name of a column that no value has yet
 LEAST_SPREAD = 0.2  # of the target's fluency or relevance, as a share of its mean: few samples may be alike by chance
+USUAL = 1.0  # deviations below their mean that samples as good as the target's may lie
 TINY = 1e-9
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
@@ -98,7 +99,7 @@ class ColumnTable:
     @property
     def prior_d(self) -> Tensor:
         """Where a predictor starts: what is like the target is thought useful, what was just trained on is not."""
-        prior = {"likeness": 0.25, "ngrams": 0.75, "fluency": 0.25, "relevance": 0.5, "copy": -0.5}
+        prior = {"likeness": 0.25, "ngrams": 0.75, "fluency": 0.25, "relevance": 0.75, "copy": -0.5}
         return torch.tensor([prior.get(name, 0.0) for name in self.names], dtype=torch.float64)
 
     @property
@@ -239,7 +240,7 @@ def _answers(samples: Sequence[Traits]) -> list[Tokens]:
 
 
 def _below(values_M: Vector, target_T: Vector) -> Tensor:
-    """How far below the mean of the target's samples, in their deviations; 0 above it, and where nothing is known.
+    """How far below what is usual for the target's samples, in their deviations; 0 where it is not, or not known.
 
     Text that is more fluent than the target's is only more predictable, and who repeats more of a prompt answers it no
     better. But what is far below may be broken, or the answer to another prompt.
@@ -249,7 +250,7 @@ def _below(values_M: Vector, target_T: Vector) -> Tensor:
     deviation = max(deviation, LEAST_SPREAD * abs(mean))
     if deviation <= TINY:
         return torch.zeros(len(values_M), dtype=torch.float64)
-    return torch.from_numpy((values_M - mean) / deviation).clamp(-LIMIT, 0.0).nan_to_num(0.0)
+    return torch.from_numpy((values_M - mean) / deviation).add(USUAL).clamp(-LIMIT, 0.0).nan_to_num(0.0)
 
 
 def _standardised(values_M: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def test_fluency_is_how_far_a_text_is_below_those_of_the_target() -> None:
     found.learn([traits.tokens for traits in WAITING])
     scores, target = (found.scores([traits.tokens for traits in samples]) for samples in (WAITING, TARGET))
     deviation = max(target.std(), 0.2 * abs(target.mean()))
-    expected = torch.from_numpy((scores - target.mean()) / deviation).clamp(-LIMIT, 0.0)
+    expected = torch.from_numpy((scores - target.mean()) / deviation + 1.0).clamp(-LIMIT, 0.0)
     torch.testing.assert_close(column(table, table.matrix(WAITING), "fluency"), expected)
 
 
@@ -93,8 +93,8 @@ def relevance_of(target: list[Traits], waiting: list[Traits]) -> Tensor:
 
 def test_relevance_is_how_far_an_answer_is_below_those_of_the_target() -> None:
     target = [asked(kept, seed=100 + kept) for kept in (6, 8, 10, 6, 8, 10)]
-    found = relevance_of(target, [asked(kept, seed=kept) for kept in (0, 6, 7, 8, 20)])
-    expected = [-LIMIT, -math.sqrt(1.5), -math.sqrt(1.5) / 2, 0.0, 0.0]
+    found = relevance_of(target, [asked(kept, seed=kept) for kept in (0, 4, 5, 6, 7, 20)])
+    expected = [-LIMIT, 1 - math.sqrt(1.5) * 2, 1 - math.sqrt(1.5) * 1.5, 1 - math.sqrt(1.5), 0.0, 0.0]
     assert found.tolist() == pytest.approx(expected, abs=0.05)
 
 
@@ -106,8 +106,8 @@ def test_relevance_says_nothing_where_there_is_no_prompt_or_the_target_has_none(
 
 
 def test_one_sample_is_a_target_too() -> None:
-    found = relevance_of([asked(kept=10, seed=100)], [asked(kept, seed=kept) for kept in (0, 8, 9, 10)])
-    assert found.tolist() == pytest.approx([-LIMIT, -1.0, -0.5, 0.0], abs=0.05)
+    found = relevance_of([asked(kept=10, seed=100)], [asked(kept, seed=kept) for kept in (0, 6, 7, 8, 10)])
+    assert found.tolist() == pytest.approx([-LIMIT, -1.0, -0.5, 0.0, 0.0], abs=0.05)
 
 
 def test_where_the_target_answers_in_other_words_so_may_all() -> None:
