@@ -243,7 +243,12 @@ def test_t10_shuffled_clusters_gain_nothing_offline() -> None:
 
 
 @pytest.mark.parametrize(
-    ("drift", "least", "published"), [("slow", 0.70, 0.62), ("fast", 0.62, 0.40), ("abrupt", 0.65, 0.50)]
+    ("drift", "least", "published"),
+    [
+        pytest.param("slow", 0.70, 0.62, marks=pytest.mark.slow),
+        pytest.param("fast", 0.62, 0.40, marks=pytest.mark.slow),
+        ("abrupt", 0.65, 0.50),
+    ],
 )
 def test_t9_stream_recovers_most_of_the_gap_under_drift(drift: str, least: float, published: float) -> None:
     """The published index, which forgets nothing, falls behind."""

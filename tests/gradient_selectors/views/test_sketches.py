@@ -168,7 +168,7 @@ def test_what_an_earlier_version_wrote_is_made_anew() -> None:
 @pytest.mark.parametrize(
     "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "gpt2")), "qwen2_tied", "gemma2_capped"]
 )
-@pytest.mark.parametrize("density", [1.0, 0.2])
+@pytest.mark.parametrize("density", [pytest.param(1.0, marks=pytest.mark.slow), 0.2])
 @pytest.mark.parametrize("keep_errors", [True, False], ids=["errors kept", "errors computed again"])
 def test_redundancy_is_right_in_the_mean_of_all_draws(
     kind: str, density: float, keep_errors: bool, monkeypatch: pytest.MonkeyPatch

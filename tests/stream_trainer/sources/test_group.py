@@ -102,6 +102,7 @@ def test_the_first_commit_of_one_that_was_replaced_is_refused(apache_kafka: Apac
     assert committed(servers, f"group-of-{topic}", topic)[0] == 5
 
 
+@pytest.mark.slow
 def test_a_group_with_members_of_its_own_cannot_be_committed_to(apache_kafka: ApacheKafka, topic: str) -> None:
     servers = apache_kafka.bootstrap_servers
     create_topic(servers, topic)

@@ -141,7 +141,12 @@ def test_resumed_runs_make_the_same_next_ten_decisions(
 
 @pytest.mark.parametrize("draw", ["cluster_ucb", pytest.param("uniform", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("mask", "sketch_width"), [("dual_sft", 16), pytest.param("none", 16, marks=pytest.mark.slow), ("none", 4)]
+    ("mask", "sketch_width"),
+    [
+        ("dual_sft", 16),
+        pytest.param("none", 16, marks=pytest.mark.slow),
+        pytest.param("none", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_wide_model_goes_on_bit_for_bit(draw: str, mask: str, sketch_width: int, tmp_path: Path) -> None:
     """Matrices above 64 on a side go to other kernels: what was kept must come back with the layout it had.

@@ -67,7 +67,7 @@ def is_finite(checkpoint: Path) -> bool:
 # A model that dies
 
 
-@pytest.mark.parametrize("every_steps", [1, 1000])
+@pytest.mark.parametrize("every_steps", [1, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_learning_rate_that_kills_the_model_ends_the_run_and_costs_no_record(
     every_steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

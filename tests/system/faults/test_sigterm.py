@@ -129,11 +129,8 @@ def die(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize(
-    ("trouble", "after"),
-    [(hang, go_on), pytest.param(die, lambda _: None, marks=pytest.mark.slow)],
-    ids=["hanging", "dead"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("trouble", "after"), [(hang, go_on), (die, lambda _: None)], ids=["hanging", "dead"])
 def test_sigterm_while_no_broker_answers(
     trouble: Callable[[subprocess.Popen[bytes]], None],
     after: Callable[[subprocess.Popen[bytes]], None],

@@ -117,13 +117,14 @@ def test_a_run_in_rows_is_that_of_one_process_and_goes_on_anyhow(
     assert sum(counts(config).values()) == RECORDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "selection", "ends"),
     [
         pytest.param(FULL, MASKED, [0], id="mask"),
-        pytest.param(FULL, MASKED, [3, 0], id="mask resumed", marks=pytest.mark.slow),
-        pytest.param(LORA, SELECTION, [3, 0], id="lora resumed", marks=pytest.mark.slow),
-        pytest.param(FULL, LEARNED, [3, 0], id="learned resumed", marks=pytest.mark.slow),
+        pytest.param(FULL, MASKED, [3, 0], id="mask resumed"),
+        pytest.param(LORA, SELECTION, [3, 0], id="lora resumed"),
+        pytest.param(FULL, LEARNED, [3, 0], id="learned resumed"),
     ],
 )
 def test_every_checkpoint_is_the_one_that_training_would_have_waited_for(
