@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradient_selectors.features.fluency import Fluency
-from gradient_selectors.features.hashing import Hashes, Tokens
+from gradient_selectors.features.hashing import Hashes, Tokens, Vector
 from gradient_selectors.features.ngrams import NgramImportance
-from gradient_selectors.features.relevance import Vector, relevance
+from gradient_selectors.features.relevance import relevance
 from gradient_selectors.features.traits import Traits, embeddings_of
 
 LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
@@ -38,8 +38,8 @@ class Columns:
     Attributes:
         likeness: cosine of the embeddings to the target's mean, both less the mean of what waits.
         ngrams: mean log ratio of hashed n-grams of what carries loss, target over stream.
-        fluency: how well tokens that carry loss follow one another, where that is less than in the target.
-        relevance: what a prompt and its answer have in common, where that is less than in the target.
+        fluency: how well tokens that carry loss follow one another, where that is less than usual in the target.
+        relevance: what a prompt and its answer have in common, where that is less than usual in the target.
         copy: share of what carries loss that was trained on lately, as `TURNS`, `NEAR_COPY` and `LIMIT` say.
         length: log of the number of tokens.
         components: principal components of the embeddings of what waited when there was first enough of it.
@@ -150,10 +150,11 @@ class ColumnTable:
 
     def learn(self, gone: Sequence[Traits]) -> None:
         """Take note of samples that have left."""
+        answers = _answers(gone)
         if self.columns.ngrams:
-            self._ngrams.learn(_answers(gone))
+            self._ngrams.learn(answers)
         if self.columns.fluency:
-            self._fluency.learn(_answers(gone))
+            self._fluency.learn(answers)
 
     def trained(self, samples: Sequence[Traits]) -> None:
         """Take note of samples that were trained on."""

@@ -6,14 +6,10 @@ A text whose words were shuffled has the tokens of its kind, but not their pairs
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradient_selectors.features.hashing import Tokens, mix
-
-Numbers = npt.NDArray[np.int64]
-Vector = npt.NDArray[np.float64]
+from gradient_selectors.features.hashing import Numbers, Tokens, Vector, laid_out, mix
 
 PAIRS, SINGLES = 2**20, 2**16  # buckets
 
@@ -57,7 +53,7 @@ class Fluency:
         """Count the pairs of samples that have left."""
         one = np.float32(1)  # of their own type: numpy adds another one ten times as slowly
         np.add.at(self._pairs, _pairs_of(gone)[0], one)
-        np.add.at(self._singles, _single(np.concatenate([np.empty(0, dtype=np.int64), *gone])), one)
+        np.add.at(self._singles, _single(laid_out(gone)[0]), one)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The counts: copies."""
@@ -75,8 +71,7 @@ def _single(tokens: Tokens) -> Numbers:
 
 def _pairs_of(samples: Sequence[Tokens]) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     """Of each pair of neighbours: its bucket, those of its two tokens, and the sample it is of. (G,) int64 all."""
-    owners = np.repeat(np.arange(len(samples)), [len(tokens) for tokens in samples])
-    tokens = np.concatenate([np.empty(0, dtype=np.int64), *samples])
+    tokens, owners = laid_out(samples)
     within = owners[1:] == owners[:-1]
     singles = _single(tokens)
     hashes = mix(mix(tokens[:-1].astype(np.uint64)) + tokens[1:].astype(np.uint64))

@@ -8,7 +8,23 @@ import numpy.typing as npt
 Hashes = npt.NDArray[np.uint64]
 Tokens = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+Numbers = npt.NDArray[np.int64]
+Vector = npt.NDArray[np.float64]
 BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+def laid_out(samples: Sequence[Tokens]) -> tuple[Tokens, Numbers]:
+    """The tokens of all samples one after another, and the index of the sample that each is of.
+
+    Examples:
+        >>> from gradient_selectors.features.hashing import laid_out
+        >>> import numpy as np
+        >>> tokens, owners = laid_out([np.array([5, 7]), np.array([9])])
+        >>> tokens.tolist(), owners.tolist()
+        ([5, 7, 9], [0, 0, 1])
+    """
+    tokens = np.concatenate([np.empty(0, dtype=np.int64), *samples])
+    return tokens, np.repeat(np.arange(len(samples)), [len(sample) for sample in samples])
 
 
 def mix(values: Hashes) -> Hashes:
@@ -43,7 +59,7 @@ def shingles(
         (np.float64(1.0), np.float64(0.0))
     """
     lengths = [len(tokens) for tokens in samples]
-    hashes = mix(np.concatenate([np.empty(0, dtype=np.int64), *samples]).astype(np.uint64))
+    hashes = mix(laid_out(samples)[0].astype(np.uint64))
     runs = np.zeros(max(0, len(hashes) - length + 1), dtype=np.uint64)
     for shift in range(length):  # a polynomial in an odd number, modulo 2^64
         runs = runs * BASE + hashes[shift : shift + len(runs)]

@@ -11,14 +11,10 @@ Shape suffixes: M samples waiting, B buckets, G n-grams of all samples together.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradient_selectors.features.hashing import Tokens, mix
-
-Numbers = npt.NDArray[np.int64]
-Vector = npt.NDArray[np.float64]
+from gradient_selectors.features.hashing import Numbers, Tokens, Vector, laid_out, mix
 
 BUCKETS = 10_000  # as published
 
@@ -39,8 +35,8 @@ def ngram_buckets(tokens: Tokens, buckets: int = BUCKETS) -> Numbers:
 
 def _buckets_and_owners(samples: Sequence[Tokens], buckets: int) -> tuple[Numbers, Numbers]:
     """The bucket of each n-gram of all samples, and the index of the sample it is of: (G,) int64 both."""
-    owners = np.repeat(np.arange(len(samples)), [len(tokens) for tokens in samples])
-    tokens = np.concatenate([np.empty(0, dtype=np.int64), *samples]).astype(np.uint64)
+    ids, owners = laid_out(samples)
+    tokens = ids.astype(np.uint64)
     unigrams = mix(tokens)
     within = owners[1:] == owners[:-1]
     bigrams = mix(unigrams[:-1] + tokens[1:])[within]

@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from gradient_selectors.features.hashing import Flags, Tokens
-
-Vector = npt.NDArray[np.float64]
+from gradient_selectors.features.hashing import Flags, Tokens, Vector, laid_out
 
 NOTHING = 1.0  # sum of squared weights below which a side says nothing: that of one token in 37 % of the samples
 
@@ -46,9 +43,10 @@ def exchanges_of(samples: Sequence[Tokens], counted: Sequence[Flags]) -> list[Ex
         >>> exchange.tokens_D.tolist(), exchange.asked_D.tolist(), exchange.answered_D.tolist()
         ([5, 7, 9], [True, True, False], [True, False, True])
     """
-    owners = np.repeat(np.arange(len(samples)), [len(tokens) for tokens in samples])
-    tokens = np.concatenate([np.empty(0, dtype=np.int64), *samples])
-    flags = np.concatenate([np.empty(0, dtype=np.bool_), *counted])
+    if not samples:
+        return []
+    tokens, owners = laid_out(samples)
+    flags = np.concatenate(counted)
     # One sort of all samples: one for each would take ten times as long.
     keys_W, places = np.unique((owners << 32) | tokens, return_inverse=True)
     asked_W, answered_W = (np.zeros(len(keys_W), dtype=np.bool_) for _ in range(2))
@@ -56,7 +54,7 @@ def exchanges_of(samples: Sequence[Tokens], counted: Sequence[Flags]) -> list[Ex
     answered_W[places[flags]] = True
     bounds = np.searchsorted(keys_W >> 32, np.arange(1, len(samples)))
     parts = (np.split(values_W, bounds) for values_W in (keys_W & (2**32 - 1), asked_W, answered_W))
-    return [Exchange(*sets) for sets in zip(*parts, strict=True)][: len(samples)]
+    return [Exchange(*sets) for sets in zip(*parts, strict=True)]
 
 
 def relevance(waiting: Sequence[Exchange]) -> Vector:
@@ -73,10 +71,11 @@ def relevance(waiting: Sequence[Exchange]) -> Vector:
         >>> relevance(exchanges_of([kept, swapped], [answers, answers])).round(2).tolist()
         [0.94, 0.0]
     """
-    owners_W = np.repeat(np.arange(len(waiting)), [len(exchange.tokens_D) for exchange in waiting])
-    tokens_W = np.concatenate([np.empty(0, dtype=np.int64), *(exchange.tokens_D for exchange in waiting)])
-    asked_W = np.concatenate([np.empty(0, dtype=np.bool_), *(exchange.asked_D for exchange in waiting)])
-    answered_W = np.concatenate([np.empty(0, dtype=np.bool_), *(exchange.answered_D for exchange in waiting)])
+    if not waiting:
+        return np.empty(0)
+    tokens_W, owners_W = laid_out([exchange.tokens_D for exchange in waiting])
+    asked_W = np.concatenate([exchange.asked_D for exchange in waiting])
+    answered_W = np.concatenate([exchange.answered_D for exchange in waiting])
     squares_W = np.square(np.log((len(waiting) + 1) / np.bincount(tokens_W)[tokens_W]))
 
     def sums_over(flags_W: Flags) -> Vector:
