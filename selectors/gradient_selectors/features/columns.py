@@ -3,6 +3,7 @@
 Shape suffixes: M samples waiting, d columns, e embedding, c components, f features of the user's own.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradient_selectors.features.fluency import Fluency
+from gradient_selectors.features.fluency import Fluency, disordered
 from gradient_selectors.features.hashing import Hashes, Tokens, Vector
 from gradient_selectors.features.ngrams import NgramImportance
-from gradient_selectors.features.relevance import relevance
+from gradient_selectors.features.relevance import exchanged, relevance
 from gradient_selectors.features.traits import Traits, embeddings_of
 
 LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
@@ -25,8 +26,7 @@ RECENT = 256  # samples trained on lately, among which near copies are looked fo
 NAMED_CHARS = 48
 LIKENESS_CERTAINTY, FREE = 16.0, 0.01  # times that of other columns
 UNSEEN = "unseen value"  # begins the name of a column that no value has yet
-LEAST_SPREAD = 0.2  # of the target's fluency or relevance, as a share of its mean: few samples may be alike by chance
-USUAL = 1.0  # deviations below their mean that samples as good as the target's may lie
+LEAST_SPREAD = 0.2  # of fluency or relevance, as a share of the target's mean: few samples may be alike by chance
 TINY = 1e-9
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
@@ -38,8 +38,8 @@ class Columns:
     Attributes:
         likeness: cosine of the embeddings to the target's mean, both less the mean of what waits.
         ngrams: mean log ratio of hashed n-grams of what carries loss, target over stream.
-        fluency: how well tokens that carry loss follow one another, where that is less than usual in the target.
-        relevance: what a prompt and its answer have in common, where that is less than usual in the target.
+        fluency: log odds that tokens that carry loss follow one another as in the target, not in disorder; at most 0.
+        relevance: log odds that an answer is that of its prompt as in the target, not of another one; at most 0.
         copy: share of what carries loss that was trained on lately, as `TURNS`, `NEAR_COPY` and `LIMIT` say.
         length: log of the number of tokens.
         components: principal components of the embeddings of what waited when there was first enough of it.
@@ -67,10 +67,10 @@ class Columns:
 class ColumnTable:
     """Turns the traits of what waits into a matrix.
 
-    All but fields and copies are standardised and cut at three deviations: fluency and relevance by the target's own
-    samples, components by what waited first, the others by what waits. Copies begin above a fifth: samples of one
-    subject share a few turns of phrase with what was trained on, others and broken ones none at all, and nothing is to
-    be said against the first.
+    All but fields and copies are standardised and cut at three deviations: components by what waited first, the others
+    by what waits. Fluency and relevance are log odds. Copies begin above a fifth: samples of one subject share a few
+    turns of phrase with what was trained on, others and broken ones none at all, and nothing is to be said against the
+    first.
     """
 
     def __init__(self, columns: Columns, target: Sequence[Traits]) -> None:
@@ -78,6 +78,8 @@ class ColumnTable:
         self.columns = columns
         self._target_e = embeddings_of(target).mean(0)
         self._target_answers, self._target_exchanges = _answers(target), [traits.exchange for traits in target]
+        self._disordered = [disordered(answer) for answer in self._target_answers]
+        self._exchanged = exchanged(self._target_exchanges)
         self._ngrams = NgramImportance(self._target_answers)
         self._fluency = Fluency()
         self._values: list[str] = []
@@ -99,7 +101,7 @@ class ColumnTable:
     @property
     def prior_d(self) -> Tensor:
         """Where a predictor starts: what is like the target is thought useful, what was just trained on is not."""
-        prior = {"likeness": 0.25, "ngrams": 0.75, "fluency": 0.25, "relevance": 0.75, "copy": -0.5}
+        prior = {"likeness": 0.25, "ngrams": 0.75, "fluency": 0.5, "relevance": 0.5, "copy": -0.5}
         return torch.tensor([prior.get(name, 0.0) for name in self.names], dtype=torch.float64)
 
     @property
@@ -133,7 +135,7 @@ class ColumnTable:
         simple = {
             "likeness": lambda: _standardised(self._likeness(embeddings_Me)),
             "ngrams": lambda: _standardised(torch.from_numpy(self._ngrams.scores(answers))),
-            "fluency": lambda: _below(*map(self._fluency.scores, (answers, self._target_answers))),
+            "fluency": lambda: _odds(*map(self._fluency.scores, (answers, self._target_answers, self._disordered))),
             "relevance": lambda: self._relevance(waiting),
             "copy": lambda: self._copied(waiting),
             "length": lambda: _standardised(lengths_M.log1p()),
@@ -165,8 +167,9 @@ class ColumnTable:
         return (F.normalize(embeddings_Me - mean_e, dim=1) @ F.normalize(self._target_e - mean_e, dim=0)).double()
 
     def _relevance(self, waiting: Sequence[Traits]) -> Tensor:
-        both = relevance([traits.exchange for traits in waiting] + self._target_exchanges)
-        return _below(both[: len(waiting)], both[len(waiting) :])
+        among = [traits.exchange for traits in waiting] + self._target_exchanges
+        found = relevance(among + self._exchanged, among)
+        return _odds(*np.split(found, [len(waiting), len(among)]))
 
     def _copied(self, waiting: Sequence[Traits]) -> Tensor:
         """0 for what is new but for turns of phrase, `LIMIT` for a copy."""
@@ -240,18 +243,25 @@ def _answers(samples: Sequence[Traits]) -> list[Tokens]:
     return [traits.answer for traits in samples]
 
 
-def _below(values_M: Vector, target_T: Vector) -> Tensor:
-    """How far below what is usual for the target's samples, in their deviations; 0 where it is not, or not known.
+def _odds(values_M: Vector, target_T: Vector, spoilt_T: Vector) -> Tensor:
+    """Log of how much likelier a value is of the target's samples than of the same spoilt, where that is below 0.
 
-    Text that is more fluent than the target's is only more predictable, and who repeats more of a prompt answers it no
-    better. But what is far below may be broken, or the answer to another prompt.
+    Both are normal. Text that is more fluent than the target's is only more predictable, and who repeats more of a
+    prompt answers it no better. 0 where nothing is known, or the target's samples are no better than spoilt ones.
     """
-    known_T = target_T[~np.isnan(target_T)]
-    mean, deviation = (float(known_T.mean()), float(known_T.std())) if len(known_T) else (0.0, 0.0)
-    deviation = max(deviation, LEAST_SPREAD * abs(mean))
-    if deviation <= TINY:
+    (mean, deviation), (spoilt_mean, spoilt_deviation) = map(_moments, (target_T, spoilt_T))
+    least = LEAST_SPREAD * abs(mean)
+    deviation, spoilt_deviation = max(deviation, least), max(spoilt_deviation, least)
+    if not (mean > spoilt_mean and spoilt_deviation > TINY):
         return torch.zeros(len(values_M), dtype=torch.float64)
-    return torch.from_numpy((values_M - mean) / deviation).add(USUAL).clamp(-LIMIT, 0.0).nan_to_num(0.0)
+    ours_M, theirs_M = (values_M - mean) / deviation, (values_M - spoilt_mean) / spoilt_deviation
+    odds_M = (theirs_M**2 - ours_M**2) / 2 + math.log(spoilt_deviation / deviation)
+    return torch.from_numpy(np.where(ours_M < 0, odds_M, 0.0)).clamp(-LIMIT, 0.0).nan_to_num(0.0)
+
+
+def _moments(values: Vector) -> tuple[float, float]:
+    known = values[~np.isnan(values)]
+    return (float(known.mean()), float(known.std())) if len(known) else (0.0, 0.0)
 
 
 def _standardised(values_M: Tensor) -> Tensor:

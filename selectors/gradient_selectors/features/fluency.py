@@ -12,6 +12,7 @@ from torch import Tensor
 from gradient_selectors.features.hashing import Numbers, Tokens, Vector, laid_out, mix
 
 PAIRS, SINGLES = 2**20, 2**16  # buckets
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class Fluency:
@@ -62,6 +63,21 @@ class Fluency:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state_dict`."""
         self._pairs, self._singles = state["pairs"].numpy().copy(), state["singles"].numpy().copy()
+
+
+def disordered(tokens_T: Tokens) -> Tokens:
+    """The same T tokens in an order in which no two neighbours were near one another. No chance is in it.
+
+    That of the fractional parts of multiples of the golden ratio, which are as far apart as they can be (Knuth 1998,
+    volume 3, section 6.4).
+
+    Examples:
+        >>> from gradient_selectors.features.fluency import disordered
+        >>> import numpy as np
+        >>> disordered(np.arange(10)).tolist()
+        [0, 5, 2, 7, 4, 9, 1, 6, 3, 8]
+    """
+    return tokens_T[np.argsort(np.arange(len(tokens_T)) * GOLDEN % 1.0)]
 
 
 def _single(tokens: Tokens) -> Numbers:

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
+from statistics import mean, pstdev
 
 import numpy as np
 import pytest
 import torch
 from gradient_selectors.features.columns import LIMIT, Columns, ColumnTable
-from gradient_selectors.features.fluency import Fluency
+from gradient_selectors.features.fluency import Fluency, disordered
 from gradient_selectors.features.hashing import shingles
 from gradient_selectors.features.relevance import exchanges_of
 from gradient_selectors.features.traits import Traits
@@ -54,16 +55,30 @@ def test_likeness_is_the_cosine_of_what_sets_samples_and_target_apart_from_the_r
     torch.testing.assert_close(column(table, x_Md, "likeness"), standardised(cosines), rtol=1e-4, atol=1e-5)
 
 
-def test_fluency_is_how_far_a_text_is_below_those_of_the_target() -> None:
-    table = ColumnTable(Columns(), TARGET)
+def odds(value: float, good: list[float], spoilt: list[float]) -> float:
+    """Log odds of two normal distributions, as `_odds` says them, one value at a time."""
+    least = 0.2 * abs(mean(good))
+    logs = [
+        -(((value - mean(values)) / max(pstdev(values), least)) ** 2) / 2 - math.log(max(pstdev(values), least))
+        for values in (good, spoilt)
+    ]
+    return min(0.0, max(-LIMIT, logs[0] - logs[1])) if value < mean(good) else 0.0
+
+
+def test_fluency_is_how_much_likelier_a_text_is_of_the_target_than_of_its_words_in_disorder() -> None:
+    chain = [(7 * i) % 59 for i in range(40)]
+    target = [replace(WAITING[0], tokens=np.array(chain[i:] + chain[:i])) for i in range(0, 12, 3)]
+    table = ColumnTable(Columns(), target)
     assert not bool(column(table, table.matrix(WAITING), "fluency").any()), "nothing was counted yet"
-    table.learn(WAITING)
+    table.learn([*target, *WAITING])
     found = Fluency()
-    found.learn([traits.tokens for traits in WAITING])
-    scores, target = (found.scores([traits.tokens for traits in samples]) for samples in (WAITING, TARGET))
-    deviation = max(target.std(), 0.2 * abs(target.mean()))
-    expected = torch.from_numpy((scores - target.mean()) / deviation + 1.0).clamp(-LIMIT, 0.0)
-    torch.testing.assert_close(column(table, table.matrix(WAITING), "fluency"), expected)
+    found.learn([traits.tokens for traits in (*target, *WAITING)])
+    good = found.scores([traits.tokens for traits in target]).tolist()
+    spoilt = found.scores([disordered(traits.tokens) for traits in target]).tolist()
+    expected = [odds(value, good, spoilt) for value in found.scores([traits.tokens for traits in WAITING])]
+    assert column(table, table.matrix(WAITING), "fluency").tolist() == pytest.approx(expected, abs=1e-9)
+    assert min(expected) < -1.0
+    assert not bool(column(table, table.matrix(target), "fluency").any())
 
 
 def test_ngrams_and_fluency_are_those_of_what_carries_loss() -> None:
@@ -91,11 +106,14 @@ def relevance_of(target: list[Traits], waiting: list[Traits]) -> Tensor:
     return column(table, table.matrix(waiting), "relevance")
 
 
-def test_relevance_is_how_far_an_answer_is_below_those_of_the_target() -> None:
-    target = [asked(kept, seed=100 + kept) for kept in (6, 8, 10, 6, 8, 10)]
-    found = relevance_of(target, [asked(kept, seed=kept) for kept in (0, 4, 5, 6, 7, 20)])
-    expected = [-LIMIT, 1 - math.sqrt(1.5) * 2, 1 - math.sqrt(1.5) * 1.5, 1 - math.sqrt(1.5), 0.0, 0.0]
-    assert found.tolist() == pytest.approx(expected, abs=0.05)
+def test_relevance_is_how_much_likelier_an_answer_is_of_its_prompt_than_of_another() -> None:
+    target = [asked(kept, seed=100 + place) for place, kept in enumerate((6, 8, 10, 6, 8, 10))]
+    found = relevance_of(target, [asked(kept, seed=kept) for kept in (0, 1, 3, 4, 6, 20)])
+    good, spoilt = [0.3, 0.4, 0.5] * 2, [0.0] * 6
+    expected = [odds(kept / 20, good, spoilt) for kept in (0, 1, 3, 4, 6, 20)]
+    assert found.tolist() == pytest.approx(expected, abs=0.2)
+    assert expected[0] == -LIMIT
+    assert expected[3:] == [0.0, 0.0, 0.0]
 
 
 def test_relevance_says_nothing_where_there_is_no_prompt_or_the_target_has_none() -> None:
@@ -105,15 +123,11 @@ def test_relevance_says_nothing_where_there_is_no_prompt_or_the_target_has_none(
     assert not bool(relevance_of(TARGET, waiting).any())
 
 
-def test_one_sample_is_a_target_too() -> None:
-    found = relevance_of([asked(kept=10, seed=100)], [asked(kept, seed=kept) for kept in (0, 6, 7, 8, 10)])
-    assert found.tolist() == pytest.approx([-LIMIT, -1.0, -0.5, 0.0, 0.0], abs=0.05)
-
-
-def test_where_the_target_answers_in_other_words_so_may_all() -> None:
-    """Translations, say, have hardly a word of what was asked."""
-    found = relevance_of([asked(kept=0, seed=seed) for seed in range(100, 104)], [asked(kept=0, seed=1)])
-    assert found.tolist() == [0.0]
+@pytest.mark.parametrize("kept", [0, 10])
+def test_where_the_targets_answers_are_no_nearer_to_their_prompts_all_may_be_so(kept: int) -> None:
+    """Translations have hardly a word of what was asked; bytes are in every prompt; one sample has no other."""
+    target = [asked(kept, seed=seed) for seed in range(100, 100 + (4 if kept == 0 else 1))]
+    assert not bool(relevance_of(target, [asked(kept, seed=1) for kept in (0, 5)]).any())
 
 
 def test_a_copy_of_what_was_trained_on_stands_out_and_so_does_its_forgetting() -> None:
