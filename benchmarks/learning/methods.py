@@ -10,7 +10,8 @@
     ...+cluster_ucb+min_gain      the same, and a sample that adds less than 5 % of the utility is not trained on
     ...+gast                      each layer draws 2 of the selected; three controls draw at random or take the best
     ...+dual_sft                  5 % of the parameters may move
-    ...+dual_sft/prior            20 % may move, chosen so that 16 anchors of role-play lose nothing
+    ...+dual_sft/prior            20 % may move, chosen so that 16 anchors of what is measured as
+                                  forgotten lose nothing
     everything                    filter_then_weight+cluster_ucb+gast+dual_sft
     everything/wider              the same, and 20 % may move
     ...+equal_coefficients        filter_then_weight.max_coefficient 1: of the same survivors, none counts more than the

@@ -165,7 +165,7 @@ def prepare(bench: Bench, run: Run, stream: Stream, work: Path) -> Settings:
     }
     selection = selection_of(method)
     if method.anchored:
-        sets["anchors"] = data.warm_up["roleplay"][: tier.retention]
+        sets["anchors"] = data.warm_up[data.guarded][: tier.retention]
         selection["dual_sft"] = {**selection["dual_sft"], "anchor_path": work / "anchors.jsonl"}
     for name, records in sets.items():
         write_records(work / f"{name}.jsonl", records, tier.prompt_chars)

@@ -6,7 +6,7 @@ Streams, by name:
     drift       the same share, but the others are role-play in the first half and tool use in the second
     duplicates  each hundred: 50 clean records as in `mixture`, 15 exact and 15 near copies of one of the last 16 clean
                 ones (a tenth of the words dropped), 20 with the words of the answer in random order
-    narrow      as in `mixture`, without role-play: what is forgotten is in the stream no more
+    narrow      as in `mixture`, without the domain of what is measured as forgotten
     copies      each sixteen: one record of the target's domain four times, and 12 as in `mixture`
     swapped     as in `mixture`, but half of the answers belong to another prompt of the same domain. A record names its
                 source, one of four. Of a source's records 90, 70, 30 or 10 % have lost their answers; which source has
@@ -39,8 +39,7 @@ from benchmarks.learning.supply import Record, Supply, continued, imitations, in
 from stream_trainer.errors import SettingsError
 
 DOMAINS = ("math", "roleplay", "tools")
-TARGETS = ("math", "tools")
-TARGET = TARGETS[0]  # unless told otherwise
+TARGET = DOMAINS[0]  # unless told otherwise
 TARGET_RECORDS, TEST_RECORDS = 64, 600  # held out of a stream whose target has no files of its own
 MISLEADING = ("swapped", "known", "skill", "imitation")
 STREAMS = ("mixture", "drift", "duplicates", "copies", "narrow", *MISLEADING)
@@ -92,6 +91,11 @@ class Data:
     retention: Sequence[Record]
     fingerprint: str
 
+    @property
+    def guarded(self) -> str:
+        """The domain of `retention`, which is not to be forgotten."""
+        return _guarded(self.domain)
+
 
 def read_data(directory: Path, domain: str = TARGET) -> Data:
     """Read the files that `--data` names. Raises SettingsError for one that is missing or holds anything else.
@@ -106,7 +110,7 @@ def read_data(directory: Path, domain: str = TARGET) -> Data:
         held_out = TARGET_RECORDS + TEST_RECORDS
         target, test = streams[domain][:TARGET_RECORDS], streams[domain][TARGET_RECORDS:held_out]
         streams[domain] = streams[domain][held_out:]
-    retention = _read(directory / "test" / "roleplay.jsonl", digest)
+    retention = _read(directory / "test" / f"{_guarded(domain)}.jsonl", digest)
     return Data(
         domain=domain,
         stream={d: [r for i, r in enumerate(rs) if i % WARM_UP_EVERY] for d, rs in streams.items()},
@@ -116,6 +120,10 @@ def read_data(directory: Path, domain: str = TARGET) -> Data:
         retention=retention,
         fingerprint=digest.hexdigest(),
     )
+
+
+def _guarded(target: str) -> str:
+    return "roleplay" if target != "roleplay" else TARGET
 
 
 def _read(path: Path, digest: "hashlib._Hash") -> list[Record]:
@@ -149,11 +157,12 @@ def make_stream(name: str, data: Data, share: int, count: int, seed: int) -> Str
     rng = random.Random(f"{name} {share} {seed}")
     supply, target = Supply(data.stream, rng), data.domain
     others = tuple(domain for domain in DOMAINS if domain != target)
+    narrowed = tuple(domain for domain in others if domain != data.guarded)
     if name == "drift":
         early, late = (_mixed(target, share, part, rng.random()) for part in (others[:1], others[1:]))
         domains = [*islice(early, count // 2), *islice(late, count - count // 2)]
         return _stream([(supply.take(domain), Label(domain)) for domain in domains])
-    mixed = _mixed(target, share, others[1:] if name == "narrow" else others, rng.random())
+    mixed = _mixed(target, share, narrowed if name == "narrow" else others, rng.random())
     if name == "duplicates":
         return _stream(_duplicates(supply, mixed, count, rng))
     if name == "copies":

@@ -68,6 +68,15 @@ def test_a_drifting_mixture_changes_half_way_and_keeps_the_share(data: Data) -> 
 def test_a_narrow_stream_holds_nothing_of_what_is_forgotten(data: Data) -> None:
     domains = domains_of(make_stream("narrow", data, 25, 200, seed=1))
     assert Counter(domains) == {"math": 50, "tools": 150}
+    for target, other in (("tools", "math"), ("roleplay", "tools")):
+        domains = domains_of(make_stream("narrow", replace(data, domain=target), 25, 200, seed=1))
+        assert Counter(domains) == {target: 50, other: 150}
+
+
+def test_where_role_play_is_the_target_mathematics_may_be_forgotten(directory: Path, data: Data) -> None:
+    role_play = read_data(directory, "roleplay")
+    assert (data.guarded, role_play.guarded) == ("roleplay", "math")
+    assert role_play.retention == data.test
 
 
 def test_duplicates_are_what_they_say(data: Data) -> None:
