@@ -31,37 +31,33 @@ TINY = 1e-9
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
 
+SIMPLE = ("likeness", "ngrams", "fluency", "relevance", "copy", "length")
+"""The columns that are one number of a sample each, in their order:
+
+    likeness    cosine of the embeddings to the target's mean, both less the mean of what waits
+    ngrams      mean log ratio of hashed n-grams of what carries loss, target over stream
+    fluency     log odds that tokens that carry loss follow one another as in the target, not in disorder; at most 0
+    relevance   log odds that an answer is that of its prompt as in the target, not of another one; at most 0
+    copy        share of what carries loss that was trained on lately, as `TURNS`, `NEAR_COPY` and `LIMIT` say
+    length      log of the number of tokens
+"""
+
+
 @dataclass(frozen=True)
 class Columns:
     """Which columns there are.
 
     Attributes:
-        likeness: cosine of the embeddings to the target's mean, both less the mean of what waits.
-        ngrams: mean log ratio of hashed n-grams of what carries loss, target over stream.
-        fluency: log odds that tokens that carry loss follow one another as in the target, not in disorder; at most 0.
-        relevance: log odds that an answer is that of its prompt as in the target, not of another one; at most 0.
-        copy: share of what carries loss that was trained on lately, as `TURNS`, `NEAR_COPY` and `LIMIT` say.
-        length: log of the number of tokens.
+        simple: some of `SIMPLE`.
         components: principal components of the embeddings of what waited when there was first enough of it.
         values: values of the record's fields that have a column; what comes later shares the last one. 0 turns it off.
         own: names of a user's own features.
     """
 
-    likeness: bool = True
-    ngrams: bool = True
-    fluency: bool = True
-    relevance: bool = True
-    copy: bool = True
-    length: bool = True
+    simple: tuple[str, ...] = SIMPLE
     components: int = 4
     values: int = 32
     own: tuple[str, ...] = ()
-
-    @property
-    def simple(self) -> tuple[str, ...]:
-        """Names of those that are one standardised column each."""
-        names = ("likeness", "ngrams", "fluency", "relevance", "copy", "length")
-        return tuple(name for name in names if getattr(self, name))
 
 
 class ColumnTable:
@@ -153,9 +149,9 @@ class ColumnTable:
     def learn(self, gone: Sequence[Traits]) -> None:
         """Take note of samples that have left."""
         answers = _answers(gone)
-        if self.columns.ngrams:
+        if "ngrams" in self.columns.simple:
             self._ngrams.learn(answers)
-        if self.columns.fluency:
+        if "fluency" in self.columns.simple:
             self._fluency.learn(answers)
 
     def trained(self, samples: Sequence[Traits]) -> None:
@@ -215,8 +211,8 @@ class ColumnTable:
         lengths = torch.tensor([len(hashes) for hashes in self._recent], dtype=torch.int64)
         recent = np.concatenate([np.empty(0, dtype=np.uint64), *self._recent]).view(np.int64)
         return {
-            "ngrams": self._ngrams.state_dict() if self.columns.ngrams else {},
-            "fluency": self._fluency.state_dict() if self.columns.fluency else {},
+            "ngrams": self._ngrams.state_dict() if "ngrams" in self.columns.simple else {},
+            "fluency": self._fluency.state_dict() if "fluency" in self.columns.simple else {},
             "values": list(self._values),
             "basis_ec": self._basis_ec.clone(),
             "centre_e": self._centre_e.clone(),
@@ -228,9 +224,9 @@ class ColumnTable:
         """Inverse of `state_dict`. Raises ValueError if it is of other columns or another model."""
         if state["basis_ec"].shape != self._basis_ec.shape:
             raise ValueError(f"it has components of shape {tuple(state['basis_ec'].shape)}, not {self._basis_ec.shape}")
-        if state.get("ngrams") and self.columns.ngrams:
+        if state.get("ngrams") and "ngrams" in self.columns.simple:
             self._ngrams.load_state_dict(state["ngrams"])
-        if state.get("fluency") and self.columns.fluency:
+        if state.get("fluency") and "fluency" in self.columns.simple:
             self._fluency.load_state_dict(state["fluency"])
         self._values = list(state["values"])
         self._basis_ec, self._centre_e = state["basis_ec"].clone(), state["centre_e"].clone()

@@ -11,7 +11,7 @@ from gradient_selectors.draw.knn_kde import KnnKde
 from gradient_selectors.draw.learned import LearnedDraw, LearnedOptions
 from gradient_selectors.draw.nearest import Nearest, NearRandom
 from gradient_selectors.draw.stream_draw import StreamDraw
-from gradient_selectors.features.columns import Columns, ColumnTable
+from gradient_selectors.features.columns import SIMPLE, Columns, ColumnTable
 from gradient_selectors.features.embeddings import EmbeddingFeatures
 from gradient_selectors.features.ngrams import NgramImportance
 from gradient_selectors.features.traits import Traits, embeddings_of
@@ -159,12 +159,7 @@ def columns_of(settings: LearnedSettings, num_own: int) -> Columns:
     asked = set(settings.features)
     own = next((name for name in settings.features if ":" in name), "")
     return Columns(
-        likeness="likeness" in asked,
-        ngrams="ngrams" in asked,
-        fluency="fluency" in asked,
-        relevance="relevance" in asked,
-        copy="copy" in asked,
-        length="length" in asked,
+        simple=tuple(name for name in SIMPLE if name in asked),
         components=Columns.components if "components" in asked else 0,
         values=Columns.values if "fields" in asked and settings.fields else 0,
         own=tuple(f"{own} {i}" for i in range(num_own)),

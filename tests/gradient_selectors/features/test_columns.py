@@ -171,7 +171,7 @@ def test_each_value_of_a_field_has_a_column_until_there_are_too_many() -> None:
 
 
 def test_a_feature_that_is_off_has_no_column() -> None:
-    columns = Columns(likeness=False, ngrams=False, fluency=False, relevance=False, copy=False, components=0, values=0)
+    columns = Columns(simple=("length",), components=0, values=0)
     table = ColumnTable(columns, TARGET)
     assert table.names == ("constant", "length")
     assert table.matrix(WAITING).shape == (len(WAITING), 2)
