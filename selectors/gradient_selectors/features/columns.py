@@ -30,7 +30,6 @@ LEAST_SPREAD = 0.2  # of fluency or relevance, as a share of the target's mean: 
 TINY = 1e-9
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
-
 SIMPLE = ("likeness", "ngrams", "fluency", "relevance", "copy", "length")
 """The columns that are one number of a sample each, in their order:
 
@@ -250,6 +249,7 @@ def _odds(values_M: Vector, target_T: Vector, spoilt_T: Vector) -> Tensor:
     deviation, spoilt_deviation = max(deviation, least), max(spoilt_deviation, least)
     if not (mean > spoilt_mean and spoilt_deviation > TINY):
         return torch.zeros(len(values_M), dtype=torch.float64)
+    values_M = np.maximum(values_M, spoilt_mean)  # what is still worse is no less likely to be spoilt
     ours_M, theirs_M = (values_M - mean) / deviation, (values_M - spoilt_mean) / spoilt_deviation
     odds_M = (theirs_M**2 - ours_M**2) / 2 + math.log(spoilt_deviation / deviation)
     return torch.from_numpy(np.where(ours_M < 0, odds_M, 0.0)).clamp(-LIMIT, 0.0).nan_to_num(0.0)

@@ -56,8 +56,8 @@ def test_likeness_is_the_cosine_of_what_sets_samples_and_target_apart_from_the_r
 
 
 def odds(value: float, good: list[float], spoilt: list[float]) -> float:
-    """Log odds of two normal distributions, as `_odds` says them, one value at a time."""
-    least = 0.2 * abs(mean(good))
+    """Log odds of two normal distributions for one value; one below all spoilt ones is as they are."""
+    least, value = 0.2 * abs(mean(good)), max(value, mean(spoilt))
     logs = [
         -(((value - mean(values)) / max(pstdev(values), least)) ** 2) / 2 - math.log(max(pstdev(values), least))
         for values in (good, spoilt)
@@ -94,9 +94,11 @@ def test_ngrams_and_fluency_are_those_of_what_carries_loss() -> None:
         assert bool(column(table, table.matrix(waiting), name).any())
 
 
-def asked(kept: int, seed: int, size: int = 20) -> Traits:
-    """A prompt and an answer; so many of the answer's tokens are the prompt's."""
-    prompt, new = np.random.default_rng(seed).integers(0, 10**6, (2, size))
+def asked(kept: int, seed: int, size: int = 20, marks: int = 0) -> Traits:
+    """A prompt and an answer; so many of the answer's tokens are the prompt's, after marks that are always the same."""
+    prompt, new = np.random.default_rng(seed).integers(10, 10**6, (2, size))
+    prompt[:marks] = np.arange(marks)
+    kept += marks
     tokens = np.concatenate([prompt, prompt[:kept], new[kept:]])
     return replace(sample(seed), tokens=tokens, exchange=exchanges_of([tokens], [np.arange(2 * size) >= size])[0])
 
@@ -114,6 +116,15 @@ def test_relevance_is_how_much_likelier_an_answer_is_of_its_prompt_than_of_anoth
     assert found.tolist() == pytest.approx(expected, abs=0.2)
     assert expected[0] == -LIMIT
     assert expected[3:] == [0.0, 0.0, 0.0]
+
+
+def test_an_answer_with_less_of_its_prompt_than_spoilt_ones_have_is_no_better() -> None:
+    """The target's prompts and answers share marks, so spoilt ones do, too, and differ little from one another."""
+    target = [asked(kept, seed=100 + place, marks=6) for place, kept in enumerate((0, 0, 14, 14))]
+    others = [asked(kept=5, seed=seed) for seed in range(2, 40)]
+    with_marks, without, *_ = relevance_of(target, [asked(0, seed=0, marks=6), asked(0, seed=1), *others]).tolist()
+    assert without == pytest.approx(with_marks, abs=0.05)
+    assert without < -1.5
 
 
 def test_relevance_says_nothing_where_there_is_no_prompt_or_the_target_has_none() -> None:
