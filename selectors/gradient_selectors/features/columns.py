@@ -27,6 +27,7 @@ NAMED_CHARS = 48
 LIKENESS_CERTAINTY, FREE = 16.0, 0.01  # times that of other columns
 UNSEEN = "unseen value"  # begins the name of a column that no value has yet
 LEAST_SPREAD = 0.2  # of fluency or relevance, as a share of the target's mean: few samples may be alike by chance
+BARE_MENTION = 1.0  # log odds up to which evidence is worth no more (Kass and Raftery 1995)
 TINY = 1e-9
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
@@ -239,10 +240,11 @@ def _answers(samples: Sequence[Traits]) -> list[Tokens]:
 
 
 def _odds(values_M: Vector, target_T: Vector, spoilt_T: Vector) -> Tensor:
-    """Log of how much likelier a value is of the target's samples than of the same spoilt, where that is below 0.
+    """Log of how much likelier a value is of the target's samples than of the same spoilt, where that speaks against it.
 
     Both are normal. Text that is more fluent than the target's is only more predictable, and who repeats more of a
-    prompt answers it no better. 0 where nothing is known, or the target's samples are no better than spoilt ones.
+    prompt answers it no better. 0 where nothing is known, little is said, or the target's samples are no better than
+    spoilt ones.
     """
     (mean, deviation), (spoilt_mean, spoilt_deviation) = map(_moments, (target_T, spoilt_T))
     least = LEAST_SPREAD * abs(mean)
@@ -252,7 +254,8 @@ def _odds(values_M: Vector, target_T: Vector, spoilt_T: Vector) -> Tensor:
     values_M = np.maximum(values_M, spoilt_mean)  # what is still worse is no less likely to be spoilt
     ours_M, theirs_M = (values_M - mean) / deviation, (values_M - spoilt_mean) / spoilt_deviation
     odds_M = (theirs_M**2 - ours_M**2) / 2 + math.log(spoilt_deviation / deviation)
-    return torch.from_numpy(np.where(ours_M < 0, odds_M, 0.0)).clamp(-LIMIT, 0.0).nan_to_num(0.0)
+    against_M = (ours_M < 0) & (odds_M < -BARE_MENTION)
+    return torch.from_numpy(np.where(against_M, odds_M, 0.0)).clamp(-LIMIT, 0.0).nan_to_num(0.0)
 
 
 def _moments(values: Vector) -> tuple[float, float]:

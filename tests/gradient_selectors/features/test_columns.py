@@ -62,7 +62,8 @@ def odds(value: float, good: list[float], spoilt: list[float]) -> float:
         -(((value - mean(values)) / max(pstdev(values), least)) ** 2) / 2 - math.log(max(pstdev(values), least))
         for values in (good, spoilt)
     ]
-    return min(0.0, max(-LIMIT, logs[0] - logs[1])) if value < mean(good) else 0.0
+    against = value < mean(good) and logs[0] - logs[1] < -1.0  # less is worth no more than a bare mention
+    return max(-LIMIT, logs[0] - logs[1]) if against else 0.0
 
 
 def test_fluency_is_how_much_likelier_a_text_is_of_the_target_than_of_its_words_in_disorder() -> None:
