@@ -240,7 +240,7 @@ def _answers(samples: Sequence[Traits]) -> list[Tokens]:
 
 
 def _odds(values_M: Vector, target_T: Vector, spoilt_T: Vector) -> Tensor:
-    """Log of how much likelier a value is of the target's samples than of the same spoilt, where that speaks against it.
+    """Log of how much likelier a value is of the target's samples than of the same spoilt, if that speaks against it.
 
     Both are normal. Text that is more fluent than the target's is only more predictable, and who repeats more of a
     prompt answers it no better. 0 where nothing is known, little is said, or the target's samples are no better than
