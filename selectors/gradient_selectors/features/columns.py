@@ -35,7 +35,7 @@ SIMPLE = ("likeness", "ngrams", "fluency", "relevance", "copy", "length")
 """The columns that are one number of a sample each, in their order:
 
     likeness    cosine of the embeddings to the target's mean, both less the mean of what waits
-    ngrams      mean log ratio of hashed n-grams of what carries loss, target over stream
+    ngrams      mean log ratio of hashed n-grams of what carries loss, target over stream; at most the target's own
     fluency     log odds that tokens that carry loss follow one another as in the target, not in disorder; at most 0
     relevance   log odds that an answer is that of its prompt as in the target, not of another one; at most 0
     copy        share of what carries loss that was trained on lately, as `TURNS`, `NEAR_COPY` and `LIMIT` say
