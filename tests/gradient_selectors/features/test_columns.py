@@ -10,7 +10,6 @@ import torch
 from gradient_selectors.features.columns import LIMIT, Columns, ColumnTable
 from gradient_selectors.features.fluency import Fluency, disordered
 from gradient_selectors.features.hashing import shingles
-from gradient_selectors.features.ngrams import NgramImportance
 from gradient_selectors.features.relevance import exchanges_of
 from gradient_selectors.features.traits import Traits
 from torch import Tensor
@@ -56,28 +55,6 @@ def test_likeness_is_the_cosine_of_what_sets_samples_and_target_apart_from_the_r
     torch.testing.assert_close(column(table, x_Md, "likeness"), standardised(cosines), rtol=1e-4, atol=1e-5)
 
 
-def test_no_sample_has_more_of_the_targets_ngrams_than_is_usual_there() -> None:
-    """They are of its subject then; what has still more is only like the others that have."""
-    target = [
-        sample(100, size=60),
-        *(replace(sample(seed), tokens=sample(100, size=60).tokens[:40]) for seed in (1, 2)),
-    ]
-    found = NgramImportance([traits.tokens for traits in target])
-    waiting = [*WAITING, target[0]]
-    table = ColumnTable(Columns(), target)
-    column_M = column(table, table.matrix(waiting), "ngrams")
-    tokens = [traits.tokens for traits in waiting]
-    scores, usual = found.scores(tokens), found.target_scores(tokens).mean()
-    assert scores[-1] > usual > scores[:-1].max()
-    torch.testing.assert_close(column_M, standardised(torch.from_numpy(np.minimum(scores, usual))))
-
-
-def test_one_sample_of_the_target_says_not_what_is_usual() -> None:
-    table = ColumnTable(Columns(), TARGET[:1])
-    scores = NgramImportance([TARGET[0].tokens]).scores([traits.tokens for traits in WAITING])
-    torch.testing.assert_close(column(table, table.matrix(WAITING), "ngrams"), standardised(torch.from_numpy(scores)))
-
-
 def odds(value: float, good: list[float], spoilt: list[float]) -> float:
     """Log odds of two normal distributions for one value; one below all spoilt ones is as they are."""
     least, value = 0.2 * abs(mean(good)), max(value, mean(spoilt))
@@ -108,7 +85,7 @@ def test_fluency_is_how_much_likelier_a_text_is_of_the_target_than_of_its_words_
 def test_ngrams_and_fluency_are_those_of_what_carries_loss() -> None:
     """A model learns to write answers; what stands in prompts is another matter."""
     counted = np.arange(40) >= 20
-    target = [replace(sample(100), counted=counted) for _ in range(2)]
+    target = [replace(sample(seed), counted=counted) for seed in (100, 101)]
     table = ColumnTable(Columns(), target)
     waiting = [replace(sample(seed), counted=counted) for seed in range(1, 9)]
     others = [replace(traits, tokens=np.where(counted, traits.tokens, 59 - traits.tokens)) for traits in waiting]
