@@ -1,6 +1,6 @@
 """The features that a learned draw predicts from: named columns that cost no pass.
 
-Shape suffixes: M samples waiting, d columns, e embedding, c components, f features of the user's own.
+Shape suffixes: M samples waiting, T of the target, d columns, e embedding, c components, f features of the user's own.
 """
 
 import math
@@ -19,7 +19,7 @@ from gradient_selectors.features.ngrams import NgramImportance
 from gradient_selectors.features.relevance import exchanged, relevance
 from gradient_selectors.features.traits import Traits, embeddings_of
 
-LIMIT = 3.0  # standard deviations: what is most like the target is no better than what is very like it
+LIMIT = 3.0  # standard deviations, or log odds: what is most like the target is no better than what is very like it
 NEAR_COPY = 0.5  # share of a sample's shingles that others have, from which on it is a copy
 TURNS = 0.2  # share up to which these are turns of phrase, as samples of one subject have in common
 RECENT = 256  # samples trained on lately, among which near copies are looked for
@@ -249,13 +249,13 @@ def _odds(values_M: Vector, target_T: Vector, spoilt_T: Vector) -> Tensor:
     (mean, deviation), (spoilt_mean, spoilt_deviation) = map(_moments, (target_T, spoilt_T))
     least = LEAST_SPREAD * abs(mean)
     deviation, spoilt_deviation = max(deviation, least), max(spoilt_deviation, least)
-    if not (mean > spoilt_mean and spoilt_deviation > TINY):
+    if not (mean > spoilt_mean and min(deviation, spoilt_deviation) > TINY):
         return torch.zeros(len(values_M), dtype=torch.float64)
     values_M = np.maximum(values_M, spoilt_mean)  # what is still worse is no less likely to be spoilt
     ours_M, theirs_M = (values_M - mean) / deviation, (values_M - spoilt_mean) / spoilt_deviation
     odds_M = (theirs_M**2 - ours_M**2) / 2 + math.log(spoilt_deviation / deviation)
     against_M = (ours_M < 0) & (odds_M < -BARE_MENTION)
-    return torch.from_numpy(np.where(against_M, odds_M, 0.0)).clamp(-LIMIT, 0.0).nan_to_num(0.0)
+    return torch.from_numpy(np.where(against_M, odds_M, 0.0)).clamp(min=-LIMIT)  # what is not a number is not against
 
 
 def _moments(values: Vector) -> tuple[float, float]:

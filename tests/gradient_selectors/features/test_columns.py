@@ -82,6 +82,15 @@ def test_fluency_is_how_much_likelier_a_text_is_of_the_target_than_of_its_words_
     assert not bool(column(table, table.matrix(target), "fluency").any())
 
 
+def test_a_target_that_the_stream_says_nothing_of_has_no_fluency() -> None:
+    """No pair of its tokens can be expected, so all score 0 exactly; in disorder, one of the first sample's can."""
+    tokens = np.array([[100, 1, 101, 2, 102, 3, 103, 4, 104, 5], range(100, 110)])
+    target = [replace(WAITING[0], tokens=row) for row in tokens]
+    table, gone = ColumnTable(Columns(), target), np.array([1, 9, 2, 9, 3, 9, 4, 9, 5])
+    table.learn([replace(WAITING[0], tokens=gone)])
+    assert not bool(column(table, table.matrix(WAITING), "fluency").any())
+
+
 def test_ngrams_and_fluency_are_those_of_what_carries_loss() -> None:
     """A model learns to write answers; what stands in prompts is another matter."""
     counted = np.arange(40) >= 20
