@@ -82,6 +82,17 @@ def test_fluency_is_how_much_likelier_a_text_is_of_the_target_than_of_its_words_
     assert not bool(column(table, table.matrix(target), "fluency").any())
 
 
+def test_shuffled_words_are_not_fluent_though_their_own_tokens_are() -> None:
+    """Words have two tokens here: half of all neighbours stay where they were."""
+    words = np.arange(100, 160).reshape(30, 2)
+    texts = [replace(WAITING[0], tokens=np.roll(words, -2 * i, axis=0)[:20].ravel()) for i in range(15)]
+    table = ColumnTable(Columns(), texts[:4])
+    table.learn(texts)
+    order = np.random.default_rng(0).permutation(20)
+    shuffled = [replace(text, tokens=text.tokens.reshape(20, 2)[order].ravel()) for text in texts]
+    assert column(table, table.matrix([*texts, *shuffled]), "fluency").tolist() == [0.0] * 15 + [-LIMIT] * 15
+
+
 def test_a_target_that_the_stream_says_nothing_of_has_no_fluency() -> None:
     """No pair of its tokens can be expected, so all score 0 exactly; in disorder, one of the first sample's can."""
     tokens = np.array([[100, 1, 101, 2, 102, 3, 103, 4, 104, 5], range(100, 110)])
