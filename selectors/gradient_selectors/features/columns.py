@@ -35,7 +35,7 @@ SIMPLE = ("likeness", "ngrams", "fluency", "relevance", "copy", "length")
 """The columns that are one number of a sample each, in their order:
 
     likeness    cosine of the embeddings to the target's mean, both less the mean of what waits
-    ngrams      mean log ratio of hashed n-grams of what carries loss, target over stream
+    ngrams      mean log ratio of hashed n-grams of what carries loss, target over stream; at most the target's own
     fluency     log odds that tokens that carry loss follow one another as in the target, not in disorder; at most 0
     relevance   log odds that an answer is that of its prompt as in the target, not of another one; at most 0
     copy        share of what carries loss that was trained on lately, as `TURNS`, `NEAR_COPY` and `LIMIT` say
@@ -130,7 +130,7 @@ class ColumnTable:
         lengths_M = torch.tensor([float(len(traits.tokens)) for traits in waiting], dtype=torch.float64)
         simple = {
             "likeness": lambda: _standardised(self._likeness(embeddings_Me)),
-            "ngrams": lambda: _standardised(torch.from_numpy(self._ngrams.scores(answers))),
+            "ngrams": lambda: _standardised(self._like(answers)),
             "fluency": lambda: _odds(*map(self._fluency.scores, (answers, self._target_answers, self._disordered))),
             "relevance": lambda: self._relevance(waiting),
             "copy": lambda: self._copied(waiting),
@@ -161,6 +161,13 @@ class ColumnTable:
     def _likeness(self, embeddings_Me: Tensor) -> Tensor:
         mean_e = embeddings_Me.mean(0)
         return (F.normalize(embeddings_Me - mean_e, dim=1) @ F.normalize(self._target_e - mean_e, dim=0)).double()
+
+    def _like(self, answers: Sequence[Tokens]) -> Tensor:
+        """Importance of n-grams up to that of the target's own samples: those beyond are only more like one another."""
+        scores_M = torch.from_numpy(self._ngrams.scores(answers))
+        if len(self._target_answers) == 1:  # no other one says what is usual
+            return scores_M
+        return scores_M.clamp(max=float(self._ngrams.target_scores(answers).mean()))
 
     def _relevance(self, waiting: Sequence[Traits]) -> Tensor:
         among = [traits.exchange for traits in waiting] + self._target_exchanges

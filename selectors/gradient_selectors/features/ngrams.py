@@ -73,8 +73,13 @@ class NgramImportance:
             raise ValueError(f"buckets is {buckets}: hash n-grams to at least 1")
         if not any(len(tokens) for tokens in target_tokens):
             raise ValueError(f"target_tokens has no token in {len(target_tokens)} samples: give samples of the target")
-        self._buckets = buckets
-        self._target_B = self._counted(_buckets_and_owners(target_tokens, buckets)[0])
+        self._buckets, self._num_target = buckets, len(target_tokens)
+        self._target_G, self._owners_G = _buckets_and_owners(target_tokens, buckets)
+        self._target_B = self._counted(self._target_G)
+        _, places_G, counts = np.unique(
+            self._owners_G * buckets + self._target_G, return_inverse=True, return_counts=True
+        )
+        self._own_G: Numbers = counts[places_G]  # how often its own sample has an n-gram's bucket
         self._gone_B = np.zeros(buckets, dtype=np.int64)
 
     def log_weights(self, waiting: Sequence[Tokens]) -> Vector:
@@ -85,6 +90,19 @@ class NgramImportance:
         """Mean of each sample's log ratios, (M,) float64, in nats per n-gram; 0 for one without tokens."""
         weights_M, lengths_M = self._log_weights_and_lengths(waiting)
         return weights_M / np.maximum(lengths_M, 1)
+
+    def target_scores(self, waiting: Sequence[Tokens]) -> Vector:
+        """The same of the target's T samples, each by the counts of the others alone: (T,), 0 for one without tokens.
+
+        `waiting`: what the stream's counts are of, beside what has left.
+        """
+        stream_B = self._gone_B + self._counted(_buckets_and_owners(waiting, self._buckets)[0])
+        probs_G = self._stream_probs(stream_B)[self._target_G]
+        lengths_T = np.bincount(self._owners_G, minlength=self._num_target)
+        others_G = self._target_B[self._target_G] - self._own_G + self._buckets * probs_G
+        ratios_G = np.log(others_G / (len(self._target_G) - lengths_T[self._owners_G] + self._buckets) / probs_G)
+        sums_T = np.bincount(self._owners_G, weights=ratios_G, minlength=self._num_target).astype(np.float64)
+        return sums_T / np.maximum(lengths_T, 1)
 
     def learn(self, gone: Sequence[Tokens]) -> None:
         """Count the n-grams of samples that have left."""
@@ -110,10 +128,14 @@ class NgramImportance:
         return weights_M, np.bincount(owners_G, minlength=len(waiting))
 
     def _log_ratios(self, stream_B: Numbers) -> Vector:
-        stream_probs_B = (stream_B + 1) / (stream_B.sum() + self._buckets)
+        stream_probs_B = self._stream_probs(stream_B)
         target_probs_B = (self._target_B + self._buckets * stream_probs_B) / (self._target_B.sum() + self._buckets)
         ratios_B: Vector = np.log(target_probs_B / stream_probs_B)
         return ratios_B
+
+    def _stream_probs(self, stream_B: Numbers) -> Vector:
+        probs_B: Vector = (stream_B + 1) / (stream_B.sum() + self._buckets)
+        return probs_B
 
     def _counted(self, buckets_G: Numbers) -> Numbers:
         return np.bincount(buckets_G, minlength=self._buckets)

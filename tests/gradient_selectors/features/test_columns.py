@@ -10,6 +10,7 @@ import torch
 from gradient_selectors.features.columns import LIMIT, Columns, ColumnTable
 from gradient_selectors.features.fluency import Fluency, disordered
 from gradient_selectors.features.hashing import shingles
+from gradient_selectors.features.ngrams import NgramImportance
 from gradient_selectors.features.relevance import exchanges_of
 from gradient_selectors.features.traits import Traits
 from torch import Tensor
@@ -53,6 +54,28 @@ def test_likeness_is_the_cosine_of_what_sets_samples_and_target_apart_from_the_r
     target = torch.stack([traits.embedding_d for traits in TARGET]).double().mean(0) - mean
     cosines = torch.nn.functional.cosine_similarity(embeddings - mean, target[None])
     torch.testing.assert_close(column(table, x_Md, "likeness"), standardised(cosines), rtol=1e-4, atol=1e-5)
+
+
+def test_no_sample_has_more_of_the_targets_ngrams_than_is_usual_there() -> None:
+    """They are of its subject then; what has still more is only like the others that have."""
+    target = [
+        sample(100, size=60),
+        *(replace(sample(seed), tokens=sample(100, size=60).tokens[:40]) for seed in (1, 2)),
+    ]
+    found = NgramImportance([traits.tokens for traits in target])
+    waiting = [*WAITING, target[0]]
+    table = ColumnTable(Columns(), target)
+    column_M = column(table, table.matrix(waiting), "ngrams")
+    tokens = [traits.tokens for traits in waiting]
+    scores, usual = found.scores(tokens), found.target_scores(tokens).mean()
+    assert scores[-1] > usual > scores[:-1].max()
+    torch.testing.assert_close(column_M, standardised(torch.from_numpy(np.minimum(scores, usual))))
+
+
+def test_one_sample_of_the_target_says_not_what_is_usual() -> None:
+    table = ColumnTable(Columns(), TARGET[:1])
+    scores = NgramImportance([TARGET[0].tokens]).scores([traits.tokens for traits in WAITING])
+    torch.testing.assert_close(column(table, table.matrix(WAITING), "ngrams"), standardised(torch.from_numpy(scores)))
 
 
 def odds(value: float, good: list[float], spoilt: list[float]) -> float:
@@ -105,7 +128,7 @@ def test_a_target_that_the_stream_says_nothing_of_has_no_fluency() -> None:
 def test_ngrams_and_fluency_are_those_of_what_carries_loss() -> None:
     """A model learns to write answers; what stands in prompts is another matter."""
     counted = np.arange(40) >= 20
-    target = [replace(sample(seed), counted=counted) for seed in (100, 101)]
+    target = [replace(sample(100), counted=counted) for _ in range(2)]
     table = ColumnTable(Columns(), target)
     waiting = [replace(sample(seed), counted=counted) for seed in range(1, 9)]
     others = [replace(traits, tokens=np.where(counted, traits.tokens, 59 - traits.tokens)) for traits in waiting]

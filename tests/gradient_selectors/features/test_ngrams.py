@@ -200,3 +200,16 @@ def test_draws_follow_the_weights() -> None:
     draw = Dsir(importance, seeded())
     hits = sum(draw.draw(traits_of(waiting), 1) == [0] for _ in range(2000))
     assert abs(hits / 2000 - share) < 4 * math.sqrt(share * (1 - share) / 2000)
+
+
+@pytest.mark.parametrize("buckets", [7, 10_000], ids=["few buckets", "as published"])
+def test_a_sample_of_the_target_is_judged_by_the_others(buckets: int) -> None:
+    target, gone, waiting = samples_of(1, 6), samples_of(2, 20), samples_of(3, 10)
+    target[2] = np.empty(0, dtype=np.int64)
+    importance = NgramImportance(target, buckets)
+    importance.learn(gone)
+    expected = [
+        dense_scores([*target[:i], *target[i + 1 :]], [*gone, *waiting], [own], buckets)[0]
+        for i, own in enumerate(target)
+    ]
+    assert importance.target_scores(waiting).tolist() == pytest.approx(expected)
