@@ -40,8 +40,7 @@ PREAMBLE = """\
 
 <!-- Made by `python -m benchmarks.page --results benchmarks/results --out docs/benchmarks.md`. Do not edit. -->
 
-What Stream Trainer costs, and what it buys. Each table answers one question and names command, files and machine. Every
-benchmark drives the service itself, never a copy.
+What Stream Trainer costs, and what it buys. Every benchmark drives the service itself, never a copy.
 
 Methods are measured in turn, in one run on one machine. A busy machine slows all alike, so read ratios before seconds.
 All figures are medians unless a table says otherwise.
