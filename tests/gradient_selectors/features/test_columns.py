@@ -118,7 +118,7 @@ def test_shuffled_words_are_not_fluent_though_their_own_tokens_are() -> None:
 
 def test_a_target_that_the_stream_says_nothing_of_has_no_fluency() -> None:
     """No pair of its tokens can be expected, so all score 0 exactly; in disorder, one of the first sample's can."""
-    tokens = np.array([[100, 1, 101, 2, 102, 3, 103, 4, 104, 5], range(100, 110)])
+    tokens = np.array([[100, 1, 101, 102, 2, 103, 104, 105, 106, 107], range(100, 110)])
     target = [replace(WAITING[0], tokens=row) for row in tokens]
     table, gone = ColumnTable(Columns(), target), np.array([1, 9, 2, 9, 3, 9, 4, 9, 5])
     table.learn([replace(WAITING[0], tokens=gone)])
