@@ -164,10 +164,9 @@ class ColumnTable:
 
     def _like(self, answers: Sequence[Tokens]) -> Tensor:
         """Importance of n-grams up to that of the target's own samples: those beyond are only more like one another."""
-        scores_M = torch.from_numpy(self._ngrams.scores(answers))
-        if len(self._target_answers) == 1:  # no other one says what is usual
-            return scores_M
-        return scores_M.clamp(max=float(self._ngrams.target_scores(answers).mean()))
+        scores_M, target_T = self._ngrams.scores_and_target_scores(answers)
+        highest = math.inf if len(target_T) == 1 else float(target_T.mean())  # no other one says what is usual
+        return torch.from_numpy(scores_M).clamp(max=highest)
 
     def _relevance(self, waiting: Sequence[Traits]) -> Tensor:
         among = [traits.exchange for traits in waiting] + self._target_exchanges

@@ -76,33 +76,30 @@ class NgramImportance:
         self._buckets, self._num_target = buckets, len(target_tokens)
         self._target_G, self._owners_G = _buckets_and_owners(target_tokens, buckets)
         self._target_B = self._counted(self._target_G)
-        _, places_G, counts = np.unique(
-            self._owners_G * buckets + self._target_G, return_inverse=True, return_counts=True
-        )
-        self._own_G: Numbers = counts[places_G]  # how often its own sample has an n-gram's bucket
+        own = self._owners_G * buckets + self._target_G
+        _, places_G, counts = np.unique(own, return_inverse=True, return_counts=True)
+        # How often the target's other samples have an n-gram's bucket, and how many n-grams they have.
+        self._others_G = self._target_B[self._target_G] - counts[places_G]
+        self._num_others_G = len(self._target_G) - np.bincount(self._owners_G)[self._owners_G]
         self._gone_B = np.zeros(buckets, dtype=np.int64)
 
     def log_weights(self, waiting: Sequence[Tokens]) -> Vector:
         """Sum of each sample's log ratios, (M,) float64: the published weight, which grows with length."""
-        return self._log_weights_and_lengths(waiting)[0]
+        buckets_G, owners_G = _buckets_and_owners(waiting, self._buckets)
+        return _sums(self._log_ratios(buckets_G, self._stream_probs(buckets_G)), owners_G, len(waiting))
 
     def scores(self, waiting: Sequence[Tokens]) -> Vector:
         """Mean of each sample's log ratios, (M,) float64, in nats per n-gram; 0 for one without tokens."""
-        weights_M, lengths_M = self._log_weights_and_lengths(waiting)
-        return weights_M / np.maximum(lengths_M, 1)
+        return self.scores_and_target_scores(waiting)[0]
 
-    def target_scores(self, waiting: Sequence[Tokens]) -> Vector:
-        """The same of the target's T samples, each by the counts of the others alone: (T,), 0 for one without tokens.
-
-        `waiting`: what the stream's counts are of, beside what has left.
-        """
-        stream_B = self._gone_B + self._counted(_buckets_and_owners(waiting, self._buckets)[0])
-        probs_G = self._stream_probs(stream_B)[self._target_G]
-        lengths_T = np.bincount(self._owners_G, minlength=self._num_target)
-        others_G = self._target_B[self._target_G] - self._own_G + self._buckets * probs_G
-        ratios_G = np.log(others_G / (len(self._target_G) - lengths_T[self._owners_G] + self._buckets) / probs_G)
-        sums_T = np.bincount(self._owners_G, weights=ratios_G, minlength=self._num_target).astype(np.float64)
-        return sums_T / np.maximum(lengths_T, 1)
+    def scores_and_target_scores(self, waiting: Sequence[Tokens]) -> tuple[Vector, Vector]:
+        """The same, and that of the target's T samples, each by the counts of the others alone, (T,)."""
+        buckets_G, owners_G = _buckets_and_owners(waiting, self._buckets)
+        probs_B = self._stream_probs(buckets_G)
+        target_probs_G = probs_B[self._target_G]
+        by_others_G = _log_ratio(self._others_G, self._num_others_G, target_probs_G, self._buckets)
+        scores_M = _means(self._log_ratios(buckets_G, probs_B), owners_G, len(waiting))
+        return scores_M, _means(by_others_G, self._owners_G, self._num_target)
 
     def learn(self, gone: Sequence[Tokens]) -> None:
         """Count the n-grams of samples that have left."""
@@ -121,21 +118,28 @@ class NgramImportance:
             )
         self._gone_B = gone_B.copy()
 
-    def _log_weights_and_lengths(self, waiting: Sequence[Tokens]) -> tuple[Vector, Numbers]:
-        buckets_G, owners_G = _buckets_and_owners(waiting, self._buckets)
-        ratios_G = self._log_ratios(self._gone_B + self._counted(buckets_G))[buckets_G]
-        weights_M = np.bincount(owners_G, weights=ratios_G, minlength=len(waiting)).astype(np.float64)
-        return weights_M, np.bincount(owners_G, minlength=len(waiting))
-
-    def _log_ratios(self, stream_B: Numbers) -> Vector:
-        stream_probs_B = self._stream_probs(stream_B)
-        target_probs_B = (self._target_B + self._buckets * stream_probs_B) / (self._target_B.sum() + self._buckets)
-        ratios_B: Vector = np.log(target_probs_B / stream_probs_B)
-        return ratios_B
-
-    def _stream_probs(self, stream_B: Numbers) -> Vector:
+    def _stream_probs(self, waiting_G: Numbers) -> Vector:
+        """Of each bucket, (B,): in what has left and in what waits."""
+        stream_B = self._gone_B + self._counted(waiting_G)
         probs_B: Vector = (stream_B + 1) / (stream_B.sum() + self._buckets)
         return probs_B
 
+    def _log_ratios(self, buckets_G: Numbers, probs_B: Vector) -> Vector:
+        return _log_ratio(self._target_B, self._target_B.sum(), probs_B, self._buckets)[buckets_G]
+
     def _counted(self, buckets_G: Numbers) -> Numbers:
         return np.bincount(buckets_G, minlength=self._buckets)
+
+
+def _log_ratio(counts: Numbers, total: Numbers, probs: Vector, buckets: int) -> Vector:
+    """The class's formula. `counts`: those of `total` n-grams of the target that are of a bucket; `probs`: its q."""
+    ratios: Vector = np.log((counts + buckets * probs) / (total + buckets) / probs)
+    return ratios
+
+
+def _sums(ratios_G: Vector, owners_G: Numbers, num_samples: int) -> Vector:
+    return np.bincount(owners_G, weights=ratios_G, minlength=num_samples).astype(np.float64)
+
+
+def _means(ratios_G: Vector, owners_G: Numbers, num_samples: int) -> Vector:
+    return _sums(ratios_G, owners_G, num_samples) / np.maximum(np.bincount(owners_G, minlength=num_samples), 1)

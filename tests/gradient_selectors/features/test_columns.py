@@ -67,7 +67,8 @@ def test_no_sample_has_more_of_the_targets_ngrams_than_is_usual_there() -> None:
     table = ColumnTable(Columns(), target)
     column_M = column(table, table.matrix(waiting), "ngrams")
     tokens = [traits.tokens for traits in waiting]
-    scores, usual = found.scores(tokens), found.target_scores(tokens).mean()
+    scores, of_target = found.scores_and_target_scores(tokens)
+    usual = of_target.mean()
     assert scores[-1] > usual > scores[:-1].max()
     torch.testing.assert_close(column_M, standardised(torch.from_numpy(np.minimum(scores, usual))))
 

@@ -212,4 +212,4 @@ def test_a_sample_of_the_target_is_judged_by_the_others(buckets: int) -> None:
         dense_scores([*target[:i], *target[i + 1 :]], [*gone, *waiting], [own], buckets)[0]
         for i, own in enumerate(target)
     ]
-    assert importance.target_scores(waiting).tolist() == pytest.approx(expected)
+    assert importance.scores_and_target_scores(waiting)[1].tolist() == pytest.approx(expected)
