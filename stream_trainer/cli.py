@@ -181,6 +181,7 @@ def _run(arguments: Sequence[str]) -> int:
     known, overrides = parser.parse_known_args(arguments)
     with _ending_on_sigterm():
         from stream_trainer.commands.check import check_offline, require
+        from stream_trainer.monitoring.allocator import loading_for_good
         from stream_trainer.monitoring.logs import configure_logging
         from stream_trainer.monitoring.progress import announced
         from stream_trainer.settings.loading import load_settings
@@ -188,7 +189,7 @@ def _run(arguments: Sequence[str]) -> int:
         settings = load_settings(known.config, overrides, _log_json_if)
         require(check_offline(settings))
         configure_logging(settings.log)
-        with announced("loading libraries"):
+        with announced("loading libraries"), loading_for_good():
             from stream_trainer.service import run
 
         return run(settings)

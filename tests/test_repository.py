@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -106,7 +106,8 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imported(path: Path) -> Iterator[str]:
+@cache
+def imported(path: Path) -> frozenset[str]:
     """Dotted names of what a module imports, wherever the import stands; not what only type checkers read."""
     skipped = {
         id(node)
@@ -114,13 +115,15 @@ def imported(path: Path) -> Iterator[str]:
         if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
         for node in ast.walk(branch)
     }
+    found: set[str] = set()
     for node in ast.walk(tree(path)):
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
 
 
 def importers(package: str, paths: list[Path]) -> set[str]:
@@ -232,7 +235,7 @@ def test_only_the_interior_point_imports_cvxpy() -> None:
 def test_only_metrics_makes_metrics() -> None:
     made = {"Counter", "Gauge", "Histogram", "Summary", "Info", "Enum"}
     makers = {
-        path.name for path in SERVICE + LIBRARY if {f"prometheus_client.{name}" for name in made} & set(imported(path))
+        path.name for path in SERVICE + LIBRARY if {f"prometheus_client.{name}" for name in made} & imported(path)
     }
     assert makers == {"metrics.py"}
 

@@ -1,10 +1,11 @@
 """How the process keeps memory between steps, and how much it may take."""
 
 import ctypes
+import gc
 import os
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt, from glibc's malloc.h
@@ -40,3 +41,18 @@ def keep_freed_memory() -> bool:
     except AttributeError:  # musl
         return False
     return all(mallopt(option, value) == 1 for option, value in ((M_TRIM_THRESHOLD, -1), (M_MMAP_MAX, 0)))
+
+
+@contextmanager
+def loading_for_good() -> Iterator[None]:
+    """What is loaded meanwhile stays until the process ends: Python never looks for garbage among it.
+
+    Libraries are hundreds of thousands of objects. To go through them again and again makes loading longer, and later
+    holds up training whenever Python goes through all that it has.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

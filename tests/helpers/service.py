@@ -1,5 +1,6 @@
 """The whole service on a tiny model: its settings, what a run decided step by step, and what it left behind."""
 
+import gc
 import json
 import logging
 import os
@@ -229,6 +230,7 @@ def run_main(folder: Path, config: dict[str, Any]) -> int:
     try:
         return main(["run", f"--config={file}"])
     finally:
+        gc.unfreeze()
         root.handlers[:], root.level = handlers, level
         logging.captureWarnings(False)
 

@@ -1,5 +1,6 @@
 """Every mistake, through the real command: one line on standard error, exit code 2, no traceback."""
 
+import gc
 import json
 import os
 import socket
@@ -217,6 +218,7 @@ def test_run_hands_over_the_settings_and_returns_the_exit_code(service: ModuleTy
     seen: list[Settings] = []
 
     def run(settings: Settings) -> int:
+        assert gc.isenabled()  # which it is not while libraries are loaded
         seen.append(settings)
         return 0
 

@@ -42,7 +42,7 @@ def steps(
     return ways
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_where_nothing_differs_it_trains_plainly(seed: int) -> None:
     ways = steps(auto_of(seed), 240, np.random.default_rng(seed), dict.fromkeys(range(4), 0.1), noise=0.01)
     assert set(ways[-100:]) == {"uniform"}
@@ -60,7 +60,7 @@ def test_what_a_few_noisy_samples_say_is_no_reason_to_change(seed: int) -> None:
     assert set(ways) == {"learned"}
 
 
-@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("seed", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_what_was_lucky_at_first_has_to_go_when_more_is_known(seed: int) -> None:
     """Likeness, by which the rival draws, misleads; of its first six samples it looked otherwise."""
     worth = {0: 0.0, 1: 0.1, 2: 0.4, 3: 0.1}

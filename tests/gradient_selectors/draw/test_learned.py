@@ -144,7 +144,7 @@ def test_a_low_loss_of_a_subject_is_no_merit() -> None:
     assert kinds.count(0) > 30
 
 
-@pytest.mark.parametrize("first", [0, 3, 8])
+@pytest.mark.parametrize("first", [0, *(pytest.param(later, marks=pytest.mark.slow) for later in (3, 8))])
 def test_probes_come_ever_later_while_they_find_no_news(first: int) -> None:
     draw, rng = draw_of(replace(OPTIONS, first_probe=first)), np.random.default_rng(4)
     probed = []

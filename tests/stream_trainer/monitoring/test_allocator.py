@@ -1,12 +1,15 @@
 """What the allocator keeps, seen from outside: how much of a process is in memory after a large tensor is freed."""
 
 import ctypes
+import gc
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 
 import pytest
 
-from stream_trainer.monitoring.allocator import keep_freed_memory
+from stream_trainer.monitoring.allocator import keep_freed_memory, loading_for_good
 
 MEGABYTES = 256
 FREE = f"""
@@ -50,3 +53,34 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: object())
     assert not keep_freed_memory()
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """The collector as it was, for the tests that follow."""
+    yield
+    gc.unfreeze()
+
+
+class Node:
+    """Refers to itself, so that only the collector can find out that nobody needs it."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_what_is_loaded_for_good_is_never_looked_at(thawed: None) -> None:
+    with loading_for_good():
+        assert not gc.isenabled()
+        loaded = weakref.ref(Node())
+    assert gc.isenabled()
+    made_later = weakref.ref(Node())
+    gc.collect()
+    assert loaded() is not None
+    assert made_later() is None
+
+
+def test_garbage_is_collected_again_if_loading_fails(thawed: None) -> None:
+    with pytest.raises(ImportError), loading_for_good():
+        raise ImportError
+    assert gc.isenabled()
