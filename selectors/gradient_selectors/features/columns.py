@@ -24,14 +24,14 @@ NEAR_COPY = 0.5  # share of a sample's shingles that others have, from which on 
 TURNS = 0.2  # share up to which these are turns of phrase, as samples of one subject have in common
 RECENT = 256  # samples trained on lately, among which near copies are looked for
 NAMED_CHARS = 48
-LIKENESS_CERTAINTY, FREE = 16.0, 0.01  # times that of other columns
+SURE, FREE = 16.0, 0.01  # times the certainty of other columns
 UNSEEN = "unseen value"  # begins the name of a column that no value has yet
 LEAST_SPREAD = 0.2  # of fluency or relevance, as a share of the target's mean: few samples may be alike by chance
 BARE_MENTION = 1.0  # log odds up to which evidence is worth no more (Kass and Raftery 1995)
 TINY = 1e-9
 FOUNDING = 8  # samples for each component: of fewer, it would be theirs alone
 
-SIMPLE = ("likeness", "ngrams", "fluency", "relevance", "copy", "length")
+SIMPLE = ("likeness", "ngrams", "fluency", "relevance", "copy", "loss_share", "length")
 """The columns that are one number of a sample each, in their order:
 
     likeness    cosine of the embeddings to the target's mean, both less the mean of what waits
@@ -39,6 +39,7 @@ SIMPLE = ("likeness", "ngrams", "fluency", "relevance", "copy", "length")
     fluency     log odds that tokens that carry loss follow one another as in the target, not in disorder; at most 0
     relevance   log odds that an answer is that of its prompt as in the target, not of another one; at most 0
     copy        share of what carries loss that was trained on lately, as `TURNS`, `NEAR_COPY` and `LIMIT` say
+    loss_share  log of the share of tokens that carry loss, over the target's mean of it; at most the target's highest
     length      log of the number of tokens
 """
 
@@ -63,10 +64,9 @@ class Columns:
 class ColumnTable:
     """Turns the traits of what waits into a matrix.
 
-    All but fields and copies are standardised and cut at three deviations: components by what waited first, the others
-    by what waits. Fluency and relevance are log odds. Copies begin above a fifth: samples of one subject share a few
-    turns of phrase with what was trained on, others and broken ones none at all, and nothing is to be said against the
-    first.
+    Most are standardised, by what waited first for components, else by what waits, and cut at three deviations. Fluency
+    and relevance are log odds, shares are logs. Copies begin above a fifth: samples of one subject share a few turns of
+    phrase with what was trained on, others and broken ones none at all, and nothing is to be said against the first.
     """
 
     def __init__(self, columns: Columns, target: Sequence[Traits]) -> None:
@@ -76,6 +76,7 @@ class ColumnTable:
         self._target_answers, self._target_exchanges = _answers(target), [traits.exchange for traits in target]
         self._disordered = [disordered(answer) for answer in self._target_answers]
         self._exchanged = exchanged(self._target_exchanges)
+        self._target_shares = _log_loss_shares(target)
         self._ngrams = NgramImportance(self._target_answers)
         self._fluency = Fluency()
         self._values: list[str] = []
@@ -96,19 +97,23 @@ class ColumnTable:
 
     @property
     def prior_d(self) -> Tensor:
-        """Where a predictor starts: what is like the target is thought useful, what was just trained on is not."""
-        prior = {"likeness": 0.25, "ngrams": 0.75, "fluency": 0.5, "relevance": 0.5, "copy": -0.5}
+        """Where a predictor starts: what is like the target is thought useful, what was just trained on is not.
+
+        A sample's gradient is a mean over its tokens that carry loss: its noise falls as their number grows, and its
+        price as that of all tokens.
+        """
+        prior = {"likeness": 0.25, "ngrams": 0.75, "fluency": 0.5, "relevance": 0.5, "copy": -0.5, "loss_share": 1.0}
         return torch.tensor([prior.get(name, 0.0) for name in self.names], dtype=torch.float64)
 
     @property
     def certainty_d(self) -> Tensor:
         """How much surer the prior is of one column than of another, (d,) float64.
 
-        A producer is seen seldom. A few utilities hardly tell the target's subject from others; likeness does. The
-        constant is free: the prior promises much of what it draws, and rewards are relative to what was drawn. Else
-        the components would take the promise back, and with it the target's subject.
+        A producer is seen seldom. A few utilities hardly tell the target's subject from others; likeness does. Of noise
+        they tell nothing. The constant is free: the prior promises much of what it draws, and rewards are relative to
+        what was drawn. Else the components would take the promise back, and with it the target's subject.
         """
-        certainties = {"constant": FREE, "likeness": LIKENESS_CERTAINTY, "ngrams": LIKENESS_CERTAINTY}
+        certainties = {"constant": FREE, "likeness": SURE, "ngrams": SURE, "loss_share": SURE}
         unchanging = [certainties.get(name, 1.0) for name in self._unchanging]
         return torch.tensor(unchanging + [0.25] * self.columns.values, dtype=torch.float64)
 
@@ -134,6 +139,7 @@ class ColumnTable:
             "fluency": lambda: _odds(*map(self._fluency.scores, (answers, self._target_answers, self._disordered))),
             "relevance": lambda: self._relevance(waiting),
             "copy": lambda: self._copied(waiting),
+            "loss_share": lambda: self._loss_share(waiting),
             "length": lambda: _standardised(lengths_M.log1p()),
         }
         own_Mf = torch.from_numpy(np.stack([traits.own_f for traits in waiting]))
@@ -182,6 +188,10 @@ class ColumnTable:
         found = np.bincount(owners, weights=seen, minlength=len(waiting))
         beyond = found / np.maximum(counts, 1) - TURNS
         return torch.from_numpy(beyond / (NEAR_COPY - TURNS)).clamp(0.0, 1.0) * LIMIT
+
+    def _loss_share(self, waiting: Sequence[Traits]) -> Tensor:
+        relative_T = self._target_shares - self._target_shares.mean()
+        return (_log_loss_shares(waiting) - self._target_shares.mean()).clamp(-LIMIT, float(relative_T.max()))
 
     def _found(self, embeddings_Me: Tensor) -> None:
         """Principal components, each of unit spread; those that too few samples leave open are zero."""
@@ -243,6 +253,11 @@ class ColumnTable:
 
 def _answers(samples: Sequence[Traits]) -> list[Tokens]:
     return [traits.answer for traits in samples]
+
+
+def _log_loss_shares(samples: Sequence[Traits]) -> Tensor:
+    counts = [(max(1, len(traits.answer)), max(1, len(traits.tokens))) for traits in samples]
+    return torch.tensor([math.log(answer / tokens) for answer, tokens in counts], dtype=torch.float64)
 
 
 def _odds(values_M: Vector, target_T: Vector, spoilt_T: Vector) -> Tensor:

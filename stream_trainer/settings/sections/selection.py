@@ -34,7 +34,9 @@ class ClusterUcbSettings(Section):
     """Thompson sampling: add noise to each arm's index, as large as its mean is uncertain."""
 
 
-FeatureName = Literal["likeness", "ngrams", "fluency", "relevance", "copy", "length", "components", "fields"]
+FeatureName = Literal[
+    "likeness", "ngrams", "fluency", "relevance", "copy", "loss_share", "length", "components", "fields"
+]
 OwnFunction = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
@@ -50,8 +52,8 @@ class LearnedSettings(Section):
     features: tuple[FeatureName | OwnFunction, ...] = get_args(FeatureName)
     """What the predictor knows of a sample: `likeness` to the target's mean embedding, `ngrams` that the target has and
     the stream lacks, `fluency`, `relevance` of an answer to its prompt, `copy` of what was trained on lately,
-    `length`, principal `components` of the embeddings, `fields` of the record. `package.module:function` is your own:
-    from samples to an array with a row for each."""
+    `loss_share`, the share of its tokens that carry loss, `length`, principal `components` of the embeddings, `fields`
+    of the record. `package.module:function` is your own: from samples to an array with a row for each."""
     fields: tuple[str, ...] = ("source", "domain")
     """Fields of the record whose values tell where it comes from. `key` is the record's key, `header:NAME` one of its
     headers. The first 31 values have a coefficient each, all others share one."""

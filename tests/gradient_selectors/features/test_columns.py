@@ -41,7 +41,7 @@ def test_there_is_one_column_for_each_name() -> None:
     x_Md = table.matrix([sample(seed, own_f=np.array([float(seed)])) for seed in range(9)])
     assert x_Md.shape == (9, len(table.names))
     assert len(table.prior_d) == len(table.certainty_d) == len(table.judges_quality_d) == len(table.names)
-    assert table.names[:6] == ("constant", "likeness", "ngrams", "fluency", "relevance", "copy")
+    assert table.names[:7] == ("constant", "likeness", "ngrams", "fluency", "relevance", "copy", "loss_share")
     torch.testing.assert_close(column(table, x_Md, "mine 0"), standardised(torch.arange(9.0).double()))
     assert bool((column(table, x_Md, "constant") == 1).all())
 
@@ -224,6 +224,27 @@ def test_each_value_of_a_field_has_a_column_until_there_are_too_many() -> None:
     x_Md = table.matrix(waiting)
     assert table.names[-3:] == ("source=b", "source=a", "other fields")
     assert x_Md[:, -3:].tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]]
+
+
+def answering(asked: int, answered: int) -> Traits:
+    """A sample whose last tokens carry loss."""
+    return replace(sample(asked, size=asked + answered), counted=np.arange(asked + answered) >= asked)
+
+
+def test_more_of_what_a_pass_costs_carries_loss_up_to_what_is_known_of_the_target() -> None:
+    target = [answering(30, 10), answering(20, 20)]
+    table = ColumnTable(Columns(), target)
+    waiting = [answering(30, 10), answering(90, 30), answering(5, 15), answering(398, 2), sample(3)]
+    usual = (math.log(1 / 4) + math.log(1 / 2)) / 2
+    highest = math.log(1 / 2) - usual
+    expected = [math.log(1 / 4) - usual, math.log(1 / 4) - usual, highest, -LIMIT, highest]
+    found_M = column(table, table.matrix(waiting), "loss_share")
+    torch.testing.assert_close(found_M, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_where_all_tokens_carry_loss_their_share_says_nothing() -> None:
+    table = ColumnTable(Columns(), TARGET)
+    assert column(table, table.matrix([*WAITING, sample(1, size=0)]), "loss_share").tolist() == [0.0] * 41
 
 
 def test_a_feature_that_is_off_has_no_column() -> None:
