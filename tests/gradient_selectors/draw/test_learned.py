@@ -94,6 +94,23 @@ def test_answers_to_other_prompts_are_seldom_drawn() -> None:
     assert sum(i % 2 for i in drawn) < len(drawn) // 5
 
 
+def test_samples_of_which_little_carries_loss_are_seldom_drawn() -> None:
+    """Half the room: 10 of its 40 tokens. So has half the target."""
+
+    def cut(of: list[Traits]) -> list[Traits]:
+        return [replace(one, counted=np.arange(40) >= 30 * (i // 4 % 2)) for i, one in enumerate(of)]
+
+    rng = np.random.default_rng(6)
+    target = cut([sample(rng) for _ in range(8)])
+    drawn: list[Traits] = []
+    for seed in range(30):
+        waiting = cut(room(rng))
+        draw = LearnedDraw(OPTIONS, ColumnTable(Columns(), target), seed)
+        drawn += [waiting[i] for i in draw.draw(waiting, 4)]
+    assert sum(kind_of(one) == 0 for one in drawn) > 110
+    assert sum(len(one.answer) == 40 for one in drawn) > 90
+
+
 def test_gradients_teach_it_another_kind() -> None:
     """Likeness misleads: samples of kind 2 are those that help."""
     drawn = steps(draw_of(), 120, np.random.default_rng(1), useful=2)
