@@ -76,7 +76,7 @@ class ColumnTable:
         self._target_answers, self._target_exchanges = _answers(target), [traits.exchange for traits in target]
         self._disordered = [disordered(answer) for answer in self._target_answers]
         self._exchanged = exchanged(self._target_exchanges)
-        self._target_shares = _log_loss_shares(target)
+        self._target_shares = _log_loss_shares(target, self._target_answers)
         self._ngrams = NgramImportance(self._target_answers)
         self._fluency = Fluency()
         self._values: list[str] = []
@@ -139,7 +139,7 @@ class ColumnTable:
             "fluency": lambda: _odds(*map(self._fluency.scores, (answers, self._target_answers, self._disordered))),
             "relevance": lambda: self._relevance(waiting),
             "copy": lambda: self._copied(waiting),
-            "loss_share": lambda: self._loss_share(waiting),
+            "loss_share": lambda: self._loss_share(_log_loss_shares(waiting, answers)),
             "length": lambda: _standardised(lengths_M.log1p()),
         }
         own_Mf = torch.from_numpy(np.stack([traits.own_f for traits in waiting]))
@@ -189,9 +189,9 @@ class ColumnTable:
         beyond = found / np.maximum(counts, 1) - TURNS
         return torch.from_numpy(beyond / (NEAR_COPY - TURNS)).clamp(0.0, 1.0) * LIMIT
 
-    def _loss_share(self, waiting: Sequence[Traits]) -> Tensor:
-        relative_T = self._target_shares - self._target_shares.mean()
-        return (_log_loss_shares(waiting) - self._target_shares.mean()).clamp(-LIMIT, float(relative_T.max()))
+    def _loss_share(self, shares_M: Tensor) -> Tensor:
+        usual, highest = float(self._target_shares.mean()), float(self._target_shares.max())
+        return (shares_M - usual).clamp(-LIMIT, highest - usual)
 
     def _found(self, embeddings_Me: Tensor) -> None:
         """Principal components, each of unit spread; those that too few samples leave open are zero."""
@@ -255,9 +255,9 @@ def _answers(samples: Sequence[Traits]) -> list[Tokens]:
     return [traits.answer for traits in samples]
 
 
-def _log_loss_shares(samples: Sequence[Traits]) -> Tensor:
-    counts = [(max(1, len(traits.answer)), max(1, len(traits.tokens))) for traits in samples]
-    return torch.tensor([math.log(answer / tokens) for answer, tokens in counts], dtype=torch.float64)
+def _log_loss_shares(samples: Sequence[Traits], answers: Sequence[Tokens]) -> Tensor:
+    counts = [(len(answer), len(traits.tokens)) for traits, answer in zip(samples, answers, strict=True)]
+    return torch.tensor([math.log(max(1, some) / max(1, total)) for some, total in counts], dtype=torch.float64)
 
 
 def _odds(values_M: Vector, target_T: Vector, spoilt_T: Vector) -> Tensor:
