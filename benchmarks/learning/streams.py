@@ -76,7 +76,7 @@ class Data:
     """What a directory holds.
 
     Attributes:
-        domain, guarded: the target's, and that of `retention`, which is not to be forgotten.
+        domain: the target's.
         stream: records by domain, for streams.
         warm_up: records by domain, for warming a model up.
         target, test, retention: fixed sets; the last two are only ever measured on.
@@ -84,13 +84,17 @@ class Data:
     """
 
     domain: str
-    guarded: str
     stream: Mapping[str, Sequence[Record]]
     warm_up: Mapping[str, Sequence[Record]]
     target: Sequence[Record]
     test: Sequence[Record]
     retention: Sequence[Record]
     fingerprint: str
+
+    @property
+    def guarded(self) -> str:
+        """The domain of `retention`, which is not to be forgotten."""
+        return _guarded(self.domain)
 
 
 def read_data(directory: Path, domain: str = TARGET) -> Data:
@@ -106,11 +110,9 @@ def read_data(directory: Path, domain: str = TARGET) -> Data:
         held_out = TARGET_RECORDS + TEST_RECORDS
         target, test = streams[domain][:TARGET_RECORDS], streams[domain][TARGET_RECORDS:held_out]
         streams[domain] = streams[domain][held_out:]
-    guarded = "roleplay" if domain != "roleplay" else TARGET
-    retention = _read(directory / "test" / f"{guarded}.jsonl", digest)
+    retention = _read(directory / "test" / f"{_guarded(domain)}.jsonl", digest)
     return Data(
         domain=domain,
-        guarded=guarded,
         stream={d: [r for i, r in enumerate(rs) if i % WARM_UP_EVERY] for d, rs in streams.items()},
         warm_up={name: records[::WARM_UP_EVERY] for name, records in streams.items()},
         target=target,
@@ -118,6 +120,10 @@ def read_data(directory: Path, domain: str = TARGET) -> Data:
         retention=retention,
         fingerprint=digest.hexdigest(),
     )
+
+
+def _guarded(target: str) -> str:
+    return "roleplay" if target != "roleplay" else TARGET
 
 
 def _read(path: Path, digest: "hashlib._Hash") -> list[Record]:
