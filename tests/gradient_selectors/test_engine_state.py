@@ -116,8 +116,14 @@ def whole(request: pytest.FixtureRequest) -> Whole:
     return request.param, steps, states
 
 
-@pytest.mark.parametrize("way", [by_way_of_a_file, shuffled])
-@pytest.mark.parametrize("interrupted", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("interrupted", "way"),
+    [
+        *((step, by_way_of_a_file) for step in (1, 2, 5)),
+        (2, shuffled),
+        *(pytest.param(step, shuffled, marks=pytest.mark.slow) for step in (1, 5)),
+    ],
+)
 def test_a_run_goes_on_from_its_state_bit_for_bit(
     interrupted: int, way: Callable[[dict[str, Any]], dict[str, Any]], whole: Whole
 ) -> None:

@@ -17,7 +17,7 @@ from tests.gradient_selectors.world.test_ranks_agree import CASES, CLOSE, course
 from tests.helpers.oracle import make_model
 
 PROGRAM = "tests.gradient_selectors.world.sharded_program"
-QUICK = ("full", "tied", "lora", "sketch_in_pieces", "few_let_go", "mask", "plain")
+QUICK = ("full", "tied", "lora", "sketch_in_pieces", "mask", "plain")
 REST = tuple(case for case in CASES if case not in QUICK)
 PATIENCE_S = 250
 

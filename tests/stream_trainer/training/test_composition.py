@@ -124,7 +124,7 @@ def whole_and_resumed(folder: Path, selection: dict[str, Any], **sections: Any) 
     ("selection", "sections"),
     [
         ({}, {}),
-        ({}, {"model": {"lora": {"rank": 2}}}),
+        pytest.param({}, {"model": {"lora": {"rank": 2}}}, marks=pytest.mark.slow),
         ({"mask": "none", "scoring": "sketched", "sketch_width": 4}, {"target": {"refresh_steps": 8}}),
     ],
     ids=["full", "lora", "sketched"],
