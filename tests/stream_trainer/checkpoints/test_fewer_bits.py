@@ -33,7 +33,7 @@ def steps(made: Setup, first: int) -> list[tuple[Any, ...]]:
     return [(report.losses, report.coefficients, report.gradient_norm) for report in reports]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("base", "moments"),
     [("bfloat16", "float32"), ("bfloat16", "int8"), ("nf4", "float32"), ("nf4", "int8"), (None, "int8")],

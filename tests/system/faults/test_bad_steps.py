@@ -123,8 +123,15 @@ def test_a_model_that_nothing_moves_any_more_is_dead_too(learning_rate: float, t
     assert summary.losses["target"] < 5.7
 
 
-@pytest.mark.parametrize("selection", [{}, {**ALL_ON, "draw": "uniform"}], ids=["scored", "routed and masked"])
-@pytest.mark.parametrize("every_steps", [3, 6])
+@pytest.mark.parametrize(
+    ("selection", "every_steps"),
+    [
+        pytest.param({}, 3, id="scored-3", marks=pytest.mark.slow),
+        pytest.param({}, 6, id="scored-6"),
+        pytest.param({**ALL_ON, "draw": "uniform"}, 3, id="routed and masked-3"),
+        pytest.param({**ALL_ON, "draw": "uniform"}, 6, id="routed and masked-6", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_rolls_back_and_crashes_ends_as_one_that_only_rolls_back(
     every_steps: int, selection: dict[str, Any], tmp_path: Path
 ) -> None:

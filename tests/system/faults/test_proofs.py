@@ -26,9 +26,9 @@ def run_proof(name: str, *options: str) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("variant", "first"), [("default", 0), ("everything", 4)])
+@pytest.mark.parametrize(("variant", "first"), [pytest.param("default", 0, marks=pytest.mark.slow), ("everything", 4)])
 def test_a_run_that_is_killed_anywhere_ends_as_one_that_was_not(variant: str, first: int, tmp_path: Path) -> None:
-    """Eight of the seeds of `make crash-proof`, each of which begins with another point."""
+    """Seeds of `make crash-proof`, each of which begins with another point."""
     summary = tmp_path / "summary.json"
     run_proof("crash_proof", "--seeds=4", f"--first={first}", f"--variant={variant}", f"--summary={summary}")
     found = json.loads(summary.read_text())
